@@ -1,0 +1,59 @@
+"""Files that are there whole or not at all: temporary name, sync, rename."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; when the block ends well, what was written there takes its place.
+
+    A file or a directory. After an exception nothing is left behind and what was at `path` is untouched. A file's
+    replacement is atomic; a directory's has an instant in which neither exists.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        temporary = workspace / path.name
+        yield temporary
+        _sync_tree(temporary)
+        if path.is_dir() and not path.is_symlink():
+            path.rename(workspace / "replaced")
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically replaces `path` by UTF-8 text, newlines as given."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            _sync_tree(child)
+    else:
+        # safetensors creates files that only their owner may read; an artifact's mode must not depend on its writer.
+        path.chmod(0o666 & ~_umask())
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

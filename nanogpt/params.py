@@ -1,0 +1,231 @@
+"""params.yaml as frozen, strict sections: every knob of an experiment, checked before any work is done."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+
+class ParamsError(ValueError):
+    """A parameter is wrong; the message names key, value and remedy in one line."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+Natural = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class DownloadParams(Section):
+    source: Annotated[str, Field(pattern=r"^(grammar|shakespeare|openwebtext|hf:.+|file:.+)$")]
+    documents: Annotated[int, Field(ge=2)]
+    seed: Seed
+    texts: Text
+    text_column: Text
+    split: Text
+    revision: Text | None
+    max_gigabytes: Positive
+
+
+class TokenizeParams(Section):
+    tokenizer: Literal["char", "gpt2", "bpe"]
+    vocab_size: Annotated[int, Field(ge=257, le=2**20)]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    split_seed: Seed
+
+
+class ModelParams(Section):
+    n_layer: Natural
+    n_head: Natural
+    n_embd: Natural
+    block_size: Natural
+    bias: bool
+    gelu: Literal["exact", "tanh"]
+    dropout: BelowOne
+    vocab_multiple: Natural
+
+
+class TrainParams(Section):
+    seed: Seed
+    max_iters: Natural
+    batch_size: Natural
+    gradient_accumulation_steps: Natural
+    learning_rate: Positive
+    min_lr: NonNegative
+    warmup_iters: Annotated[int, Field(ge=0)]
+    lr_decay_iters: Natural | None
+    weight_decay: NonNegative
+    beta1: BelowOne
+    beta2: BelowOne
+    grad_clip: NonNegative
+    eval_interval: Natural
+    eval_iters: Natural
+    publish: Literal["best", "last"]
+
+
+class EvaluateParams(Section):
+    batch_size: Natural
+    stride: Natural | None
+    train_tokens: Natural
+    max_gap: NonNegative
+
+
+class SampleParams(Section):
+    prompts: Annotated[list[Text], Field(min_length=1)]
+    num_samples: Natural
+    max_new_tokens: Natural
+    temperature: NonNegative
+    top_k: Natural | None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None
+    seed: Seed
+    stop_at_end: bool
+
+
+class NumericsParams(Section):
+    determinism: Literal["portable", "machine", "off"]
+    threads: Natural
+    dtype: Literal["float32", "bfloat16", "float16"]
+    compile: bool
+
+
+class RuntimeParams(Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda|cuda:\d+)$")]
+    processes: Natural
+    log_interval: Natural
+    checkpoint_interval: Natural
+
+
+class TrackingParams(Section):
+    experiment: Text
+    prompts: list[Text]
+    sample_tokens: Natural
+    wait_seconds: NonNegative
+
+
+class Params(Section):
+    download: DownloadParams
+    tokenize: TokenizeParams
+    model: ModelParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    sample: SampleParams
+    numerics: NumericsParams
+    runtime: RuntimeParams
+    tracking: TrackingParams
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Reads and checks the whole file. Raises ParamsError, one line that names key, value and remedy."""
+    try:
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} cannot be read ({error}): restore it with `git checkout {path}`") from error
+    except YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ParamsError(f"{path} is not valid YAML ({line}): correct it or `git checkout {path}`") from error
+    try:
+        params = Params.model_validate(values)
+    except ValidationError as error:
+        # Of several errors one is told: a misspelt key before the missing one that follows from it.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise ParamsError(f"{path}: {_explain(errors[0])}") from error
+    check_combinations(params, path)
+    return params
+
+
+def flatten(params: Section, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level: {"train.learning_rate": 0.001, ...}."""
+    flat: dict[str, Any] = {}
+    for name in type(params).model_fields:
+        value = getattr(params, name)
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as one line."""
+    loc = [str(part) for part in error["loc"]]
+    # A union appends the name of the branch that it tried; only names of the file help the user.
+    key = ".".join(part for part in loc if part.isidentifier() and part not in {"int", "float", "str", "bool"})
+    section = Params.model_fields[loc[0]].annotation if len(loc) > 1 and loc[0] in Params.model_fields else Params
+    if error["type"] == "extra_forbidden":
+        names = list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+        near = difflib.get_close_matches(loc[-1], names, n=1, cutoff=0.5)
+        where = f"{loc[0]}." if len(loc) > 1 else ""
+        remedy = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(names)}"
+        return f"{key} = {error['input']!r} is not a known parameter; {remedy}"
+    if error["type"] == "missing":
+        return f"{key} is missing; add it (`git diff params.yaml` shows what was lost)"
+    problem = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "string_pattern_mismatch":
+        problem = "input should be one of " + error["ctx"]["pattern"].strip("^$()").replace(".+", "…").replace("|", ", ")
+    if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
+        problem += ", and this is text; if it is in quotes, remove them"
+    return f"{key} = {error['input']!r} is refused: {problem}"
+
+
+def check_combinations(params: Params, path: Path) -> None:
+    """Raises ParamsError for values that are possible alone but not together."""
+    download, model, train, numerics = params.download, params.model, params.train, params.numerics
+    decay_end = train.lr_decay_iters or train.max_iters
+    stride = params.evaluate.stride or model.block_size
+    checks = [
+        (
+            model.n_embd % model.n_head == 0,
+            f"model.n_embd = {model.n_embd} is not divisible by model.n_head = {model.n_head}; "
+            f"set model.n_embd to {model.n_head * max(1, round(model.n_embd / model.n_head))}",
+        ),
+        (
+            train.warmup_iters < train.max_iters,
+            f"train.warmup_iters = {train.warmup_iters} is not below train.max_iters = {train.max_iters}; "
+            "shorten the warm-up or lengthen the run",
+        ),
+        (
+            train.warmup_iters < decay_end,
+            f"train.lr_decay_iters = {decay_end} is not above train.warmup_iters = {train.warmup_iters}; "
+            "end the decay later or set it to null",
+        ),
+        (
+            train.min_lr <= train.learning_rate,
+            f"train.min_lr = {train.min_lr} is above train.learning_rate = {train.learning_rate}; lower train.min_lr",
+        ),
+        (
+            stride <= model.block_size,
+            f"evaluate.stride = {stride} is above model.block_size = {model.block_size}, so tokens would be skipped; "
+            "lower it or set it to null",
+        ),
+        (
+            numerics.determinism != "portable" or numerics.dtype == "float32",
+            f"numerics.dtype = {numerics.dtype} cannot be portable; set it to float32, or numerics.determinism to machine",
+        ),
+        (
+            numerics.determinism != "portable" or not numerics.compile,
+            "numerics.compile = true cannot be portable; set it to false, or numerics.determinism to machine",
+        ),
+        (
+            numerics.determinism != "portable" or params.runtime.device in {"auto", "cpu"},
+            f"runtime.device = {params.runtime.device} cannot be portable; set it to cpu, or numerics.determinism to machine",
+        ),
+        (
+            not download.source.startswith("file:") or _lies_in(download.source[5:], download.texts),
+            f"download.source = {download.source} does not lie in download.texts = {download.texts}, so DVC would not see "
+            f"it change; set download.texts to its folder",
+        ),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise ParamsError(f"{path}: {message}")
+
+
+def _lies_in(pattern: str, folder: str) -> bool:
+    inside, outside = Path(pattern).absolute().parts, Path(folder).absolute().parts
+    return ".." not in inside and inside[: len(outside)] == outside

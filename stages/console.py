@@ -1,0 +1,109 @@
+"""What a stage or tool says: lines, progress, errors in one line; all of it also in .runs/logs/<experiment>/<stage>.log."""
+
+import functools
+import inspect
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+Update = Callable[..., None]
+
+
+def repository() -> Path:
+    """The original repository; under `dvc exp run --temp` and in the queue, not the working directory."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+class Console:
+    """Prints lines and progress, and keeps a copy of every line in the stage's log."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.log = repository() / ".runs" / "logs" / os.environ.get("DVC_EXP_NAME", "workspace") / f"{name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_bytes(b"")
+
+    def say(self, line: str) -> None:
+        click.echo(f"{self.name}: {line}")
+        self.record(line)
+
+    def warn(self, line: str) -> None:
+        click.secho(f"{self.name}: warning: {line}", fg="yellow", err=True)
+        self.record(f"warning: {line}")
+
+    def record(self, line: str) -> None:
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    @contextmanager
+    def progress(self, what: str, total: int | None, done: int = 0) -> Iterator[Update]:
+        """Yields `update(done, **fields)`. A bar on a terminal; elsewhere a plain line every five seconds."""
+        if sys.stderr.isatty():
+            with _bar(what, total, done) as update:
+                yield update
+            return
+        last = time.monotonic()
+
+        def update(done: int, **fields: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 5:
+                last = time.monotonic()
+                of = f" of {total:,}" if total else ""
+                self.say(", ".join([f"{what} {done:,}{of}", *(f"{name} {value}" for name, value in fields.items())]))
+
+        yield update
+
+
+@contextmanager
+def _bar(what: str, total: int | None, done: int) -> Iterator[Update]:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done, text="")
+
+        def update(done: int, **fields: str) -> None:
+            bar.update(task, completed=done, text="  ".join(f"{name} {value}" for name, value in fields.items()))
+
+        yield update
+
+
+def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes `function(console, **options)` a click command whose errors are one line, its traceback in the log.
+
+    ValueError and OSError are the user's business: exit code 1. Ctrl-C exits with 130. Anything else is a defect of
+    ours and is shown whole.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            try:
+                console = Console(name)
+            except OSError as error:
+                raise click.ClickException(f"{name}: the log cannot be written ({error}); check the disk") from error
+            try:
+                function(console, **arguments)
+            except KeyboardInterrupt:
+                console.warn("interrupted")
+                sys.exit(130)
+            except (ValueError, OSError) as error:
+                console.record(traceback.format_exc())
+                raise click.ClickException(f"{name}: " + " ".join(str(error).split())) from error
+            except Exception:
+                console.record(traceback.format_exc())
+                raise
+
+        for option in reversed(options):
+            run = option(run)
+        return click.command(name, help=inspect.getdoc(function))(run)
+
+    return decorate

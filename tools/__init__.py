@@ -1,0 +1,1 @@
+"""Commands that are no stage, each run as `python -m tools.<name>`."""
