@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync_tree(temporary)
         if path.is_dir() and not path.is_symlink():
             path.rename(workspace / "replaced")
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync(path.parent)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)

@@ -1,6 +1,7 @@
 """params.yaml as frozen, strict sections: every knob of an experiment, checked before any work is done."""
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -162,12 +163,15 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(loc[-1], names, n=1, cutoff=0.5)
         where = f"{loc[0]}." if len(loc) > 1 else ""
         remedy = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(names)}"
-        return f"{key} = {error['input']!r} is not a known parameter; {remedy}"
+        value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+        return f"{key}{value} is not a known parameter; {remedy}"
     if error["type"] == "missing":
         return f"{key} is missing; add it (`git diff params.yaml` shows what was lost)"
     problem = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "string_pattern_mismatch":
-        problem = "input should be one of " + error["ctx"]["pattern"].strip("^$()").replace(".+", "…").replace("|", ", ")
+        problem = "input should be one of " + error["ctx"]["pattern"].strip("^$()").replace(".+", "…").replace(
+            "|", ", "
+        )
     if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
         problem += ", and this is text; if it is in quotes, remove them"
     return f"{key} = {error['input']!r} is refused: {problem}"
@@ -175,55 +179,54 @@ def _explain(error: Any) -> str:
 
 def check_combinations(params: Params, path: Path) -> None:
     """Raises ParamsError for values that are possible alone but not together."""
-    download, model, train, numerics = params.download, params.model, params.train, params.numerics
-    decay_end = train.lr_decay_iters or train.max_iters
-    stride = params.evaluate.stride or model.block_size
-    checks = [
-        (
-            model.n_embd % model.n_head == 0,
+    for conflict in (*_conflicts(params), *_portable_conflicts(params.numerics, params.runtime.device)):
+        raise ParamsError(f"{path}: {conflict}")
+
+
+def _conflicts(params: Params) -> Iterator[str]:
+    download, model, train, stride = params.download, params.model, params.train, params.evaluate.stride
+    if model.n_embd % model.n_head:
+        nearest = model.n_head * max(1, round(model.n_embd / model.n_head))
+        yield (
             f"model.n_embd = {model.n_embd} is not divisible by model.n_head = {model.n_head}; "
-            f"set model.n_embd to {model.n_head * max(1, round(model.n_embd / model.n_head))}",
-        ),
-        (
-            train.warmup_iters < train.max_iters,
+            f"set model.n_embd to {nearest}"
+        )
+    if train.warmup_iters >= train.max_iters:
+        yield (
             f"train.warmup_iters = {train.warmup_iters} is not below train.max_iters = {train.max_iters}; "
-            "shorten the warm-up or lengthen the run",
-        ),
-        (
-            train.warmup_iters < decay_end,
-            f"train.lr_decay_iters = {decay_end} is not above train.warmup_iters = {train.warmup_iters}; "
-            "end the decay later or set it to null",
-        ),
-        (
-            train.min_lr <= train.learning_rate,
-            f"train.min_lr = {train.min_lr} is above train.learning_rate = {train.learning_rate}; lower train.min_lr",
-        ),
-        (
-            stride <= model.block_size,
+            "shorten the warm-up or lengthen the run"
+        )
+    if train.lr_decay_iters is not None and train.warmup_iters >= train.lr_decay_iters:
+        yield (
+            f"train.lr_decay_iters = {train.lr_decay_iters} is not above train.warmup_iters = {train.warmup_iters}; "
+            "end the decay later or set it to null"
+        )
+    if train.min_lr > train.learning_rate:
+        yield (
+            f"train.min_lr = {train.min_lr} is above train.learning_rate = {train.learning_rate}; lower train.min_lr"
+        )
+    if stride is not None and stride > model.block_size:
+        yield (
             f"evaluate.stride = {stride} is above model.block_size = {model.block_size}, so tokens would be skipped; "
-            "lower it or set it to null",
-        ),
-        (
-            numerics.determinism != "portable" or numerics.dtype == "float32",
-            f"numerics.dtype = {numerics.dtype} cannot be portable; set it to float32, or numerics.determinism to machine",
-        ),
-        (
-            numerics.determinism != "portable" or not numerics.compile,
-            "numerics.compile = true cannot be portable; set it to false, or numerics.determinism to machine",
-        ),
-        (
-            numerics.determinism != "portable" or params.runtime.device in {"auto", "cpu"},
-            f"runtime.device = {params.runtime.device} cannot be portable; set it to cpu, or numerics.determinism to machine",
-        ),
-        (
-            not download.source.startswith("file:") or _lies_in(download.source[5:], download.texts),
-            f"download.source = {download.source} does not lie in download.texts = {download.texts}, so DVC would not see "
-            f"it change; set download.texts to its folder",
-        ),
-    ]
-    for holds, message in checks:
-        if not holds:
-            raise ParamsError(f"{path}: {message}")
+            "lower it or set it to null"
+        )
+    if download.source.startswith("file:") and not _lies_in(download.source[5:], download.texts):
+        yield (
+            f"download.source = {download.source} does not lie in download.texts = {download.texts}, so DVC would not "
+            "see it change; set download.texts to its folder"
+        )
+
+
+def _portable_conflicts(numerics: NumericsParams, device: str) -> Iterator[str]:
+    if numerics.determinism != "portable":
+        return
+    remedy = "or numerics.determinism to machine"
+    if numerics.dtype != "float32":
+        yield f"numerics.dtype = {numerics.dtype} cannot be portable; set it to float32, {remedy}"
+    if numerics.compile:
+        yield f"numerics.compile = true cannot be portable; set it to false, {remedy}"
+    if device not in {"auto", "cpu"}:
+        yield f"runtime.device = {device} cannot be portable; set it to cpu, {remedy}"
 
 
 def _lies_in(pattern: str, folder: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a stage or tool says: lines, progress, errors in one line; all of it also in .runs/logs/<experiment>/<stage>.log."""
+"""What a stage says: lines, progress, errors in one line. All of it is also in .runs/logs/<experiment>/<stage>.log."""
 
 import functools
 import inspect
@@ -51,14 +51,14 @@ class Console:
             return
         last = time.monotonic()
 
-        def update(done: int, **fields: str) -> None:
+        def say(done: int, **fields: str) -> None:
             nonlocal last
             if time.monotonic() - last >= 5:
                 last = time.monotonic()
                 of = f" of {total:,}" if total else ""
                 self.say(", ".join([f"{what} {done:,}{of}", *(f"{name} {value}" for name, value in fields.items())]))
 
-        yield update
+        yield say
 
 
 @contextmanager
@@ -66,7 +66,13 @@ def _bar(what: str, total: int | None, done: int) -> Iterator[Update]:
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done, text="")
 

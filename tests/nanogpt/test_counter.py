@@ -6,7 +6,11 @@ from nanogpt import counter
 def test_the_stream_is_pinned():
     # SplitMix64's published first output for seed 0; any change here changes every corpus and every training run.
     assert int(counter.bits(0)[0]) == 0xE220A8397B1DCDAF
-    assert [int(x) for x in counter.bits(1337, 5, np.arange(3))] == [13866969310850334591, 9501954156394302387, 12415305269587734725]
+    assert [int(x) for x in counter.bits(1337, 5, np.arange(3))] == [
+        13866969310850334591,
+        9501954156394302387,
+        12415305269587734725,
+    ]
 
 
 def test_a_block_equals_its_parts_in_any_order():

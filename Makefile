@@ -1,0 +1,53 @@
+# Each target does all the set-up that it needs: a virtual environment with the pinned packages, made once.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+# Another checkout's DVC, from which this was started, must not be taken for ours.
+unexport DVC_ROOT DVC_STAGE DVC_EXP_NAME DVC_EXP_BASELINE_REV
+PORT ?= 5000
+
+.PHONY: help setup repro smoke ui test test-pipeline lint gc
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+setup: $(READY)  ## only the set-up
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --constraint constraints.txt '.[dev]'
+	@touch $(READY)
+
+repro: $(READY)  ## run the pipeline (what changed of it) and sum up the result
+	dvc repro
+	@python -m tools.summary
+
+smoke: $(READY)  ## the whole pipeline in seconds, as an experiment named smoke that leaves the workspace alone
+	dvc exp run --temp --force --name smoke \
+	  --set-param download.documents=60 --set-param model.n_embd=32 --set-param model.block_size=32 \
+	  --set-param train.max_iters=20 --set-param train.warmup_iters=2 --set-param train.eval_interval=10 \
+	  --set-param sample.max_new_tokens=100
+	dvc exp show --only-changed --no-pager
+
+ui: $(READY)  ## MLflow's page on http://127.0.0.1:5000 (PORT=… for another port)
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
+	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"
+
+test: $(READY)  ## the fast tests
+	pytest -n 2 -m "not pipeline"
+
+test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
+	pytest -n 2 -m pipeline
+
+lint: $(READY)  ## style and types
+	ruff check .
+	ruff format --check .
+	mypy nanogpt stages tools
+
+gc: $(READY)  ## show what old runs and caches take, and free it if you agree
+	@python -m tools.gc

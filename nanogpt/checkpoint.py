@@ -1,0 +1,140 @@
+"""Checkpoints: atomic to write, exact to load, checked before they are used.
+
+There is no generator state in them: data order and dropout are functions of the step (counter.py).
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanogpt.files import replacing
+from nanogpt.journal import Position
+from nanogpt.provenance import sha256_file
+
+
+@dataclass
+class Progress:
+    """How far a training is; all of its state that is no tensor."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = -1  # step of the newest evaluation
+    val_loss: float = float("inf")  # its result, in nats per token
+    best_step: int = -1  # step of the lowest validation loss
+    best_val_loss: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    directory: Path
+    progress: Progress
+    journal: Position  # of the journal when the checkpoint was written
+    scaler: dict[str, Any]
+    sha256: str
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state.safetensors"
+
+
+class Checkpoints:
+    """The checkpoints of one run: `step-00000500/` with `state.safetensors` and `checkpoint.json`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: "torch.amp.GradScaler",
+        progress: Progress,
+        journal: Position,
+    ) -> str:
+        """Writes a checkpoint, drops all but the two newest and the best, and returns its sha256."""
+        with replacing(self._path(progress.step)) as temporary:
+            temporary.mkdir()
+            save_file(_tensors(model, optimizer), temporary / "state.safetensors")
+            sha256 = sha256_file(temporary / "state.safetensors")
+            meta = {"progress": asdict(progress), "journal": journal, "scaler": scaler.state_dict(), "sha256": sha256}
+            (temporary / "checkpoint.json").write_text(json.dumps(meta, sort_keys=True, indent=1) + "\n")
+        keep = {*sorted(self._steps())[-2:], progress.best_step}
+        for step in self._steps() - keep:
+            shutil.rmtree(self._path(step))
+        return sha256
+
+    def newest(self, on_damage: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that is whole; each damaged one is told to `on_damage` and removed."""
+        for step in sorted(self._steps(), reverse=True):
+            try:
+                return self.read(step)
+            except ValueError as error:
+                on_damage(str(error))
+                shutil.rmtree(self._path(step))
+        return None
+
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of a step. Raises ValueError, naming the file, if it is missing or not as it was written."""
+        directory = self._path(step)
+        try:
+            meta = json.loads((directory / "checkpoint.json").read_bytes())
+            progress = Progress(**meta["progress"])
+            checkpoint = Checkpoint(directory, progress, meta["journal"], meta["scaler"], meta["sha256"])
+            damaged = progress.step != step or sha256_file(checkpoint.state) != checkpoint.sha256
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
+        if damaged:
+            raise ValueError(f"checkpoint {directory} is damaged: its content is not what was written")
+        return checkpoint
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08}"
+
+    def _steps(self) -> set[int]:
+        return {int(path.name[5:]) for path in self.directory.glob("step-????????")}
+
+
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler"
+) -> None:
+    """Puts weights, optimizer and scaler into the exact state that was saved."""
+    tensors = load_file(checkpoint.state)
+    load_weights(checkpoint, model)
+    names = _names(model, optimizer)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer/"):
+            _, name, entry = key.split("/")
+            state.setdefault(names.index(name), {})[entry] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if checkpoint.scaler:
+        scaler.load_state_dict(checkpoint.scaler)
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Puts the model's weights into the state that was saved."""
+    tensors = load_file(checkpoint.state)
+    model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model/")})
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"model/{name}": parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    for name, state in zip(_names(model, optimizer), _states(optimizer), strict=True):
+        tensors |= {f"optimizer/{name}/{entry}": tensor.contiguous() for entry, tensor in state.items()}
+    return tensors
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters in the optimizer's own order."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]

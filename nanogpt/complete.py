@@ -1,0 +1,66 @@
+"""Text from a published model:
+
+from nanogpt.complete import complete
+from nanogpt.published import load_model
+print(complete(load_model("model"), "Once upon a time"))
+"""
+
+import itertools
+from collections.abc import Iterator
+
+from nanogpt.generate import Sampling, generate
+from nanogpt.published import PublishedModel
+from nanogpt.tokenizer import Tokenizer
+
+
+def complete(
+    gpt: PublishedModel,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1337,
+) -> str:
+    """The prompt and its continuation, up to the end of the text. The same arguments give the same text."""
+    return prompt + continuations(gpt, prompt, 1, max_new_tokens, Sampling(temperature, top_k, top_p, seed))[0]
+
+
+def continuations(
+    gpt: PublishedModel, prompt: str, samples: int, max_new_tokens: int, sampling: Sampling, stop_at_end: bool = True
+) -> list[str]:
+    """Several continuations of one prompt, in one batch; each ends at its end-of-text token if it is to stop."""
+    end = gpt.tokenizer.end_of_text if stop_at_end else None
+    texts: list[list[int]] = [[] for _ in range(samples)]
+    ended = [False] * samples
+    for tokens in generate(gpt.model, encode_prompt(gpt.tokenizer, prompt), samples, max_new_tokens, sampling):
+        for i, token in enumerate(tokens):
+            ended[i] = ended[i] or token == end
+            if not ended[i]:
+                texts[i].append(token)
+        if all(ended):
+            break
+    return [gpt.tokenizer.decode(text) for text in texts]
+
+
+def stream(
+    gpt: PublishedModel, prompt: str, max_new_tokens: int, sampling: Sampling, stop_at_end: bool = True
+) -> Iterator[str]:
+    """The continuation of `continuations(gpt, prompt, 1, …)`, piece by piece; a character comes when it is whole."""
+    end = gpt.tokenizer.end_of_text if stop_at_end else None
+    tokens = (t for (t,) in generate(gpt.model, encode_prompt(gpt.tokenizer, prompt), 1, max_new_tokens, sampling))
+    return gpt.tokenizer.stream(itertools.takewhile(lambda token: token != end, tokens))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt. An empty one stands for the start of a document.
+
+    Raises ValueError for a character that the tokenizer does not know, or for an empty prompt where there is no
+    end-of-text token to start from.
+    """
+    tokens = [int(token) for token in tokenizer.encode(prompt)]
+    if tokens:
+        return tokens
+    if tokenizer.end_of_text is None:
+        raise ValueError("an empty prompt needs a tokenizer with an end-of-text token; give at least one character")
+    return [tokenizer.end_of_text]

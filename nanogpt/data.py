@@ -1,0 +1,124 @@
+"""Token files, opened only if they are what meta.json says; sample i of step k is a pure function of (seed, k, i).
+
+data/tokens/ holds train.bin and val.bin (raw little-endian uint16 or uint32, as nanoGPT's), meta.json, tokenizer.json.
+Shapes: B samples, T tokens of context.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nanogpt import counter
+
+Tokens = npt.NDArray[np.unsignedinteger]
+Indices = range | npt.NDArray[np.integer]
+SplitName = Literal["train", "val"]
+
+Count = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Id = Annotated[int, Field(ge=0)]
+
+
+class _Meta(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class CorpusMeta(_Meta):
+    source: str
+    documents: Count
+
+
+class SplitMeta(_Meta):
+    tokens: Count
+    bytes: Annotated[int, Field(ge=0)]  # UTF-8 bytes of the text, without end-of-text tokens: for bits per byte
+    documents: Count  # 1 for a part of one text
+    sha256: Sha256
+    first_context: Id | None  # the token before the first one, given which that one can be scored; None: there is none
+
+
+class Meta(_Meta):
+    """meta.json."""
+
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: Count
+    tokenizer: Literal["char", "gpt2", "bpe"]
+    tokenizer_sha256: Sha256
+    end_of_text: Id | None  # what the tokenizer calls it; in the files only if the corpus has more than one document
+    corpus: CorpusMeta
+    train: SplitMeta
+    val: SplitMeta
+
+
+@dataclass(frozen=True)
+class Split:
+    """One verified token file; `tokens` is a read-only memory map of shape (meta.tokens,)."""
+
+    name: SplitName
+    tokens: Tokens
+    meta: SplitMeta
+
+
+def load_meta(directory: Path) -> Meta:
+    """Reads meta.json. Raises ValueError, naming file and remedy, if it is missing or damaged."""
+    path = directory / "meta.json"
+    try:
+        return Meta.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {_remedy(directory)}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path} is damaged ({where}: {first['msg']}); {_remedy(directory)}") from error
+
+
+def load_split(directory: Path, name: SplitName) -> Split:
+    """Opens train.bin or val.bin. Raises ValueError, naming file and remedy, unless size and sha256 are meta.json's."""
+    meta = load_meta(directory)
+    split: SplitMeta = getattr(meta, name)
+    path, dtype = directory / f"{name}.bin", np.dtype(meta.dtype).newbyteorder("<")
+    try:
+        with path.open("rb") as file:
+            size, expected = path.stat().st_size, split.tokens * dtype.itemsize
+            if size != expected:
+                raise ValueError(f"{path} has {size:,} bytes and meta.json says {expected:,}; {_remedy(directory)}")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {_remedy(directory)}") from error
+    if digest != split.sha256:
+        raise ValueError(f"{path} has sha256 {digest} and meta.json says {split.sha256}; {_remedy(directory)}")
+    return Split(name, np.memmap(path, dtype=dtype, mode="r"), split)
+
+
+def _remedy(directory: Path) -> str:
+    # DVC takes a damaged file for a good one if its time and size are right, hence the removal.
+    return f"`rm -r {directory}` and `dvc checkout`, or make it anew with `dvc repro -f tokenize`"
+
+
+def check_block_size(split: Split, block_size: int) -> None:
+    """Raises ValueError if the split is too short for one sample: block_size tokens of context and the one after."""
+    if len(split.tokens) <= block_size:
+        raise ValueError(
+            f"model.block_size = {block_size} needs at least {block_size + 1} tokens, and the {split.name} split has "
+            f"{len(split.tokens)}; lower model.block_size, or use more text (download.*, tokenize.val_fraction)"
+        )
+
+
+def batch(
+    tokens: Tokens, seed: int, step: int, indices: Indices, block_size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Samples `indices` of a step: x and y of shape (B, T), where y is x one token later.
+
+    Sample i begins at a random offset, uniform in 0 ... len(tokens) - block_size - 1, that is a pure function of
+    (seed, step, i): any rank can take any slice of the indices, and a resumed run needs no generator's state. Gathered
+    by one fancy index. (The remainder's bias towards low offsets is below len / 2^64.)
+    """
+    assert len(tokens) > block_size, "check_block_size comes first"
+    offsets = counter.bits(seed, step, np.asarray(indices)) % np.uint64(len(tokens) - block_size)
+    window = offsets.astype(np.int64)[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    block = np.asarray(tokens)[window]
+    return block[:, :-1].astype(np.int64), block[:, 1:].astype(np.int64)

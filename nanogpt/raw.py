@@ -1,0 +1,203 @@
+"""data/raw/: the one form in which raw text is kept, whatever its source; written here, and read here with its hashes.
+
+A corpus of one text is text.txt (exactly its UTF-8 bytes); one of several documents is documents-00000.jsonl,
+documents-00001.jsonl, ... (a {"text": ...} per line). corpus.json counts them and holds each file's sha256. Nothing in
+it tells when, where or by which mirror the text came, so the same text gives the same bytes on every machine.
+
+Text goes by in pieces of some hundred kilobytes; only a document of several must fit into memory.
+"""
+
+import codecs
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nanogpt.files import write_text
+
+Document = Iterable[str]  # in pieces
+
+PIECE = 2**18  # bytes that are read at once; a larger piece leaves the processor's cache
+SHARD = 64_000_000  # bytes after which documents go to the next file
+
+
+class CorpusInfo(BaseModel):
+    """corpus.json."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    source: str  # as in download.source; of an absolute path the last part
+    documents: Annotated[int, Field(ge=1)]
+    characters: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1)]  # of text, as UTF-8
+    files: dict[
+        Annotated[str, Field(pattern=r"^(text\.txt|documents-\d{5,}\.jsonl)$")],
+        Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")],
+    ]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes text.txt; if a second document comes, documents-*.jsonl instead. `update` is told the bytes so far."""
+
+    def __init__(self, raw: Path, max_gigabytes: float, update: Callable[[int], None]):
+        raw.mkdir(parents=True)
+        self.raw, self.max_gigabytes, self.update = raw, max_gigabytes, update
+        self.documents = self.characters = self.bytes = 0
+        self.files: dict[str, Any] = {}  # name -> sha256 object
+        self.file: BinaryIO | None = None
+
+    def add(self, document: Document) -> None:
+        """Raises ValueError when the corpus becomes larger than `max_gigabytes` (10^9 bytes of text)."""
+        self.documents += 1
+        if self.documents == 1:
+            self._open("text.txt")
+            for piece in self._counted(document):
+                self._write(piece.encode())
+            return
+        if self.documents == 2:
+            self._end()
+            first = self.raw / "text.txt"
+            text = first.read_bytes().decode()
+            first.unlink()
+            self.files.clear()
+            self._write_line(text)
+        self._write_line("".join(self._counted(document)))
+
+    def close(self, source: str) -> CorpusInfo:
+        """Writes corpus.json. Raises ValueError if there was no text at all."""
+        self._end()
+        if not self.characters:
+            raise ValueError(f"download.source = {source} holds no text; name a source that does")
+        info = CorpusInfo(
+            source=_label(source),
+            documents=self.documents,
+            characters=self.characters,
+            bytes=self.bytes,
+            files={name: digest.hexdigest() for name, digest in self.files.items()},
+        )
+        write_text(self.raw / "corpus.json", json.dumps(info.model_dump(), sort_keys=True, indent=2) + "\n")
+        return info
+
+    def _counted(self, document: Document) -> Document:
+        for piece in document:
+            self.characters += len(piece)
+            self.bytes += utf8_bytes(piece)
+            if self.bytes > self.max_gigabytes * 1e9:
+                limit = f"download.max_gigabytes = {self.max_gigabytes}"
+                raise ValueError(f"the corpus is larger than {limit}; raise it, or choose a smaller source")
+            self.update(self.bytes)
+            yield piece
+
+    def _write_line(self, text: str) -> None:
+        if self.file is None or self.file.tell() >= SHARD:
+            self._open(f"documents-{len(self.files):05}.jsonl")
+        self._write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+
+    def _open(self, name: str) -> None:
+        self._end()
+        self.file = (self.raw / name).open("wb")
+        self.files[name] = hashlib.sha256()
+
+    def _write(self, data: bytes) -> None:
+        assert self.file is not None
+        self.file.write(data)
+        next(reversed(self.files.values())).update(data)
+
+    def _end(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        self.file = None
+
+
+def _label(source: str) -> str:
+    """The source without an absolute path, which another machine does not have."""
+    kind, _, name = source.partition(":")
+    return f"{kind}:{Path(name).name}" if Path(name).is_absolute() else source
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_info(raw: Path) -> CorpusInfo:
+    """Reads corpus.json. Raises ValueError, naming file and remedy, if it is missing or damaged."""
+    path = raw / "corpus.json"
+    try:
+        return CorpusInfo.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        raise _damaged(path, f"is damaged ({error.errors()[0]['msg']})") from error
+
+
+def read_documents(raw: Path) -> Iterator[str]:
+    """The corpus's documents in order. Raises ValueError, at the end of a file, if its sha256 is not corpus.json's.
+
+    So what was made of the documents must not be published before the last one has come.
+    """
+    for name, sha256 in load_info(raw).files.items():
+        if name == "text.txt":
+            yield "".join(read_text(raw))
+            continue
+        for line in lines(_verified(raw / name, sha256)):
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise _damaged(raw / name, "is damaged") from error
+
+
+def read_text(raw: Path) -> Iterator[str]:
+    """The one text of a corpus that has but one, in pieces; raises ValueError as `read_documents` does."""
+    path = raw / "text.txt"
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for block in itertools.chain(_verified(path, load_info(raw).files[path.name]), [b""]):
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise _damaged(path, "is damaged") from error
+
+
+def _verified(path: Path, sha256: str) -> Iterator[bytes]:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(PIECE):
+                digest.update(block)
+                yield block
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    if digest.hexdigest() != sha256:
+        raise _damaged(path, f"has sha256 {digest.hexdigest()} and corpus.json says {sha256}")
+
+
+def _damaged(path: Path, problem: str) -> ValueError:
+    # DVC takes a damaged file for a good one if its time and size are right, hence the removal.
+    remedy = f"`rm -r {path.parent}` and `dvc checkout`, or make it anew with `dvc repro -f download`"
+    return ValueError(f"{path} {problem}; {remedy}")
+
+
+# --- used on both sides -----------------------------------------------------------------------------------------------
+
+
+def lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file that comes in blocks, each with its line feed."""
+    begun: list[bytes] = []
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        begun.append(first)
+        for other in others:
+            yield b"".join([*begun, b"\n"])
+            begun = [other]
+    if last := b"".join(begun):
+        yield last
+
+
+def utf8_bytes(text: str) -> int:
+    """The length of the text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())

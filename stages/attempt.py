@@ -1,0 +1,97 @@
+"""Which training a `train` stage stands for: a new one, one that was interrupted, or one that is done."""
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from nanogpt.files import write_text
+from nanogpt.journal import read_records, state
+from nanogpt.params import Params, flatten
+from nanogpt.provenance import git
+from stages.console import Console, repository
+from stages.dvcfile import experiment_name, locked_md5
+
+DIFF_LIMIT = 1_000_000  # bytes of uncommitted changes that are kept with a run
+
+
+def choose(console: Console, directory: Path) -> Path:
+    """The attempt to go on with, in a run directory whose lock is held. It may be new, unfinished or finished.
+
+    A finished one is returned, to be published again, only when DVC lost it: if dvc.lock already holds its model, the
+    user wants to see it reproduced. Raises ValueError for a training that diverged: the same would happen again.
+    """
+    numbers = sorted(int(path.name.removeprefix("attempt-")) for path in directory.glob("attempt-*"))
+    if not numbers:
+        return directory / "attempt-1"
+    newest, following = directory / f"attempt-{numbers[-1]}", directory / f"attempt-{numbers[-1] + 1}"
+    ended = state(newest / "journal.jsonl")
+    if ended in {"finished", "failed"}:
+        result = [record for record, _ in read_records(newest / "journal.jsonl")][-1]["result"]
+        if "diverged" in result:
+            raise ValueError(
+                f"this very training diverged at step {result['diverged']} before ({newest}); change "
+                "train.learning_rate, train.warmup_iters or train.grad_clip, "
+                f"or remove {directory} to see it again"
+            )
+        if ended == "finished" and locked_md5("train", "model") == result["model_md5"]:
+            console.say("dvc.lock holds this model already: training it afresh")
+            return following
+    return newest
+
+
+def describe(attempt: Path, params: Params, hashes: dict[str, str], dataset: dict[str, Any]) -> None:
+    """Writes run.json and artifacts/, from which MLflow's run is made, unless an interrupted attempt has them."""
+    if (attempt / "run.json").exists():
+        return
+    commit, diff = git(Path.cwd(), "rev-parse", "HEAD"), git(Path.cwd(), "diff", "HEAD")
+    write_text(attempt / "artifacts" / "params.yaml", Path("params.yaml").read_text(encoding="utf-8"))
+    if diff:
+        cut = "" if len(diff) <= DIFF_LIMIT else f"\n[cut: {len(diff):,} characters in all]"
+        write_text(attempt / "artifacts" / "uncommitted.diff", diff[:DIFF_LIMIT] + cut + "\n")
+    tags = {
+        "git.commit": commit or "none",
+        "git.dirty": str(bool(diff)).lower(),
+        "dvc.experiment": experiment_name() or "none",
+        "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV", "none"),
+        "attempt": str(attempt.relative_to(repository())),
+        **hashes,
+    }
+    sections = ("download", "tokenize", "model", "train", "numerics")
+    run = {
+        "run_key": uuid.uuid4().hex,
+        "name": experiment_name() or _name(commit, bool(diff)),
+        "experiment": params.tracking.experiment,
+        "params": {k: v for name in sections for k, v in flatten(getattr(params, name), f"{name}.").items()},
+        "tags": tags,
+        "dataset": dataset,
+        "started": time.time_ns() // 1_000_000,
+        "max_iters": params.train.max_iters,
+        "repository": str(repository()),
+    }
+    write_text(attempt / "run.json", json.dumps(run, sort_keys=True, indent=1) + "\n")
+
+
+def _name(commit: str, dirty: bool) -> str:
+    """The commit and what differs from it: "1a2b3c4 train.learning_rate=0.001", "1a2b3c4 + uncommitted"."""
+    changes = []
+    try:
+        committed = _flat(YAML(typ="safe").load(git(Path.cwd(), "show", "HEAD:./params.yaml")) or {})
+        current = _flat(YAML(typ="safe").load(Path("params.yaml").read_text(encoding="utf-8")))
+        changes = [f"{key}={value}" for key, value in current.items() if committed.get(key) != value]
+    except YAMLError:
+        pass
+    if dirty and not changes:
+        changes = ["+ uncommitted"]
+    name = " ".join([commit[:7] or "no commit", *changes])
+    return name if len(name) <= 100 else name[:99] + "…"
+
+
+def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    tracked = {name: section for name, section in sections.items() if name not in {"runtime", "tracking"}}
+    return {f"{name}.{key}": value for name, section in tracked.items() for key, value in section.items()}

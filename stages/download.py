@@ -1,0 +1,25 @@
+"""The first stage: raw text to data/raw/."""
+
+from pathlib import Path
+
+from stages.console import Console, command
+
+RAW = Path("data/raw")
+
+
+@command("download")
+def main(console: Console) -> None:
+    """Fetches or writes the raw text that params.yaml (download) names: to data/raw/."""
+    from nanogpt.corpus import write_corpus
+    from nanogpt.files import replacing
+    from nanogpt.params import load_params
+
+    params = load_params().download
+    with console.progress("bytes", total=None) as update, replacing(RAW) as raw:
+        info = write_corpus(params, raw, update, console.warn)
+    documents = "1 text" if info.documents == 1 else f"{info.documents:,} documents"
+    console.say(f"{documents}, {info.characters:,} characters ({info.source}) -> {RAW}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What DVC's own files and environment variables say about the stage that is running."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+
+def run_by_dvc() -> bool:
+    return "DVC_STAGE" in os.environ
+
+
+def experiment_name() -> str | None:
+    """Name of the running DVC experiment; None for a plain `dvc repro` and for a stage run by hand."""
+    return os.environ.get("DVC_EXP_NAME")
+
+
+def locked_md5(stage: str, out: str, path: Path = Path("dvc.lock")) -> str | None:
+    """The hash that dvc.lock holds for a stage's out; None where there is none, or no whole dvc.lock."""
+    try:
+        lock = YAML(typ="safe").load(path.read_text())
+        outs = lock["stages"][stage]["outs"]
+    except (OSError, YAMLError, KeyError, TypeError):
+        return None
+    return next((str(entry["md5"]) for entry in outs if entry["path"] == out), None)
+
+
+def directory_md5(directory: Path) -> str:
+    """DVC's hash of a directory, as it stands in dvc.lock (a test compares it with DVC's own)."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    entries = [
+        {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.relative_to(directory).as_posix()}
+        for path in files
+    ]
+    entries.sort(key=lambda entry: entry["relpath"])
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"

@@ -1,0 +1,85 @@
+"""Scores the model on the whole validation split: metrics/evaluate.json."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanogpt.params import EvaluateParams, load_params
+from stages.console import Console, command
+
+if TYPE_CHECKING:
+    from nanogpt.data import Split
+    from nanogpt.evaluate import Score
+    from nanogpt.published import PublishedModel
+
+TOKENS, MODEL, METRICS = Path("data/tokens"), Path("model"), Path("metrics/evaluate.json")
+
+
+@command("evaluate")
+def main(console: Console) -> None:
+    """Scores every token of the validation split, and a fixed part of the train split: metrics/evaluate.json."""
+    params = load_params()
+    from nanogpt import numerics
+
+    resolved = numerics.pin(params.numerics, params.runtime.device)
+    from nanogpt.data import load_meta, load_split
+    from nanogpt.evaluate import Score
+    from nanogpt.files import write_text
+    from nanogpt.floor import check_leakage, floor_nats
+    from nanogpt.provenance import sha256_file, sha256_tree
+    from nanogpt.published import load_model
+    from stages.report import report
+
+    gpt = load_model(MODEL, resolved.device)
+    meta = load_meta(TOKENS)
+    if sha256_file(MODEL / "tokenizer.json") != meta.tokenizer_sha256:
+        raise ValueError(f"{MODEL} has another tokenizer than {TOKENS} was made with; `dvc repro` makes them fit")
+    train, val = load_split(TOKENS, "train"), load_split(TOKENS, "val")
+    val_score = score_split(console, gpt, val, len(val.tokens), params.evaluate, resolved.dtype)
+    train_score = score_split(console, gpt, train, params.evaluate.train_tokens, params.evaluate, resolved.dtype)
+    metrics = {
+        "val_loss": val_score.loss,
+        "perplexity": val_score.perplexity,
+        "bits_per_byte": val_score.bits_per_byte(val.meta.bytes),
+        "train_loss": train_score.loss,
+        "val_tokens": val_score.tokens,
+        "train_tokens": train_score.tokens,
+    }
+    summary = f"val loss {val_score.loss:.4f}, {metrics['bits_per_byte']:.4f} bits per byte"
+    if meta.corpus.source == "grammar":
+        floor = floor_nats(val.tokens, gpt.tokenizer)
+        check_leakage(val_score.nats, floor)
+        metrics["floor"] = floor / val_score.tokens
+        metrics["floor_bits_per_byte"] = Score(floor, val_score.tokens).bits_per_byte(val.meta.bytes)
+        metrics["excess"] = metrics["val_loss"] - metrics["floor"]
+        summary += f", {metrics['excess']:.4f} above the best possible {metrics['floor']:.4f}"
+    gap = val_score.loss - train_score.loss
+    if gap > params.evaluate.max_gap:
+        console.warn(
+            f"val loss is {gap:.3f} above train loss: the model overfits; train for fewer steps, on more text, "
+            "or with model.dropout"
+        )
+    write_text(METRICS, json.dumps(metrics, sort_keys=True, indent=1) + "\n")
+    console.say(f"{summary} -> {METRICS}")
+    settings = {"evaluate": params.evaluate, "evaluate.numerics": params.numerics}
+    report(console, params.tracking, sha256_tree(MODEL), settings, metrics, {})
+
+
+def score_split(
+    console: Console, gpt: "PublishedModel", split: "Split", limit: int, params: EvaluateParams, dtype: str
+) -> "Score":
+    """Scores the first `limit` tokens of a split."""
+    from nanogpt import numerics
+    from nanogpt.evaluate import score, windows
+
+    tokens = split.tokens[:limit]
+    targets = len(tokens) - (split.meta.first_context is None)
+    block_size = gpt.model.config.block_size
+    cut = windows(targets, block_size, params.stride or block_size)
+    autocast = numerics.autocast(gpt.model.wte.weight.device, dtype)
+    with console.progress(f"{split.name} windows", len(cut)) as update:
+        return score(gpt.model, tokens, cut, params.batch_size, split.meta.first_context, autocast, update)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Adds what evaluate and sample found to the MLflow run that trained the model. The result does not depend on it."""
+
+import json
+import time
+from typing import Any
+
+from nanogpt.files import write_text
+from nanogpt.params import Section, TrackingParams, flatten
+from nanogpt.provenance import sha256_json
+from stages.console import Console, repository
+
+
+def report(
+    console: Console,
+    tracking: TrackingParams,
+    model_sha256: str,
+    settings: dict[str, Section],
+    metrics: dict[str, float],
+    files: dict[str, str],
+) -> None:
+    """Writes the report under .runs/reports/, then sends it; a server that fails costs a warning."""
+    tags = {
+        name: str(value)
+        for prefix, section in settings.items()
+        for name, value in flatten(section, f"{prefix}.").items()
+    }
+    content: dict[str, Any] = {
+        "stage": console.name,
+        "model": model_sha256,
+        "metrics": metrics,
+        "tags": tags,
+        "files": files,
+        "experiment": tracking.experiment,
+    }
+    path = repository() / ".runs" / "reports" / f"{console.name}-{sha256_json(content)[:16]}.json"
+    write_text(path, json.dumps({**content, "t": time.time_ns() // 1_000_000}, sort_keys=True, indent=1) + "\n")
+    from nanogpt import tracking as mlflow_tracking
+
+    try:
+        run = mlflow_tracking.deliver_report(path, mlflow_tracking.resolve_uri(repository()), repository())
+    except Exception as error:  # whatever a tracking server does, the stage's result stands
+        console.record(repr(error))
+        reason = " ".join(str(error).split())[:200]
+        console.warn(f"MLflow did not take the report ({reason}); `python -m tools.sync` sends it later")
+    else:
+        console.say(f"recorded in MLflow run {run}")

@@ -1,0 +1,129 @@
+"""Writes text with the model: samples/samples.md and samples/samples.json."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nanogpt.params import SampleParams, load_params
+from stages.console import Console, command
+
+if TYPE_CHECKING:
+    from nanogpt.generate import Sampling
+    from nanogpt.published import PublishedModel
+
+MODEL, SAMPLES, PROMPTS = Path("model"), Path("samples"), Path("prompts")
+
+OPTIONS = [
+    click.option("--prompt", "prompts", multiple=True, help="Text to continue, or FILE:<path>; print, write nothing."),
+    click.option("--model", "directory", default=str(MODEL), show_default=True, help="Model directory."),
+    click.option("--stream", is_flag=True, help="Print one sample token by token; write nothing."),
+    click.option("--num-samples", type=click.IntRange(1), help="Samples per prompt.  [default: params.yaml]"),
+    click.option("--max-new-tokens", type=click.IntRange(1), help="Length.  [default: params.yaml]"),
+    click.option("--temperature", type=click.FloatRange(0), help="0: the likeliest token.  [default: params.yaml]"),
+    click.option("--top-k", type=click.IntRange(1), help="Only the k likeliest tokens.  [default: params.yaml]"),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus.  [default: params.yaml]"),
+    click.option("--seed", type=click.IntRange(0), help="[default: params.yaml]"),
+]
+
+
+@command("sample", *OPTIONS)
+def main(console: Console, directory: str, stream: bool, prompts: tuple[str, ...], **overrides: Any) -> None:
+    """Continues the prompts of params.yaml: samples/samples.md and .json. With an option, prints and writes nothing."""
+    params = load_params()
+    from nanogpt import numerics
+
+    resolved = numerics.pin(params.numerics, params.runtime.device)
+    from nanogpt.complete import encode_prompt
+    from nanogpt.published import load_model
+
+    gpt = load_model(directory, resolved.device)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if prompts:
+        given["prompts"] = list(prompts)
+    by_hand = bool(given) or stream or Path(directory) != MODEL
+    settings = params.sample.model_copy(update=given)
+    texts = [read_prompt(prompt, anywhere=by_hand) for prompt in settings.prompts]
+    for text in texts:
+        encode_prompt(gpt.tokenizer, text)  # a wrong prompt is refused before the first is continued
+    if stream:
+        for text in texts:
+            print_stream(gpt, text, settings)
+    elif by_hand:
+        for sample in continue_all(console, gpt, texts, settings):
+            click.echo(f"{sample['prompt']}{sample['text']}\n{'-' * 80}")
+    else:
+        write(console, continue_all(console, gpt, texts, settings))
+        from nanogpt.provenance import sha256_tree
+        from stages.report import report
+
+        sections = {"sample": params.sample, "sample.numerics": params.numerics}
+        files = {f"samples/{path.name}": path.read_text() for path in sorted(SAMPLES.iterdir())}
+        report(console, params.tracking, sha256_tree(MODEL), sections, {}, files)
+
+
+def read_prompt(prompt: str, anywhere: bool) -> str:
+    """The text of a prompt. A FILE: of the pipeline lies in prompts/, the folder that DVC watches."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    path = Path(prompt.removeprefix("FILE:"))
+    if not anywhere and not path.resolve().is_relative_to(PROMPTS.resolve()):
+        raise ValueError(
+            f"sample.prompts = {prompt} is not in {PROMPTS}/, so DVC would not see it change; move it there"
+        )
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def continue_all(
+    console: Console, gpt: "PublishedModel", prompts: list[str], settings: SampleParams
+) -> list[dict[str, Any]]:
+    from nanogpt.complete import continuations
+
+    samples = []
+    with console.progress("prompts", len(prompts)) as update:
+        for done, prompt in enumerate(prompts, start=1):
+            texts = continuations(
+                gpt, prompt, settings.num_samples, settings.max_new_tokens, sampling_of(settings), settings.stop_at_end
+            )
+            samples += [{"prompt": prompt, "sample": i, "text": text} for i, text in enumerate(texts)]
+            update(done)
+    return samples
+
+
+def write(console: Console, samples: list[dict[str, Any]]) -> None:
+    from nanogpt.files import replacing
+
+    with replacing(SAMPLES) as directory:
+        directory.mkdir()
+        blocks = [
+            f"## {json.dumps(s['prompt'])}, sample {s['sample']}\n\n~~~text\n{s['prompt']}{s['text']}\n~~~\n"
+            for s in samples
+        ]
+        (directory / "samples.md").write_text("# Samples\n\n" + "\n".join(blocks))
+        (directory / "samples.json").write_text(
+            json.dumps(samples, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
+        )
+    console.say(f"{len(samples)} samples -> {SAMPLES}/samples.md")
+
+
+def print_stream(gpt: "PublishedModel", prompt: str, settings: SampleParams) -> None:
+    from nanogpt.complete import stream
+
+    click.echo(prompt, nl=False)
+    for piece in stream(gpt, prompt, settings.max_new_tokens, sampling_of(settings), settings.stop_at_end):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+def sampling_of(settings: SampleParams) -> "Sampling":
+    from nanogpt.generate import Sampling
+
+    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+
+
+if __name__ == "__main__":
+    main()

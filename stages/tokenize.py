@@ -1,0 +1,27 @@
+"""The second stage: data/raw/ to token files in data/tokens/."""
+
+from pathlib import Path
+
+from stages.console import Console, command
+
+RAW, TOKENS = Path("data/raw"), Path("data/tokens")
+
+
+@command("tokenize")
+def main(console: Console) -> None:
+    """Splits the raw text, makes its tokenizer and encodes it, as params.yaml (tokenize) says: to data/tokens/."""
+    from nanogpt.files import replacing
+    from nanogpt.params import load_params
+    from nanogpt.prepare import prepare
+    from nanogpt.raw import load_info
+
+    params = load_params()
+    total = load_info(RAW).bytes
+    with console.progress("bytes", total) as update, replacing(TOKENS) as tokens:
+        meta = prepare(RAW, tokens, params.tokenize, params.runtime.processes, update, console.warn)
+    counts = f"{meta.train.tokens:,} train + {meta.val.tokens:,} val tokens"
+    console.say(f"{counts}, vocabulary {meta.vocab_size:,} ({meta.tokenizer}) -> {TOKENS}")
+
+
+if __name__ == "__main__":
+    main()

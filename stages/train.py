@@ -1,0 +1,134 @@
+"""Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanogpt.params import Params, flatten, load_params
+from stages.console import Console, command, repository
+
+if TYPE_CHECKING:
+    from nanogpt.data import Split, SplitName
+    from nanogpt.numerics import Numerics
+
+TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metrics/train.json"), Path("plots/loss.csv")
+
+
+@command("train")
+def main(console: Console) -> None:
+    """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
+    params = load_params()
+    from nanogpt import numerics, provenance
+
+    resolved = numerics.pin(params.numerics, params.runtime.device)
+    from nanogpt.data import SplitName, check_block_size, load_split
+    from nanogpt.journal import RunLock, state
+    from stages.attempt import choose
+
+    names: tuple[SplitName, ...] = ("train", "val")
+    splits = {name: load_split(TOKENS, name) for name in names}
+    for split in splits.values():
+        check_block_size(split, params.model.block_size)
+    inputs = {"tokens": provenance.sha256_tree(TOKENS)}
+    code = provenance.code_hash(Path.cwd(), "stages.train")
+    read = flatten(params.model, "model.") | flatten(params.train, "train.")
+    fingerprint = provenance.fingerprint(read, inputs, code, resolved.as_dict())
+    directory = repository() / ".runs" / fingerprint[:16]
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def tell_wait(pid: int) -> None:
+        console.say(f"process {pid} is training exactly this; waiting for its result")
+
+    with RunLock(directory, tell_wait):
+        attempt = choose(console, directory)
+        console.record(f"run directory: {attempt}")
+        if state(attempt / "journal.jsonl") == "finished":
+            console.say(f"this training is done already ({attempt.relative_to(repository())}): publishing its model")
+            publish(console, attempt)
+        else:
+            hashes = {"fingerprint": fingerprint, "tokens.sha256": inputs["tokens"], "code.sha256": code}
+            run(console, attempt, params, resolved, splits, hashes)
+
+
+def run(
+    console: Console,
+    attempt: Path,
+    params: Params,
+    resolved: "Numerics",
+    splits: "dict[SplitName, Split]",
+    hashes: dict[str, str],
+) -> None:
+    """Trains, with MLflow's replica filled by a process beside, and publishes."""
+    from nanogpt import provenance, replicator
+    from nanogpt.data import load_meta
+    from nanogpt.journal import Journal
+    from nanogpt.train import Diverged, Stopped
+    from stages.attempt import describe
+    from stages.stop import StopRequest
+    from stages.training import Training
+
+    meta = load_meta(TOKENS)
+    dataset = {
+        "name": meta.corpus.source,
+        "source": str(TOKENS),
+        "sha256": hashes["tokens.sha256"],
+        "profile": meta.model_dump(),
+    }
+    describe(attempt, params, hashes, dataset)
+    stop = StopRequest()
+    with Journal(attempt / "journal.jsonl") as journal:
+        training = Training(console, attempt, params, resolved, TOKENS, splits, journal)
+        journal.append(
+            "start",
+            step=training.progress.step,
+            resumed=training.progress.step > 0,
+            environment=provenance.environment(),
+        )
+        console.say(replicator.describe_system_metrics())
+        follower = replicator.start(attempt, repository(), params.tracking.wait_seconds)
+        try:
+            training.run(stop.reason)
+            result = training.finish(hashes["tokens.sha256"])
+            journal.append("end", status="FINISHED", message="", step=training.progress.step, result=result)
+        except Stopped as reason:
+            journal.append("end", status="KILLED", message=str(reason), step=training.progress.step, result={})
+            replicator.wait(follower, params.tracking.wait_seconds)
+            console.say(
+                f"stopped at step {training.progress.step} ({reason}), all is saved; `dvc repro` goes on from there"
+            )
+            sys.exit(stop.exit_code)
+        except BaseException as error:
+            result = {"diverged": error.step} if isinstance(error, Diverged) else {}
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            journal.append("end", status="FAILED", message=message, step=training.progress.step, result=result)
+            replicator.wait(follower, params.tracking.wait_seconds)
+            raise
+    publish(console, attempt)
+    console.say(replicator.wait(follower, params.tracking.wait_seconds))
+
+
+def publish(console: Console, attempt: Path) -> None:
+    """Copies the attempt's result to where DVC expects it. The same bytes each time."""
+    from nanogpt.files import replacing, write_text
+    from nanogpt.journal import Journal, end_of
+    from stages.training import loss_curve
+
+    with Journal(attempt / "journal.jsonl") as journal:
+        end = end_of(journal.records())
+        assert end is not None, f"{attempt} is not finished"
+        write_text(CURVE, loss_curve(journal))
+    result = end["result"]
+    with replacing(MODEL) as temporary:
+        shutil.copytree(attempt / "models" / result["published"], temporary)
+    metrics = {name: value for name, value in result.items() if name not in {"published", "model_sha256", "model_md5"}}
+    write_text(METRICS, json.dumps(metrics, sort_keys=True, indent=1) + "\n")
+    console.say(
+        f"{result['parameters']:,} parameters, {result['steps']:,} steps, {result['tokens']:,} tokens; "
+        f"{result['published']} at step {result['step']:,}: val loss {result['val_loss']:.4f} -> {MODEL}"
+    )
+
+
+if __name__ == "__main__":
+    main()

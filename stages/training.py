@@ -1,0 +1,187 @@
+"""Puts a training together: model, optimizer, data and checkpoints for the loop, and what is told of it."""
+
+import csv
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from nanogpt import counter, flops, numerics
+from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
+from nanogpt.data import Split, SplitName
+from nanogpt.evaluate import Score, score, spread, windows
+from nanogpt.files import write_text
+from nanogpt.journal import Journal
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import adamw
+from nanogpt.params import ModelParams, Params, flatten
+from nanogpt.provenance import sha256_tree
+from nanogpt.published import PublishedModel, save_model
+from nanogpt.tokenizer import load_tokenizer
+from nanogpt.train import WEIGHTS, Intervals, train
+from stages.console import Console, Update
+from stages.dvcfile import directory_md5
+from stages.preview import preview
+
+
+class Training:
+    """One attempt, from its newest checkpoint on."""
+
+    def __init__(
+        self,
+        console: Console,
+        attempt: Path,
+        params: Params,
+        resolved: numerics.Numerics,
+        tokens: Path,
+        splits: dict[SplitName, Split],
+        journal: Journal,
+    ):
+        self.console, self.attempt, self.params, self.splits, self.journal = console, attempt, params, splits, journal
+        self.device = torch.device(resolved.device)
+        self.autocast = numerics.autocast(self.device, resolved.dtype)
+        self.tokenizer_path = tokens / "tokenizer.json"
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        torch.manual_seed(counter.derived_seed(params.train.seed, WEIGHTS))
+        self.model = GPT(gpt_config(params.model, tokenizer.vocab_size)).to(self.device)
+        betas = (params.train.beta1, params.train.beta2)
+        self.optimizer = adamw(
+            self.model, params.train.learning_rate, params.train.weight_decay, betas, self.device.type
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=resolved.dtype == "float16")
+        self.checkpoints = Checkpoints(attempt / "checkpoints")
+        self.progress = self._resume()
+        self.unfinished = PublishedModel(self.model, tokenizer, {})
+        self.peak = self._peak(resolved)
+
+    def _resume(self) -> Progress:
+        checkpoint = self.checkpoints.newest(on_damage=self.console.warn)
+        if checkpoint and not self.journal.has_position(checkpoint.journal):
+            raise ValueError(
+                f"{self.journal.path} lacks records that checkpoint {checkpoint.directory.name} counts on; "
+                f"remove {self.attempt} to train afresh"
+            )
+        if checkpoint is None:
+            return Progress()
+        restore(checkpoint, self.model, self.optimizer, self.scaler)
+        self.console.say(f"resuming at step {checkpoint.progress.step:,} of {self.params.train.max_iters:,}")
+        return checkpoint.progress
+
+    def _peak(self, resolved: numerics.Numerics) -> float | None:
+        if self.device.type == "cpu":
+            return flops.measured_peak_flops(time.perf_counter, getattr(torch, resolved.dtype))
+        return flops.peak_flops(resolved.device_name, resolved.dtype)
+
+    def run(self, stop: Callable[[], str | None]) -> None:
+        """Trains to the end. Raises what the loop raises."""
+        params = self.params
+        forward = torch.compile(self.model) if params.numerics.compile else self.model
+        with self.console.progress("step", params.train.max_iters, self.progress.step) as update:
+            train(
+                self.model,
+                forward,
+                self.optimizer,
+                self.scaler,
+                self.autocast,
+                params.train,
+                self.splits["train"].tokens,
+                self.evaluate,
+                self.progress,
+                self.checkpoints,
+                self.journal,
+                Intervals(params.runtime.log_interval, params.runtime.checkpoint_interval),
+                lambda progress, loss, seconds: self.report(update, loss, seconds),
+                self.after_evaluation,
+                stop,
+            )
+
+    def evaluate(self) -> tuple[Score, Score]:
+        """Scores eval_iters batches of each split: windows spread over it, the same ones each time."""
+        return self._estimate(self.splits["train"]), self._estimate(self.splits["val"])
+
+    def _estimate(self, split: Split) -> Score:
+        block_size, batch_size = self.params.model.block_size, self.params.train.batch_size
+        targets = len(split.tokens) - (split.meta.first_context is None)
+        chosen = spread(windows(targets, block_size, block_size), self.params.train.eval_iters * batch_size)
+        return score(self.model, split.tokens, chosen, batch_size, split.meta.first_context, self.autocast)
+
+    def report(self, update: Update, loss: float, seconds: float) -> None:
+        """Tells of a step: on the screen, and how fast it went to the journal (`seconds` per step)."""
+        train_params, config = self.params.train, self.model.config
+        speed = train_params.batch_size * train_params.gradient_accumulation_steps * config.block_size / seconds
+        share = flops.mfu(speed, flops.flops_per_token(config, self.model.parameter_count()), self.peak)
+        known = {} if share is None else {"mfu": share}
+        self.journal.append(
+            "speed",
+            step=self.progress.step,
+            tokens_per_second=speed,
+            step_time=seconds,
+            memory_mb=memory_mb(self.device),
+            **known,
+        )
+        update(self.progress.step, loss=f"{loss:.4f}", **{"tokens/s": f"{speed:,.0f}"})
+
+    def after_evaluation(self, progress: Progress) -> None:
+        """Tells of an evaluation: the loss curve for DVC's live plots, and what the model writes by now."""
+        write_text(Path("plots/loss.csv"), loss_curve(self.journal))
+        tracking = self.params.tracking
+        preview(self.unfinished, tracking.prompts, tracking.sample_tokens, progress.step, self.journal)
+        best = " (best so far)" if progress.best_step == progress.step else ""
+        self.console.say(f"step {progress.step:,}: val loss {progress.val_loss:.4f}{best}")
+
+    def finish(self, tokens_sha256: str) -> dict[str, Any]:
+        """Writes models/best and models/last of the attempt; returns the result that the journal's end records."""
+        progress = self.progress
+        published = {"best": progress.best_step, "last": progress.step}
+        evaluations = {r["step"]: r for r in self.journal.records() if r["kind"] == "eval"}
+        for name, step in published.items():
+            load_weights(self.checkpoints.read(step), self.model)
+            info = {
+                "step": step,
+                "train_loss": evaluations[step]["train_loss"],
+                "val_loss": evaluations[step]["val_loss"],
+                "tokens_sha256": tokens_sha256,
+                "params": flatten(self.params.model, "model.") | flatten(self.params.train, "train."),
+            }
+            weights = dict(self.model.named_parameters())
+            detached = {name: weight.detach().cpu() for name, weight in weights.items()}
+            save_model(self.attempt / "models" / name, self.model.config, detached, self.tokenizer_path, info)
+        chosen = self.params.train.publish
+        model = self.attempt / "models" / chosen
+        return {
+            "published": chosen,
+            "step": published[chosen],
+            "train_loss": evaluations[published[chosen]]["train_loss"],
+            "val_loss": evaluations[published[chosen]]["val_loss"],
+            "best_step": progress.best_step,
+            "best_val_loss": progress.best_val_loss,
+            "steps": progress.step,
+            "tokens": evaluations[progress.step]["tokens"],
+            "parameters": self.model.parameter_count(),
+            "model_sha256": sha256_tree(model),
+            "model_md5": directory_md5(model),
+        }
+
+
+def gpt_config(params: ModelParams, vocab_size: int) -> GPTConfig:
+    return GPTConfig(vocab_size=vocab_size, **params.model_dump())
+
+
+def loss_curve(journal: Journal) -> str:
+    """The evaluations as CSV: a row a step."""
+    text = io.StringIO()
+    rows = csv.DictWriter(text, ["step", "train_loss", "val_loss"], extrasaction="ignore", lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(record for record in journal.records() if record["kind"] == "eval")
+    return text.getvalue()
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory on a GPU, else what the process holds now, in 10^6 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return float(psutil.Process().memory_info().rss / 1e6)

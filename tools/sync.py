@@ -1,0 +1,45 @@
+"""Sends to MLflow what has not reached it: `python -m tools.sync`. Everything lies in the runs' journals."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from stages.console import repository
+
+
+@click.command()
+@click.argument("attempts", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--follow", type=int, metavar="PID", help="Send one attempt while process PID trains it.")
+@click.option("--wait-seconds", type=float, default=60.0, help="With --follow: try so long after the end.")
+@click.option("--again", is_flag=True, help="Ask the server also for what it has confirmed; it may have lost it.")
+def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, again: bool) -> None:
+    """Sends the journals of ATTEMPTS (default: all of this repository) and the reports to MLflow.
+
+    What is there already stays as it is. Exit code 1 if something could not be sent.
+    """
+    root = repository()
+    # Before MLflow is imported; and the workspace of an experiment may be deleted while its training is still sent.
+    paths = [path.resolve() for path in attempts]
+    from nanogpt import tracking, tracking_follow
+
+    uri = tracking.resolve_uri(root)
+    if follow is not None:
+        if len(paths) != 1:
+            raise click.UsageError("--follow needs exactly one attempt directory")
+        os.chdir(root)
+        os.nice(10)  # the trainer needs the processor more
+        sent = tracking_follow.follow(paths[0], uri, follow, wait_seconds, _log)
+    else:
+        sent = tracking_follow.sync(root, paths, uri, again, click.echo)
+    sys.exit(0 if sent else 1)
+
+
+def _log(line: str) -> None:
+    click.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+
+if __name__ == "__main__":
+    main()
