@@ -26,7 +26,9 @@ def result() -> list[str]:
     ]
     if "floor" in scores:
         lines.append(f"best possible  {scores['floor']:.4f}, so the excess is {scores['excess']:.4f}")
-    lines.append(f"model          {train['parameters']:,} parameters, {train['tokens']:,} tokens in {train['steps']:,} steps")
+    lines.append(
+        f"model          {train['parameters']:,} parameters, {train['tokens']:,} tokens in {train['steps']:,} steps"
+    )
     return lines
 
 
@@ -50,7 +52,7 @@ def lock_state() -> str:
     if changed.splitlines() == ["dvc.lock"]:
         return (
             "dvc.lock DIFFERS from the committed one though code and params are the same: this result has other bits "
-            "(another environment than constraints.txt?); `git diff dvc.lock` shows what, `git checkout dvc.lock` undoes"
+            "(not the environment of constraints.txt?); see `git diff dvc.lock`"
         )
     return "dvc.lock is new, as code or params differ from the commit: `git commit` it with them to keep this result"
 

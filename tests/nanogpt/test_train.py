@@ -1,0 +1,396 @@
+import copy
+import json
+import math
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from nanogpt import counter
+from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
+from nanogpt.data import batch
+from nanogpt.evaluate import Score, score, spread, windows
+from nanogpt.generate import Sampling, generate
+from nanogpt.journal import Journal
+from nanogpt.numerics import autocast
+from nanogpt.optim import adamw, lr_at
+from nanogpt.params import TrainParams
+from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Stopped, train
+from tests.nanogpt import tiny
+
+TOKENS = tiny.tokens(200)
+ITERS = 7
+CPU = torch.device("cpu")
+
+
+def train_params(**changes) -> TrainParams:
+    defaults = {
+        "seed": 1337,
+        "max_iters": ITERS,
+        "batch_size": 3,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "min_lr": 1e-3,
+        "warmup_iters": 2,
+        "lr_decay_iters": None,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "grad_clip": 1.0,
+        "eval_interval": 3,
+        "eval_iters": 2,
+        "publish": "best",
+    }
+    return TrainParams(**{**defaults, **changes})
+
+
+class Killed(BaseException):
+    """SIGKILL, as far as the loop can see: nothing more is saved or written."""
+
+
+@dataclass
+class Run:
+    """A training in a directory: started, interrupted and resumed as the train stage does it."""
+
+    directory: Any
+    params: TrainParams = field(default_factory=train_params)
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    intervals: Intervals = field(default_factory=lambda: Intervals(log=2, checkpoint=2))
+    tokens: Any = field(default_factory=lambda: TOKENS)
+    val_losses: dict[int, float] | None = None  # instead of evaluations
+    on_evaluation: Any = lambda model, progress: None
+    poison: Any = lambda model, loss, step: loss
+
+    def __post_init__(self):
+        self.checkpoints = Checkpoints(self.directory / "checkpoints")
+
+    def go(self, stop_at=None, kill_at=None):
+        """Trains from the newest checkpoint on, until the end, a wish to stop, or a kill at a step."""
+        torch.manual_seed(counter.derived_seed(self.params.seed, WEIGHTS))
+        model = self.model = tiny.gpt(**self.config)
+        params, scaler = self.params, torch.amp.GradScaler("cpu", enabled=self.dtype == "float16")
+        optimizer = adamw(
+            model, params.learning_rate, params.weight_decay, (params.beta1, params.beta2), "cpu"
+        )
+        checkpoint = self.checkpoints.newest(lambda message: None)
+        progress = self.progress = checkpoint.progress if checkpoint else Progress()
+        if checkpoint:
+            restore(checkpoint, model, optimizer, scaler)
+        precision = autocast(CPU, self.dtype)
+
+        def evaluate():
+            if self.val_losses is not None:
+                return Score(1.0, 1), Score(self.val_losses[progress.step], 1)
+            chosen = spread(windows(len(TOKENS) - 1, model.config.block_size, model.config.block_size), 4)
+            return (score(model, TOKENS, chosen, 3, None, precision),) * 2
+
+        def stop():
+            if progress.step == kill_at:
+                raise Killed
+            return "Ctrl-C" if progress.step == stop_at else None
+
+        with closing(Journal(self.directory / "journal.jsonl")) as journal:
+            assert checkpoint is None or journal.has_position(checkpoint.journal)
+            train(
+                model,
+                lambda x, y: self.poison(model, model(x, y), progress.step),
+                optimizer,
+                scaler,
+                precision,
+                params,
+                self.tokens,
+                evaluate,
+                progress,
+                self.checkpoints,
+                journal,
+                self.intervals,
+                lambda progress, loss, seconds: None,
+                lambda progress: self.on_evaluation(model, progress),
+                stop,
+            )
+        return self
+
+    def interrupted(self, **when):
+        with pytest.raises((Stopped, Killed)):
+            self.go(**when)
+        return self
+
+    def records(self, kind):
+        lines = [json.loads(line) for line in (self.directory / "journal.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in r.items() if k not in {"t", "crc"}} for r in lines if r["kind"] == kind]
+
+    def result(self):
+        """All that an interruption must not change: weights, optimizer and progress, and what is told of the steps."""
+        last = self.checkpoints.read(self.params.max_iters)
+        steps, evaluations = self.records("step"), self.records("eval")
+        assert [record["step"] for record in steps] == list(range(1, self.params.max_iters + 1))
+        assert self.records("diverged") == []
+        return last.sha256, last.progress, last.scaler, self.weights(), steps, evaluations
+
+    def weights(self):
+        return {name: weight.tolist() for name, weight in tiny.weights(self.model).items()}
+
+
+SETTINGS = {
+    "float32": {},
+    "dropout": {"config": {"dropout": 0.3}},
+    "accumulation": {"params": train_params(gradient_accumulation_steps=3), "config": {"dropout": 0.3}},
+    "bfloat16": {"dtype": "bfloat16", "config": {"dropout": 0.3}},
+    "float16": {"dtype": "float16", "config": {"dropout": 0.3}},
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def undisturbed(request, tmp_path_factory):
+    """The settings of a run, and its result when nothing interrupts it."""
+    settings = SETTINGS[request.param]
+    return settings, Run(tmp_path_factory.mktemp("undisturbed"), **settings).go().result()
+
+
+@pytest.mark.parametrize("how", ["stop_at", "kill_at"])
+@pytest.mark.parametrize("step", range(ITERS + 1))
+def test_interrupted_at_any_step_and_resumed_it_ends_with_the_same_bits(undisturbed, how, step, tmp_path):
+    settings, result = undisturbed
+    run = Run(tmp_path, **settings)
+    if how == "stop_at" and step == ITERS:
+        run.go(stop_at=step)  # the wish comes too late: it is finished
+    else:
+        run.interrupted(**{how: step})
+    if how == "stop_at":
+        assert run.checkpoints.newest(print).progress.step == step
+    assert run.go().result() == result
+
+
+def test_interrupted_at_every_step_it_ends_with_the_same_bits(undisturbed, tmp_path):
+    settings, result = undisturbed
+    run = Run(tmp_path, **settings)
+    for step in range(ITERS):
+        run.interrupted(stop_at=step)
+    assert run.go().result() == result
+
+
+def test_resumed_from_an_older_checkpoint_it_repeats_the_same_steps_and_writes_none_twice(undisturbed, tmp_path):
+    settings, result = undisturbed
+    run = Run(tmp_path, **settings).interrupted(stop_at=5)
+    tiny.flip_bit(run.checkpoints.directory / "step-00000005" / "state.safetensors")
+    assert run.go().result() == result
+
+
+def test_a_finished_run_that_is_started_again_does_nothing(undisturbed, tmp_path):
+    settings, result = undisturbed
+    Run(tmp_path, **settings).go()
+    assert Run(tmp_path, **settings).go().result() == result
+
+
+def test_a_stop_is_raised_with_its_reason_after_the_state_is_saved(tmp_path):
+    with pytest.raises(Stopped, match="Ctrl-C"):
+        Run(tmp_path).go(stop_at=5)
+    assert Checkpoints(tmp_path / "checkpoints").newest(print).progress.step == 5
+    assert [record["step"] for record in Run(tmp_path).records("step")] == [1, 2, 3, 4, 5]
+
+
+# --- the steps themselves ---------------------------------------------------------------------------------------------
+
+
+def reference(params, steps):
+    """The same training without anything around it."""
+    torch.manual_seed(counter.derived_seed(params.seed, WEIGHTS))
+    model = tiny.gpt()
+    optimizer = adamw(model, 123.0, params.weight_decay, (params.beta1, params.beta2), "cpu")
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, params.learning_rate, params.min_lr, params.warmup_iters, params.max_iters)
+        x, y = batch(TOKENS, counter.derived_seed(params.seed, DATA), step, range(params.batch_size), 8)
+        model(torch.from_numpy(x), torch.from_numpy(y)).backward()
+        if params.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return tiny.weights(model)
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.05, 1e9])
+def test_a_training_is_forward_backward_clip_and_step(grad_clip, tmp_path):
+    run = Run(tmp_path, params=train_params(grad_clip=grad_clip)).go()
+    assert tiny.same(tiny.weights(run.model), reference(run.params, ITERS))
+    assert all(record["grad_norm"] > 0.05 for record in run.records("step"))  # what is told is the norm before clipping
+
+
+def test_clipping_at_zero_is_no_clipping_and_below_the_norm_it_acts(tmp_path):
+    none, far, near = (
+        Run(tmp_path / name, params=train_params(grad_clip=clip)).go().weights()
+        for name, clip in (("a", 0.0), ("b", 1e9), ("c", 0.05))
+    )
+    assert none == far != near
+
+
+def test_the_journal_holds_the_learning_rate_and_tokens_of_each_step(tmp_path):
+    params = train_params(gradient_accumulation_steps=2)
+    run = Run(tmp_path, params=params).go()
+    assert [(r["step"], r["lr"], r["tokens"]) for r in run.records("step")] == [
+        (step + 1, lr_at(step, 1e-2, 1e-3, 2, ITERS), (step + 1) * 2 * 3 * 8) for step in range(ITERS)
+    ]
+    assert [(r["step"], r["tokens"]) for r in run.records("eval")] == [(s, s * 48) for s in (0, 3, 6, 7)]
+
+
+def test_the_decay_ends_where_it_is_said_to(tmp_path):
+    run = Run(tmp_path, params=train_params(lr_decay_iters=4)).go()
+    assert [record["lr"] for record in run.records("step")] == [lr_at(step, 1e-2, 1e-3, 2, 4) for step in range(ITERS)]
+    assert run.records("step")[-1]["lr"] == 1e-3
+
+
+def test_two_micro_batches_of_four_are_one_batch_of_eight(tmp_path):
+    seen = {}
+
+    def capture(name):
+        return lambda model, loss, step: seen.setdefault(name, []).append(loss.item()) or loss
+
+    # The first three steps: after that Adam, which divides by the size of a gradient, has made rounding visible.
+    both = {"max_iters": 3, "grad_clip": 0.0}
+    split = Run(
+        tmp_path / "a", params=train_params(batch_size=4, gradient_accumulation_steps=2, **both), poison=capture("a")
+    ).go()
+    whole = Run(
+        tmp_path / "b", params=train_params(batch_size=8, gradient_accumulation_steps=1, **both), poison=capture("b")
+    ).go()
+    assert (len(seen["a"]), len(seen["b"])) == (6, 3)
+    for i in range(3):
+        # The samples are the same, so the mean of the two means is the mean.
+        assert sum(seen["a"][2 * i : 2 * i + 2]) / 2 == pytest.approx(seen["b"][i], rel=1e-5)
+    for one, other in zip(split.records("step"), whole.records("step"), strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_how_often_it_evaluates_reports_and_saves_changes_no_bit(tmp_path):
+    def run(name, every, log, checkpoint):
+        settings = {"config": {"dropout": 0.3}, "intervals": Intervals(log, checkpoint)}
+        done = Run(tmp_path / name, params=train_params(eval_interval=every), **settings).go()
+        return done.weights(), done.records("step")
+
+    assert run("a", 1, 1, 1) == run("b", 100, 100, 100) == run("c", 2, 3, 5)
+
+
+def test_text_written_at_an_evaluation_changes_no_bit_even_if_it_ends_early(tmp_path):
+    def write(model, progress):
+        for _ in generate(model, [1, 2], 2, 10, Sampling()):
+            break  # an end-of-text token
+
+    silent = Run(tmp_path / "a", config={"dropout": 0.3}).go()
+    assert Run(tmp_path / "b", config={"dropout": 0.3}, on_evaluation=write).go().weights() == silent.weights()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_seed_decides_all(dropout, tmp_path):
+    first, again, other = (
+        Run(tmp_path / name, config={"dropout": dropout}, params=train_params(seed=seed)).go().weights()
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again != other
+
+
+def test_a_batch_that_it_sees_again_and_again_is_learnt_by_heart(tmp_path):
+    # Nine tokens hold one sample of a context of eight.
+    params = train_params(max_iters=60, warmup_iters=0, batch_size=1, weight_decay=0.0, eval_interval=60)
+    run = Run(tmp_path, params=params, tokens=tiny.tokens(9)).go()
+    losses = [record["loss"] for record in run.records("step")]
+    assert losses[0] == pytest.approx(math.log(13), abs=0.05)
+    assert losses[-1] < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains_close_to_float32_with_weights_in_float32(dtype, tmp_path):
+    exact, mixed = Run(tmp_path / "a").go(), Run(tmp_path / "b", dtype=dtype).go()
+    assert {weight.dtype for weight in mixed.model.parameters()} == {torch.float32}
+    assert mixed.weights() != exact.weights()
+    for one, other in zip(mixed.records("step"), exact.records("step"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+def test_the_scale_of_float16_is_part_of_the_checkpoint(tmp_path):
+    run = Run(tmp_path, dtype="float16").go()
+    assert run.checkpoints.read(ITERS).scaler["scale"] > 0
+    assert Run(tmp_path / "plain").go().checkpoints.read(ITERS).scaler == {}
+
+
+# --- the best model ---------------------------------------------------------------------------------------------------
+
+
+def test_the_best_is_the_first_of_the_lowest_validation_losses_and_is_kept(tmp_path):
+    losses = {0: 5.0, 1: 4.0, 2: 3.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 9.0, 7: 8.0}
+    run = Run(tmp_path, params=train_params(eval_interval=1), val_losses=losses, intervals=Intervals(1, 1)).go()
+    assert (run.progress.best_step, run.progress.best_val_loss) == (2, 3.0)
+    kept = sorted(path.name for path in run.checkpoints.directory.iterdir())
+    assert kept == ["step-00000002", "step-00000006", "step-00000007"]
+    assert [(r["step"], r["best"], r["val_loss"]) for r in run.records("checkpoint")] == [
+        (1, True, 4.0) if step == 1 else (step, step in {0, 2}, losses[step]) for step in range(8)
+    ]
+
+
+def test_a_new_best_is_saved_whatever_the_interval(tmp_path):
+    losses = {0: 5.0, 3: 4.0, 6: 6.0, 7: 7.0}
+    run = Run(tmp_path, val_losses=losses, intervals=Intervals(1, 100)).go()
+    assert [record["step"] for record in run.records("checkpoint")] == [0, 3, 7]
+
+
+# --- divergence -------------------------------------------------------------------------------------------------------
+
+
+def diverged(run, match=None):
+    with pytest.raises(Diverged, match=match) as caught:
+        run.go()
+    for path in run.checkpoints.directory.glob("step-*"):
+        model = copy.deepcopy(run.model)
+        load_weights(run.checkpoints.read(int(path.name[5:])), model)
+        assert all(torch.isfinite(weight).all() for weight in model.parameters()), path
+    return caught.value.step
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    run = Run(tmp_path, poison=lambda model, loss, step: loss * math.nan if step == 4 else loss)
+    knobs = r"step 5: loss nan.*train\.learning_rate.*train\.warmup_iters.*train\.grad_clip"
+    assert diverged(run, knobs) == 5
+    assert run.checkpoints.newest(print).progress.step == 4
+    assert [record["step"] for record in run.records("step")] == [1, 2, 3, 4, 5]
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
+    def poison(model, loss, step):
+        return loss + (torch.sqrt(model.wte.weight[0, 0] * 0) if step == 2 else 0)  # the root of 0: a slope of infinity
+
+    assert diverged(Run(tmp_path, poison=poison), "step 3: loss [0-9.]+, gradient norm (nan|inf)") == 3
+
+
+def test_an_absurd_learning_rate_stops_the_run(tmp_path):
+    params = train_params(learning_rate=1e30, warmup_iters=0, max_iters=50, eval_interval=50)
+    assert 1 < diverged(Run(tmp_path, params=params, intervals=Intervals(1, 1000))) < 50
+
+
+def test_weights_that_are_no_numbers_stop_the_run_before_anything_is_saved(tmp_path):
+    def poison(model, loss, step):
+        return loss * model.wte.weight.sum() * math.nan
+
+    run = Run(tmp_path, poison=poison, val_losses={0: math.nan, 3: math.nan})
+    assert diverged(run) == 1
+    assert run.checkpoints.newest(print) is None
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run_too(tmp_path):
+    # The last step's update can break the weights: without this they would be published.
+    run = Run(tmp_path, val_losses={0: 3.0, 3: 2.0, 6: 1.0, 7: math.nan}, intervals=Intervals(2, 100))
+    assert diverged(run) == 7
+    assert run.checkpoints.newest(print).progress.step == 6
+
+
+def test_with_a_gradient_scaler_an_infinite_gradient_is_a_skipped_step(tmp_path):
+    def poison(model, loss, step):
+        return loss * 1e35 if step == 2 else loss  # finite, but not when it is scaled
+
+    run = Run(tmp_path, dtype="float16", poison=poison).go()
+    norms = [record["grad_norm"] for record in run.records("step")]
+    assert [math.isfinite(norm) for norm in norms] == [True, True, False, True, True, True, True]
+    assert all(torch.isfinite(weight).all() for weight in run.model.parameters())

@@ -1,0 +1,108 @@
+"""Frees what old runs and caches take, after showing it."""
+
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from nanogpt.journal import RunLock, last_record
+from nanogpt.mlflow_server import connect, resolve_uri
+from nanogpt.tracking import Replica
+
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Garbage:
+    path: Path
+    why: str
+
+    @property
+    def megabytes(self) -> float:
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(path.stat().st_size for path in files if path.is_file()) / 1e6
+
+
+@click.command()
+@click.option("--days", default=14, show_default=True, help="Keep run directories that were written to since.")
+@click.option("--yes", is_flag=True, help="Free it without asking.")
+def main(days: int, yes: bool) -> None:
+    """Shows what old run directories, deleted MLflow runs and unused DVC objects take, and frees it if you agree.
+
+    A run that MLflow does not hold whole is kept, and so are all objects that any commit or experiment refers to.
+    """
+    repository = Path.cwd()
+    uri = resolve_uri(repository)
+    garbage = [*old_runs(repository, uri, days), *deleted_runs(repository, uri)]
+    for item in garbage:
+        click.echo(f"{item.megabytes:10.1f} MB  {item.path.relative_to(repository)}  {item.why}")
+    objects = unused_objects()
+    megabytes = sum(item.megabytes for item in objects)
+    click.echo(f"{megabytes:10.1f} MB  {len(objects)} objects in DVC's cache that no commit or experiment uses")
+    if not garbage and not objects:
+        click.echo("nothing to free")
+        return
+    if not yes and not click.confirm("Free this?"):
+        return
+    for item in garbage:
+        shutil.rmtree(item.path)
+    if any(item.why == DELETED for item in garbage):
+        subprocess.run(["mlflow", "gc", "--backend-store-uri", uri], check=True, stdout=subprocess.DEVNULL)
+    dvc_gc("--force")
+    click.echo("freed")
+
+
+def old_runs(repository: Path, uri: str, days: int) -> list[Garbage]:
+    """Run directories that nobody has written to for so long, whose attempts have all ended and reached MLflow."""
+    found = []
+    for directory in sorted((repository / ".runs").glob("????????????????")):
+        attempts = sorted(directory.glob("attempt-*"))
+        journals = [attempt / "journal.jsonl" for attempt in attempts]
+        newest = max((path.stat().st_mtime for path in journals if path.exists()), default=0.0)
+        lock = RunLock(directory)
+        if time.time() - newest < days * DAY or not lock.acquire_now():
+            continue
+        ended = [last_record(path) for path in journals]
+        lock.release()
+        if attempts and all(Replica(attempt, uri).finished_run() for attempt in attempts):
+            result = ", ".join(str(record["status"]).lower() for record in ended if record)
+            found.append(Garbage(directory, f"{result}, {(time.time() - newest) / DAY:.0f} days old"))
+    return found
+
+
+DELETED = "run deleted in MLflow"
+
+
+def deleted_runs(repository: Path, uri: str) -> list[Garbage]:
+    """Artifacts of runs that were deleted in MLflow's page; only where this repository holds them itself."""
+    if not (repository / "mlflow.db").exists() or not uri.startswith("sqlite:"):
+        return []
+    from mlflow.entities import ViewType
+
+    client = connect(uri, repository)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments(view_type=ViewType.ALL)]
+    runs = client.search_runs(experiments, run_view_type=ViewType.DELETED_ONLY, max_results=1000) if experiments else []
+    folders = [Path(run.info.artifact_uri.removeprefix("file://")).parent for run in runs]
+    return [Garbage(folder, DELETED) for folder in folders if folder.is_dir()]
+
+
+def unused_objects() -> list[Garbage]:
+    """Objects in DVC's cache that neither the workspace nor any commit or experiment uses."""
+    lines = dvc_gc("--dry").splitlines()
+    paths = [Path(line.removeprefix("Removing ")) for line in lines if line.startswith("Removing ")]
+    return [Garbage(path, "DVC object") for path in paths if path.exists()]
+
+
+def dvc_gc(mode: str) -> str:
+    command = ["dvc", "gc", "--workspace", "--all-commits", "--all-experiments", mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
