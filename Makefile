@@ -47,7 +47,7 @@ test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
 lint: $(READY)  ## style and types
 	ruff check .
 	ruff format --check .
-	mypy nanogpt stages tools
+	mypy nanogpt stages tools benchmarks
 
 gc: $(READY)  ## show what old runs and caches take, and free it if you agree
 	@python -m tools.gc

@@ -3,7 +3,6 @@
 import os
 import re
 import sqlite3
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a URL may hold a password
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -104,6 +104,10 @@ def explained(uri: str) -> Iterator[None]:
                     "-shm), then `python -m tools.sync` fills a new one from the journals"
                 ) from error
             where = str(path)
+        if unreachable := re.search(
+            r"Max retries exceeded.*?(timed out|too many \d+ error|\[Errno -?\d+\] [\w ]+)", text
+        ):
+            raise TrackingError(f"MLflow at {where} cannot be reached ({unreachable[1]})") from error
         raise TrackingError(f"MLflow at {where} did not take it ({type(error).__name__}: {text[:300]})") from error
 
 
@@ -117,7 +121,8 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
             if experiment.lifecycle_stage != "active":
                 raise TrackingError(f"the MLflow experiment {name!r} is deleted: restore it or set tracking.experiment")
             return str(experiment.experiment_id)
-        folder = urllib.parse.quote(name, safe=" ") if name.strip(".") else "experiment"
+        # Not quoted: MLflow takes a % in a path for an escape when it loads a model. Each run has its own folder below.
+        folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)
         # A server knows where its artifacts belong; a database without one would take the working directory.
         local = uri.startswith(("sqlite:", "file:"))
         location = (repository / "mlartifacts" / folder).as_uri() if local else None

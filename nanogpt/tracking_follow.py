@@ -64,7 +64,8 @@ class SystemMetrics:
             monitor.clear_metrics()
         # The page bears some 25 metrics in all, and eight GPUs alone have 40.
         chosen = sorted(values, key=_importance)[:MAX_SYSTEM_KEYS]
-        self.journal.append("system", step=self._count, **{f"system/{key}": values[key] for key in chosen})
+        fields = {f"system/{key}": values[key] for key in chosen}
+        self.journal.append("system", t=int(now * 1000), step=self._count, **fields)
         self._count += 1
 
 

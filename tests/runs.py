@@ -69,6 +69,22 @@ def finished_attempt(repository: Path, name: str = "run", model: str = "m" * 64)
     return attempt
 
 
+def write_report(repository: Path, stage: str = "evaluate", **fields: Any) -> Path:
+    path = repository / ".runs" / "reports" / f"{stage}-0123.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "stage": stage,
+        "model": "m" * 64,
+        "metrics": {"evaluate/val_loss": 1.25},
+        "tags": {"evaluate.stride": "null"},
+        "files": {"samples/samples.md": "Once upon a time\n```\n"} if stage == "sample" else {},
+        "t": T0 + 1000,
+        "experiment": "test/one experiment",
+    }
+    path.write_text(json.dumps(report | fields))
+    return path
+
+
 def contents(client: Any, run_id: str) -> dict[str, Any]:
     """All that MLflow holds of a run and that a replay must give again."""
     run = client.get_run(run_id)

@@ -97,7 +97,9 @@ def test_files_of_several_kinds(download: Callable[..., list[str]]):
 
 
 def test_no_match_tells_of_untracked_files(download: Callable[..., list[str]]):
-    with pytest.raises(ValueError, match=r"no file matches texts/\*\.txt; correct download\.source \(under `dvc exp run"):
+    with pytest.raises(
+        ValueError, match=r"no file matches texts/\*\.txt; correct download\.source \(under `dvc exp run"
+    ):
         download("file:texts/*.txt")
 
 
@@ -123,7 +125,9 @@ def test_an_empty_corpus_is_refused(download: Callable[..., list[str]], name: st
 @pytest.mark.parametrize("before", [0, 2**18 - 1, 2**18, 300_000])
 def test_undecodable_bytes_are_located(download: Callable[..., list[str]], before: int):
     Path("a.txt").write_bytes(b"x" * before + b"\xe4\xb8A")
-    with pytest.raises(ValueError, match=rf"a\.txt: byte 0xe4 at position {before} is not UTF-8; convert the file.*iconv"):
+    with pytest.raises(
+        ValueError, match=rf"a\.txt: byte 0xe4 at position {before} is not UTF-8; convert the file.*iconv"
+    ):
         download("file:a.txt")
 
 
@@ -171,7 +175,9 @@ def test_bad_parquet_files_are_named(download: Callable[..., list[str]]):
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
         download("file:a.parquet")
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), "b.parquet")
-    with pytest.raises(ValueError, match=r"b\.parquet has no column text; set download\.text_column to one of: body, id"):
+    with pytest.raises(
+        ValueError, match=r"b\.parquet has no column text; set download\.text_column to one of: body, id"
+    ):
         download("file:b.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet, row 1: column id holds 1, no text"):
         download("file:b.parquet", text_column="id")
@@ -241,7 +247,8 @@ def test_a_failing_server_is_asked_again(server: Server, tmp_path: Path):
 def test_what_was_changed_is_refused(server: Server, tmp_path: Path):
     server.answers = [(200, CONTENT.swapcase(), len(CONTENT))]
     with pytest.raises(
-        ValueError, match=r"input\.txt has sha256 \w{64} and not \w{64}: it was changed; put the right file as text\.txt"
+        ValueError,
+        match=r"input\.txt has sha256 \w{64} and not \w{64}: it was changed; put the right file as text\.txt",
     ):
         fetch(server.remote(), tmp_path / "text")
     assert server.requests == 1
@@ -270,7 +277,9 @@ def test_what_is_not_there_is_asked_for_once(server: Server, tmp_path: Path):
 
 def test_no_network_names_what_needs_none(server: Server, tmp_path: Path):
     url = "http://user:secret@127.0.0.1:1/input.txt?token=secret"
-    with pytest.raises(ValueError, match=r"could not be reached in 4 attempts .*; sources that need no network: gra") as error:
+    with pytest.raises(
+        ValueError, match=r"could not be reached in 4 attempts .*; sources that need no network: gra"
+    ) as error:
         fetch(Remote(url, "text.txt", "0" * 64, 1), tmp_path / "text")
     assert "grammar, file:<path>" in str(error.value)
     assert "127.0.0.1:1/input.txt" in str(error.value)
@@ -371,7 +380,9 @@ def test_a_dataset_without_the_column_names_those_it_has(download: Callable[...,
 
 
 def test_a_dataset_without_the_split_names_those_it_has(download: Callable[..., list[str]], dataset: Path):
-    with pytest.raises(ValueError, match=r"cannot be read \(Bad split: dev\. Available splits: .*check download\.source, d"):
+    with pytest.raises(
+        ValueError, match=r"cannot be read \(Bad split: dev\. Available splits: .*check download\.source, d"
+    ):
         download(f"hf:{dataset}", split="dev")
 
 
@@ -379,7 +390,8 @@ def test_a_dataset_that_cannot_be_reached(download: Callable[..., list[str]]):
     # The tests run with HF_HUB_OFFLINE (tests/conftest.py), which the library treats as no network.
     warnings: list[str] = []
     with pytest.raises(
-        ValueError, match=r"hf:someone/something could not be reached \(.*\); sources that need no network: grammar, file"
+        ValueError,
+        match=r"hf:someone/something could not be reached \(.*\); sources that need no network: grammar, file",
     ):
         download("hf:someone/something", warnings.append)
     assert [line.startswith("download.revision is null") for line in warnings] == [True]

@@ -56,7 +56,9 @@ def test_a_split_is_opened_as_it_was_written(tmp_path: Path, dtype: str, name: S
 def test_a_cut_file_is_refused_by_its_size(tmp_path: Path):
     path = write(tmp_path / "tokens") / "val.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"val\.bin has 1,998 bytes and meta\.json says 2,000; `rm -r .*tokens` and `dvc"):
+    with pytest.raises(
+        ValueError, match=r"val\.bin has 1,998 bytes and meta\.json says 2,000; `rm -r .*tokens` and `dvc"
+    ):
         load_split(tmp_path / "tokens", "val")
     load_split(tmp_path / "tokens", "train")
 
@@ -166,7 +168,7 @@ def test_a_split_shorter_than_a_block_is_refused():
     check_block_size(split, 9)
     with pytest.raises(
         ValueError,
-        match=r"model\.block_size = 10 needs at least 11 tokens, and the val split has 10; lower model\.block_size, or use",
+        match=r"model\.block_size = 10 needs at least 11 tokens, and the val split has 10; lower model\.block_size",
     ):
         check_block_size(split, 10)
 

@@ -266,10 +266,10 @@ from pathlib import Path
 from nanogpt.journal import RunLock
 with RunLock(Path(sys.argv[1])):
     if sys.argv[2:] and os.fork() == 0:
-        print("child", flush=True)
+        os.write(1, b"child\n")
         sys.stdin.read()
         os._exit(0)
-    print("held", flush=True)
+    os.write(1, b"held\n")
     sys.stdin.read()
 """
 

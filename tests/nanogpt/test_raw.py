@@ -11,7 +11,9 @@ from nanogpt import raw as raw_module
 from nanogpt.raw import CorpusInfo, Writer, lines, load_info, read_documents, read_text
 
 
-def write(raw: Path, documents: Iterable[Iterable[str]], source: str = "grammar", max_gigabytes: float = 1.0) -> CorpusInfo:
+def write(
+    raw: Path, documents: Iterable[Iterable[str]], source: str = "grammar", max_gigabytes: float = 1.0
+) -> CorpusInfo:
     writer = Writer(raw, max_gigabytes, lambda done: None)
     for document in documents:
         writer.add(document)
@@ -41,7 +43,7 @@ def test_shards_depend_on_the_text_alone(tmp_path: Path, monkeypatch: pytest.Mon
     documents = [f"document {i}" for i in range(30)]
     infos = [write(tmp_path / name, ([text] for text in documents)) for name in ("a", "b")]
     assert infos[0] == infos[1]
-    assert len(infos[0].files) == 8
+    assert len(infos[0].files) == 6  # a line is 23 or 24 bytes, and a shard ends with the line that fills it
     assert list(read_documents(tmp_path / "a")) == documents
     for name, sha256 in infos[0].files.items():
         assert hashlib.sha256((tmp_path / "b" / name).read_bytes()).hexdigest() == sha256
@@ -68,8 +70,8 @@ def test_any_documents_come_back(tmp_path_factory: pytest.TempPathFactory, docum
 @settings(max_examples=100, deadline=None)
 def test_lines_do_not_depend_on_the_blocks(data: bytes, size: int):
     blocks = [data[start : start + size] for start in range(0, len(data), size)]
-    assert list(lines(blocks)) == data.splitlines(keepends=True) or b"\r" in data or b"\x0b" in data or b"\x0c" in data
-    assert b"".join(lines(blocks)) == data
+    *complete, last = data.split(b"\n")
+    assert list(lines(blocks)) == [line + b"\n" for line in complete] + [last] * bool(last)
 
 
 def test_text_is_read_in_pieces_that_keep_characters_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -109,7 +111,9 @@ def test_damaged_text_is_refused_with_the_remedy(tmp_path: Path, documents: list
     (tmp_path / "raw" / name).write_bytes(damage)
     with pytest.raises(ValueError, match=rf"{name} (is damaged|has sha256)") as error:
         list(read_documents(tmp_path / "raw"))
-    assert f"`rm -r {tmp_path}/raw` and `dvc checkout`, or make it anew with `dvc repro -f download`" in str(error.value)
+    assert f"`rm -r {tmp_path}/raw` and `dvc checkout`, or make it anew with `dvc repro -f download`" in str(
+        error.value
+    )
 
 
 def test_a_single_flipped_letter_is_found(tmp_path: Path):

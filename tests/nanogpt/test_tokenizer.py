@@ -26,10 +26,9 @@ from nanogpt.tokenizer import (
 TEXT = "The cat sat on the mat. The dog's bone isn't on the mat, it's in the yard!\n\n  1234 ünïcödé 你好 🙂\n" * 20
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 # Pieces that a byte-pair tokenizer splits or joins in unlike ways, so that a wrong cut shows.
-TRICKY = st.lists(
-    st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000", "the", "cat", "'s", "'", "'ll", "12", "...", "é", "你好", "🙂"]),
-    max_size=40,
-).map("".join)  # fmt: skip
+SPACES = [" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000"]
+WORDS = ["the", "cat", "'s", "'", "'ll", "12", "...", "é", "你好", "🙂"]
+TRICKY = st.lists(st.sampled_from(SPACES + WORDS), max_size=40).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +161,9 @@ def test_a_cut_anywhere_would_change_the_tokens(gpt2_files: Path):
     assert [*tokenizer.encode("the c"), *tokenizer.encode("at")] != tokenizer.encode("the cat").tolist()
 
 
-@pytest.mark.parametrize(("text", "cut"), [("a b c", 3), ("a\n\nb", 1), ("ab", 0), ("", 0), ("  ", 0), ("a  b", 1), ("a ", 1)])
+@pytest.mark.parametrize(
+    ("text", "cut"), [("a b c", 3), ("a\n\nb", 1), ("ab", 0), ("", 0), ("  ", 0), ("a  b", 1), ("a ", 1)]
+)
 def test_cuts_lie_before_white_space(text: str, cut: int, trained: TrainedTokenizer):
     assert trained.last_cut(text) == cut
 
@@ -223,7 +224,7 @@ def test_training_does_not_depend_on_threads(tmp_path: Path):
 
 
 def test_gpt2_without_network_names_the_host_and_the_remedy(tmp_path: Path):
-    code = "from nanogpt.tokenizer import Gpt2Tokenizer as T\nt = T()\ntry: t.encode('a')\nexcept ValueError as e: print(e)"
+    code = "from nanogpt.tokenizer import *\ntry: Gpt2Tokenizer().encode('a')\nexcept ValueError as error: print(error)"
     unreachable = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://me:secret@127.0.0.1:1", "NO_PROXY": ""}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=os.environ | unreachable, capture_output=True, text=True, check=True)

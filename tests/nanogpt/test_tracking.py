@@ -18,7 +18,7 @@ from nanogpt.journal import Journal
 from nanogpt.mlflow_server import TrackingError, connect, redact, resolve_uri
 from nanogpt.tracking import NOTE, Replica, deliver_report
 from nanogpt.tracking_page import Page
-from tests.runs import T0, contents, end, finished_attempt, make_attempt, start, train
+from tests.runs import T0, contents, end, finished_attempt, make_attempt, start, train, write_report
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +34,12 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def repository(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    assert not (tmp_path / "mlruns").exists()
+    repository = tmp_path / "a repository"  # with a space in its name
+    repository.mkdir()
+    shutil.copyfile(empty_database, repository / "mlflow.db")
+    monkeypatch.chdir(repository)
+    yield repository
+    assert not (repository / "mlruns").exists()
 
 
 def finish(attempt: Path, repository: Path, killed: bool = False) -> tuple[Replica, dict[str, Any]]:
@@ -152,7 +154,7 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
         uri = f"http://someone:secret@127.0.0.1:{unused.getsockname()[1]}"
         attempt = finished_attempt(repository)
         begin = time.monotonic()
-        with pytest.raises(TrackingError, match="did not take it") as caught:
+        with pytest.raises(TrackingError, match=r"cannot be reached .*refused") as caught:
             Replica(attempt, uri).push()
         assert time.monotonic() - begin < 30  # MLflow's own setting: 247 s
     assert "secret" not in str(caught.value)
@@ -162,38 +164,34 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
 
 
 CREATE = """
-import sys
+import os, sys
 from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store
 from nanogpt.tracking import Replica, resolve_uri
 repository = Path(sys.argv[1])
-replica = Replica(repository / ".runs" / sys.argv[2] / "attempt-1", resolve_uri(repository))
-print("ready", flush=True)
-sys.stdin.readline()
-replica.push()
+read, write = os.pipe()
+children = []
+for name in sys.argv[2:]:
+    if pid := os.fork():
+        children.append(pid)
+        continue
+    os.close(write)
+    os.read(read, 1)  # until the parent closes it: all at once
+    Replica(repository / ".runs" / name / "attempt-1", resolve_uri(repository)).push()
+    os._exit(0)
+os.close(write)
+print([os.waitpid(pid, 0)[1] for pid in children])
 """
 
 
-def test_four_processes_create_one_database_at_once(tmp_path: Path) -> None:
+def test_four_processes_create_one_database_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     names = ["a", "b", "c", "d"]
-    processes = []
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     for name in names:
         finished_attempt(tmp_path, name)
-        process = subprocess.Popen(
-            [sys.executable, "-c", CREATE, str(tmp_path), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert process.stdout
-        assert process.stdout.readline() == "ready\n"
-        processes.append(process)
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("go\n")
-        process.stdin.close()
-    assert [process.wait() for process in processes] == [0, 0, 0, 0]
+    command = [sys.executable, "-c", CREATE, str(tmp_path), *names]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "[0, 0, 0, 0]\n"
     client = connect(resolve_uri(tmp_path), tmp_path)
     experiment = client.get_experiment_by_name("test/one experiment")
     assert sorted(run.info.run_name for run in client.search_runs([experiment.experiment_id])) == names
@@ -243,8 +241,7 @@ def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.Monkey
     assert found["models"][0][2] == [("val/loss", 2.0, 30, T0 + 301)]
     assert "**FINISHED** at step 40 of 40: best validation loss **2.0000** at step 30" in found["tags"][NOTE]
     assert "    text of 40" in found["tags"][NOTE]
-    location = replica._client.get_run(replica.run_id).info.artifact_uri
-    assert location.startswith((repository / "mlartifacts").as_uri())
+    assert list((repository / "mlartifacts" / "test_one_experiment").glob("*/artifacts/loss.png"))
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", resolve_uri(repository))
@@ -433,30 +430,47 @@ def test_best_model_loads_and_generates_in_another_directory(repository: Path, t
         "frame = pandas.DataFrame({'prompt': ['A']})\n"
         "print(model.predict(frame, params={'top_k': 5, 'max_new_tokens': 7})[0])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
+    lines = run_elsewhere(code)
     defaults = "('max_new_tokens', 200), ('seed', 1337), ('temperature', 1.0), ('top_k', None), ('top_p', None)"
-    assert done.stdout.splitlines()[0] == f"B|best|[{defaults}]"
-    assert "('max_new_tokens', 7)" in done.stdout.splitlines()[1]
-    assert "('top_k', 5)" in done.stdout.splitlines()[1]
+    assert lines[0] == f"B|best|[{defaults}]"
+    assert "('max_new_tokens', 7)" in lines[1]
+    assert "('top_k', 5)" in lines[1]
+
+
+def run_elsewhere(code: str) -> list[str]:
+    """Runs Python where this repository cannot be seen; returns the lines it prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_the_real_model_generates_the_same_text_through_mlflow(repository: Path) -> None:
+    from nanogpt.complete import complete
+    from nanogpt.published import load_model, save_model
+    from tests.nanogpt.tiny import char_tokenizer, gpt, weights
+
+    attempt = finished_attempt(repository)
+    shutil.rmtree(attempt / "models")
+    model = gpt(std=0.5)
+    char_tokenizer(repository / "tokenizer.json")
+    for kind in ("best", "last"):
+        save_model(attempt / "models" / kind, model.config, weights(model), repository / "tokenizer.json", {})
+    replica, _ = finish(attempt, repository)
+    found = replica._client.search_logged_models([replica._experiment], f"source_run_id = '{replica.run_id}'")
+    (best,) = [model.model_id for model in found if model.name == "best"]
+    code = (
+        "import mlflow\n"
+        f"mlflow.set_tracking_uri({resolve_uri(repository)!r})\n"
+        f"model = mlflow.pyfunc.load_model('models:/{best}')\n"
+        "print(ascii(model.predict(['abc', 'd'], params={'max_new_tokens': 9})))\n"
+    )
+    expected = [complete(load_model(attempt / "models" / "best"), prompt, max_new_tokens=9) for prompt in ("abc", "d")]
+    assert run_elsewhere(code)[-1] == ascii(expected)
 
 
 # --- reports
-
-
-def write_report(repository: Path, stage: str = "evaluate", **fields: Any) -> Path:
-    path = repository / ".runs" / "reports" / f"{stage}-0123.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "stage": stage,
-        "model": "m" * 64,
-        "metrics": {"evaluate/val_loss": 1.25},
-        "tags": {"evaluate.stride": "null"},
-        "files": {"samples/samples.md": "Once upon a time\n```\n"} if stage == "sample" else {},
-        "t": T0 + 1000,
-        "experiment": "test/one experiment",
-    }
-    path.write_text(json.dumps(report | fields))
-    return path
 
 
 def test_reports_join_the_run_that_trained_the_model(repository: Path) -> None:

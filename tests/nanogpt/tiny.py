@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.provenance import sha256_json
 from nanogpt.tokenizer import CharTokenizer
 
 # Two workers of pytest share two cores; for models of this size a second thread is only overhead.
@@ -73,9 +74,12 @@ def flip_bit(path: Path, position: int | None = None, bit: int = 0) -> None:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Replaces entries at the top level of a JSON file; None removes one."""
+    """Replaces entries at the top level of a JSON file; None removes one. A hash of the rest of it is made anew."""
     content = {**json.loads(path.read_bytes()), **changes}
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    content = {key: value for key, value in content.items() if value is not None}
+    if "meta_sha256" in content:
+        content["meta_sha256"] = sha256_json({key: content[key] for key in content if key != "meta_sha256"})
+    path.write_text(json.dumps(content))
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""What is measured, one command each, run as `python -m benchmarks.<name>`; no test depends on a time."""

@@ -1,0 +1,319 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import pytest
+
+from nanogpt import prepare as prepare_module
+from nanogpt import raw as raw_module
+from nanogpt.data import Meta, load_meta, load_split
+from nanogpt.params import TokenizeParams
+from nanogpt.prepare import held_out, prepare
+from nanogpt.raw import Writer, read_text
+from nanogpt.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer
+
+Kind = Literal["char", "gpt2", "bpe"]
+KINDS: list[Kind] = ["char", "gpt2", "bpe"]
+
+SENTENCES = "The cat's on the mat. It isn't yours, is it?\n\n  Números: 1234 ünïcödé 你好吗 🙂!\tthe end"
+TEXT = " ".join(f"{i} {SENTENCES}" for i in range(300))
+DOCUMENTS = [f"{i}: {SENTENCES[i % 60 :]}" * (i % 4) for i in range(101)]  # every fourth is empty
+
+
+def write(raw: Path, documents: Iterable[str]) -> Path:
+    writer = Writer(raw, 1.0, lambda done: None)
+    for text in documents:
+        writer.add([text])
+    writer.close("file:a.txt")
+    return raw
+
+
+def params(tokenizer: Kind, **changes: Any) -> TokenizeParams:
+    values = {"tokenizer": tokenizer, "vocab_size": 320, "val_fraction": 0.1, "split_seed": 2357}
+    return TokenizeParams(**(values | changes))
+
+
+def run(
+    tmp_path: Path, documents: list[str], section: TokenizeParams, processes: int = 1, name: str = "tokens"
+) -> tuple[Meta, Tokenizer, dict[str, list[int]]]:
+    """Prepares the documents and opens what was written, with all its checks."""
+    raw = tmp_path / "raw"
+    if not raw.exists():
+        write(raw, documents)
+    directory = tmp_path / name
+    meta = prepare(raw, directory, section, processes)
+    assert load_meta(directory) == meta
+    tokenizer = load_tokenizer(directory / "tokenizer.json", meta.tokenizer_sha256)
+    return meta, tokenizer, {"train": load_split(directory, "train").tokens.tolist(),
+                             "val": load_split(directory, "val").tokens.tolist()}  # fmt: skip
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+# --- one text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_text_is_split_by_position(tmp_path: Path, gpt2_files: Path, kind: Kind):
+    meta, tokenizer, splits = run(tmp_path, [TEXT], params(kind))
+    cut = int(len(TEXT) * 0.9)
+    assert tokenizer.decode(splits["train"]) == TEXT[:cut]
+    assert tokenizer.decode(splits["val"]) == TEXT[cut:]
+    assert (meta.train.bytes, meta.val.bytes) == (len(TEXT[:cut].encode()), len(TEXT[cut:].encode()))
+    assert (meta.train.documents, meta.val.documents) == (1, 1)
+    assert (meta.corpus.source, meta.corpus.documents) == ("file:a.txt", 1)
+    # The whole split can be scored: the validation's first token is preceded by the last one of training.
+    assert meta.train.first_context is None
+    assert meta.val.first_context == splits["train"][-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_text_has_no_end_of_text_token(tmp_path: Path, gpt2_files: Path, kind: Kind):
+    meta, tokenizer, splits = run(tmp_path, [TEXT], params(kind))
+    assert meta.end_of_text == tokenizer.end_of_text == (50256 if kind == "gpt2" else None)
+    assert meta.end_of_text not in splits["train"] + splits["val"]
+    assert meta.vocab_size == {"char": len(set(TEXT)), "gpt2": 50257, "bpe": 320}[kind]
+
+
+def test_gpt2_tokens_are_those_of_the_uncut_text(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in (raw_module, prepare_module):
+        monkeypatch.setattr(module, "PIECE", 50)
+    _, _, splits = run(tmp_path, [TEXT], params("gpt2"))
+    cut = int(len(TEXT) * 0.9)
+    assert splits["train"] == Gpt2Tokenizer().encode(TEXT[:cut]).tolist()
+    assert splits["val"] == Gpt2Tokenizer().encode(TEXT[cut:]).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("documents", [[TEXT], [*DOCUMENTS, TEXT]])
+def test_pieces_leave_no_trace(
+    tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, documents: list[str]
+):
+    run(tmp_path, documents, params(kind), name="whole")
+    monkeypatch.setattr(prepare_module, "_WORDS", 100)
+    for size in (7, 100):
+        for module in (raw_module, prepare_module):
+            monkeypatch.setattr(module, "PIECE", size)
+        run(tmp_path, documents, params(kind), name=f"pieces-{size}")
+        assert files(tmp_path / f"pieces-{size}") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+@pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
+def test_the_number_of_processes_leaves_no_trace(
+    tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, documents: list[str]
+):
+    run(tmp_path, documents, params(kind), processes=1, name="one")
+    monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "PIECE", 1000)
+    run(tmp_path, documents, params(kind), processes=2, name="two")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
+    """Memory stays flat: the text is read no further ahead than the encoded pieces are written."""
+    monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
+    for module in (raw_module, prepare_module):
+        monkeypatch.setattr(module, "PIECE", 500)
+    read = written = ahead = 0
+
+    def reading(raw: Path) -> Iterable[str]:
+        nonlocal read, ahead
+        for text in read_text(raw):
+            read += len(text.encode())
+            ahead = max(ahead, read - written)
+            yield text
+
+    def update(done: int) -> None:
+        nonlocal written
+        written = done
+
+    monkeypatch.setattr(prepare_module, "read_text", reading)
+    raw = write(tmp_path / "raw", [TEXT])
+    prepare(raw, tmp_path / "tokens", params("gpt2"), processes=2, update=update)
+    assert written == read == len(TEXT.encode())
+    # Five tasks and what is being gathered, each of at most two pieces; much less than the text.
+    assert 500 < ahead < 12 * 500 * 1.2 < written / 2
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.9])
+def test_a_text_too_short_to_split_is_refused(tmp_path: Path, val_fraction: float):
+    with pytest.raises(
+        ValueError,
+        match=rf"a text of 1 characters leaves one split empty at tokenize\.val_fraction = {val_fraction}; use more",
+    ):
+        run(tmp_path, ["a"], params("char", val_fraction=val_fraction))
+
+
+# --- several documents ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_are_split_by_document_and_ended(tmp_path: Path, gpt2_files: Path, kind: Kind):
+    meta, tokenizer, splits = run(tmp_path, DOCUMENTS, params(kind))
+    mask = held_out(len(DOCUMENTS), 0.1, 2357)
+    assert tokenizer.end_of_text == meta.end_of_text == tokenizer.vocab_size - 1
+    for name, part, held in (("train", meta.train, False), ("val", meta.val, True)):
+        expected = [text for text, h in zip(DOCUMENTS, mask, strict=True) if h == held]
+        tokens = np.array(splits[name])
+        ends = np.flatnonzero(tokens == meta.end_of_text)
+        assert ends[-1] == len(tokens) - 1
+        parts = np.split(tokens, ends + 1)[:-1]
+        assert [tokenizer.decode(ids[:-1]) for ids in parts] == expected
+        assert (part.documents, part.tokens) == (len(expected), len(tokens))
+        assert part.bytes == sum(len(text.encode()) for text in expected)
+        assert part.first_context == meta.end_of_text
+
+
+def test_end_of_text_written_in_a_document_is_ordinary_text(tmp_path: Path, gpt2_files: Path):
+    for kind in KINDS:
+        meta, _, splits = run(tmp_path, ["a<|endoftext|>b", "c<|endoftext|>"], params(kind), name=kind)
+        assert (splits["train"] + splits["val"]).count(meta.end_of_text or -1) == 2
+
+
+@pytest.mark.parametrize(("documents", "fraction"), [(2, 0.001), (2, 0.999), (10, 0.1), (1000, 0.05), (1001, 0.0005)])
+def test_the_number_held_out_is_exact(documents: int, fraction: float):
+    mask = held_out(documents, fraction, 1)
+    assert mask.sum() == min(max(1, math.ceil(documents * fraction)), documents - 1)
+
+
+def test_what_is_held_out_depends_on_the_seed_alone():
+    assert (held_out(1000, 0.1, 1) == held_out(1000, 0.1, 1)).all()
+    assert (held_out(1000, 0.1, 1) != held_out(1000, 0.1, 2)).any()
+    # A larger fraction holds out more documents, not other ones.
+    assert held_out(1000, 0.2, 1)[held_out(1000, 0.1, 1)].all()
+    # It is spread over the corpus: 100 of 1,000 by chance, half in each half, with a standard deviation of 5.
+    assert 30 < held_out(1000, 0.1, 1)[:500].sum() < 70
+
+
+def test_the_split_is_pinned():
+    assert np.flatnonzero(held_out(60, 0.1, 2357)).tolist() == [27, 28, 29, 38, 40, 52]
+
+
+def test_bpe_learns_from_the_training_split_alone(tmp_path: Path):
+    documents = ["zq" * 50 if held else "ab ab" for held in held_out(40, 0.1, 2357)]
+    _, tokenizer, _ = run(tmp_path, documents, params("bpe"))
+    learnt = [tokenizer.decode([i]) for i in range(256, tokenizer.vocab_size - 1)]
+    assert "ab" in learnt
+    assert not any("z" in token for token in learnt)
+
+
+def test_a_small_corpus_that_yields_fewer_tokens_is_told(tmp_path: Path):
+    warnings: list[str] = []
+    raw = write(tmp_path / "raw", ["ab ab ab ab ab ab ab ab ab ab"])
+    meta = prepare(raw, tmp_path / "tokens", params("bpe"), 1, warn=warnings.append)
+    assert warnings == [f"the text yields {meta.vocab_size} tokens, not tokenize.vocab_size = 320"]
+
+
+def test_a_large_vocabulary_takes_four_bytes_each(tmp_path: Path):
+    text = "".join(chr(code) for code in range(0x10000, 0x10000 + 70_000))
+    meta, tokenizer, splits = run(tmp_path, [text], params("char"))
+    assert (meta.dtype, meta.vocab_size) == ("uint32", 70_000)
+    assert (tmp_path / "tokens/train.bin").stat().st_size == 4 * meta.train.tokens
+    assert splits["train"] + splits["val"] == list(range(70_000))
+    assert isinstance(tokenizer, CharTokenizer)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_those_that_nanogpt_reads(tmp_path: Path):
+    meta, tokenizer, _ = run(tmp_path, [TEXT], params("char"))
+    assert sorted(files(tmp_path / "tokens")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    data = np.fromfile(tmp_path / "tokens/train.bin", dtype="<u2")
+    characters = sorted(set(TEXT))
+    assert "".join(characters[i] for i in data) == TEXT[: int(len(TEXT) * 0.9)]
+    content = json.loads((tmp_path / "tokens/meta.json").read_text())
+    assert list(content) == sorted(content)
+    assert set(content) == {
+        "dtype",
+        "vocab_size",
+        "tokenizer",
+        "tokenizer_sha256",
+        "end_of_text",
+        "corpus",
+        "train",
+        "val",
+    }
+    assert tokenizer.sha256 == meta.tokenizer_sha256
+
+
+def test_damaged_raw_text_is_refused(tmp_path: Path):
+    raw = write(tmp_path / "raw", [TEXT])
+    (raw / "text.txt").write_text(TEXT.replace("cat", "cut", 1), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"text\.txt has sha256 .*dvc repro -f download"):
+        prepare(raw, tmp_path / "tokens", params("char"), 1)
+
+
+def test_a_worker_that_dies_is_explained(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "_start_worker", die)
+    raw = write(tmp_path / "raw", [TEXT])
+    with pytest.raises(
+        ValueError, match=r"a tokenizer process died, perhaps for want of memory; lower runtime\.processes"
+    ):
+        prepare(raw, tmp_path / "tokens", params("gpt2"), 2)
+
+
+def die() -> None:
+    os._exit(9)
+
+
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, gpt2_files: Path):
+    """It reads for ever, and is killed when its workers are there."""
+    write(tmp_path / "raw", [TEXT])
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""if __name__ == "__main__":
+    import itertools
+    from pathlib import Path
+    from nanogpt import prepare
+    from nanogpt.params import TokenizeParams
+    prepare.POOL_BYTES = 0
+    prepare.read_text = lambda raw: itertools.repeat({SENTENCES!r})
+    params = TokenizeParams(tokenizer="gpt2", vocab_size=320, val_fraction=0.1, split_seed=1)
+    prepare.prepare(Path("raw"), Path("tokens"), params, 2)
+"""
+    )
+    main = subprocess.Popen([sys.executable, program], cwd=tmp_path)
+    workers: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 30
+        while len(workers) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            children = psutil.Process(main.pid).children()
+            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        time.sleep(1)
+    finally:
+        main.send_signal(signal.SIGKILL)
+        main.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for process in alive:
+        process.kill()
+    assert alive == []
+
+
+# --- tiny Shakespeare -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "train", "val"), [("char", 1_003_854, 111_540), ("gpt2", 301_966, 36_059)])
+def test_shakespeare_gives_nanogpts_tokens(
+    tmp_path: Path, gpt2_files: Path, shakespeare: Path, kind: Kind, train: int, val: int
+):
+    meta, tokenizer, splits = run(tmp_path, [shakespeare.read_text(encoding="utf-8")], params(kind))
+    assert (meta.train.tokens, meta.val.tokens) == (train, val)
+    if kind == "char":
+        assert meta.vocab_size == 65
+    assert tokenizer.decode(splits["train"][:20]).startswith("First Citizen:\nBefor")

@@ -1,0 +1,120 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nanogpt import prepare
+from nanogpt.data import load_split
+from nanogpt.raw import Writer
+from nanogpt.tokenizer import load_tokenizer
+from stages.tokenize import main
+
+Project = Callable[..., Path]
+DOCUMENTS = [f"Story {i}. The cat sat on the mat; the dog didn't." for i in range(50)]
+
+
+def write_raw(folder: Path, documents: list[str]) -> None:
+    writer = Writer(folder / "data/raw", 1.0, lambda done: None)
+    for text in documents:
+        writer.add([text])
+    writer.close("grammar")
+
+
+def run() -> Result:
+    return CliRunner().invoke(main, [])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("kind", "vocabulary"), [("char", "31"), ("gpt2", "50,257"), ("bpe", "270")])
+def test_each_tokenizer(project: Project, gpt2_files: Path, kind: str, vocabulary: str):
+    folder = project(**{"tokenize.tokenizer": kind, "tokenize.vocab_size": 270})
+    write_raw(folder, DOCUMENTS)
+    result = run()
+    assert result.exit_code == 0
+    train, val = (load_split(folder / "data/tokens", name) for name in ("train", "val"))
+    counts = f"{train.meta.tokens:,} train + {val.meta.tokens:,} val tokens"
+    assert result.output == f"tokenize: {counts}, vocabulary {vocabulary} ({kind}) -> data/tokens\n"
+    assert (train.meta.documents, val.meta.documents) == (45, 5)
+    tokenizer = load_tokenizer(folder / "data/tokens/tokenizer.json")
+    assert tokenizer.decode(train.tokens).startswith("Story 0. The cat sat on the mat; the dog didn't.<|endoftext|>Sto")
+
+
+def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
+    folder = project(**{"tokenize.tokenizer": "char"})
+    write_raw(folder, DOCUMENTS)
+    run()
+    first = contents(folder / "data/tokens")
+    raw = folder / "data/raw/documents-00000.jsonl"
+    raw.write_bytes(raw.read_bytes().replace(b"cat", b"cut", 1))
+    result = run()
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: tokenize: data/raw/documents-00000.jsonl has sha256")
+    assert "dvc repro -f download" in result.output
+    assert result.output.count("\n") == 1
+    assert contents(folder / "data/tokens") == first
+    assert sorted(path.name for path in (folder / "data").iterdir()) == ["raw", "tokens"]
+
+
+def test_without_raw_text_the_way_to_it_is_told(project: Project):
+    project()
+    result = run()
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: tokenize: data/raw/corpus.json cannot be read (No such file or directory);")
+    assert "dvc repro -f download" in result.output
+
+
+def test_a_full_disk_leaves_what_was_there(project: Project, monkeypatch: pytest.MonkeyPatch):
+    folder = project(**{"tokenize.tokenizer": "char"})
+    write_raw(folder, DOCUMENTS)
+    run()
+    first = contents(folder / "data/tokens")
+    open_writer = prepare._Writer.__init__
+    # The device /dev/full answers every write as a full disk does.
+    monkeypatch.setattr(prepare._Writer, "__init__", lambda self, path: open_writer(self, Path("/dev/full")))
+    result = run()
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: tokenize: [Errno 28] No space left on device")
+    assert contents(folder / "data/tokens") == first
+
+
+def test_as_a_module_with_several_processes(project: Project, gpt2_files: Path):
+    """As DVC runs it; the corpus is large enough for worker processes, and its tokens are those of one process."""
+    outputs = {}
+    for processes in (1, 2):
+        folder = project(**{"tokenize.tokenizer": "gpt2", "runtime.processes": processes})
+        if processes == 1:
+            write_raw(folder, ["".join(f"{text}\n" for text in DOCUMENTS) * (prepare.POOL_BYTES // 2000)])
+        command = [sys.executable, "-m", "stages.tokenize"]
+        result = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        outputs[processes] = contents(folder / "data/tokens")
+    assert json.loads((folder / "data/raw/corpus.json").read_text())["bytes"] > prepare.POOL_BYTES
+    assert outputs[1] == outputs[2]
+
+
+def test_help_imports_nothing_slow():
+    code = (
+        "import sys; from click.testing import CliRunner; from stages.tokenize import main\n"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "sys.exit(bool({'torch', 'numpy', 'pydantic', 'mlflow'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_it_runs_without_torch(project: Project):
+    folder = project()
+    write_raw(folder, DOCUMENTS)
+    code = (
+        "import sys; sys.modules['torch'] = None  # an import of it would fail\n"
+        "from stages.tokenize import main; main([], standalone_mode=False)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True).returncode == 0
