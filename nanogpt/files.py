@@ -1,5 +1,6 @@
 """Files that are there whole or not at all: temporary name, sync, rename."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -13,7 +14,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well, what was written there takes its place.
 
     A file or a directory. After an exception nothing is left behind and what was at `path` is untouched. A file's
-    replacement is atomic; a directory's has an instant in which neither exists.
+    replacement is atomic; a directory's has an instant in which neither exists. A full disk is told as an OSError that
+    names `path` and the remedy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -25,6 +27,11 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(workspace / "replaced")
         temporary.replace(path)
         _sync(path.parent)
+    except Exception as error:
+        if _disk_is_full(error):
+            message = f"the disk is full; {path} is as it was; free some space and start again"
+            raise OSError(errno.ENOSPC, message) from error
+        raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 
@@ -33,6 +40,13 @@ def write_text(path: Path, text: str) -> None:
     """Atomically replaces `path` by UTF-8 text, newlines as given."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
+
+
+def _disk_is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    # safetensors' own errors carry no number; these are the same three in its words.
+    return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def _sync_tree(path: Path) -> None:

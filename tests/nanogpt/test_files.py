@@ -49,7 +49,7 @@ def test_what_was_written_takes_the_place_and_nothing_else_is_left(kind, before,
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_after_an_exception_the_old_is_untouched_and_nothing_is_left(kind, error, tmp_path, expected):
     make(kind, tmp_path / "target", "old")
-    with pytest.raises(error), replacing(tmp_path / "target") as temporary:
+    with pytest.raises(error), replacing(tmp_path / "target") as temporary:  # noqa: PT012
         make(kind, temporary, "new")
         raise error
     assert contents(tmp_path) == expected("old")
@@ -73,7 +73,7 @@ def test_if_the_last_rename_fails_the_old_is_still_there(kind, error, tmp_path, 
 def test_everything_is_on_the_disk_before_the_name_changes(kind, tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or fsync(fd))
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(Path(f"/proc/self/fd/{fd}").readlink().name) or fsync(fd))
     monkeypatch.setattr(Path, "replace", lambda self, to: events.append("rename") or replace(self, to))
     with replacing(tmp_path / "target") as temporary:
         make(kind, temporary, "new")

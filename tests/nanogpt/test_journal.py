@@ -260,7 +260,7 @@ def test_attempts_are_those_that_tracking_can_replay(tmp_path: Path) -> None:
     assert [str(p.relative_to(tmp_path)) for p in attempts(tmp_path)] == ["b/attempt-1", "a/attempt-2"]
 
 
-HOLD = """
+HOLD = r"""
 import os, sys, time
 from pathlib import Path
 from nanogpt.journal import RunLock

@@ -106,7 +106,9 @@ def test_portable_is_refused_on_arm_before_anything_is_pinned(machine, monkeypat
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_cuda_where_there_is_none(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=rf"runtime\.device = {device}, but torch .* sees 0 CUDA.*set it to cpu or auto"):
+    with pytest.raises(
+        ValueError, match=rf"runtime\.device = {device}, but torch .* sees 0 CUDA.*set it to cpu or auto"
+    ):
         numerics.pin(settings("off"), device)
 
 

@@ -29,7 +29,13 @@ def test_the_learning_rate_warms_up_and_decays_along_half_a_cosine():
 
 @pytest.mark.parametrize(
     ("learning_rate", "min_lr", "warmup", "decay"),
-    [(6e-4, 6e-5, 2000, 600_000), (1e-3, 1e-4, 100, 2000), (3e-3, 3e-4, 0, 1000), (1e-3, 0.0, 5, 6), (1e-3, 1e-3, 1, 9)],
+    [
+        (6e-4, 6e-5, 2000, 600_000),
+        (1e-3, 1e-4, 100, 2000),
+        (3e-3, 3e-4, 0, 1000),
+        (1e-3, 0.0, 5, 6),
+        (1e-3, 1e-3, 1, 9),
+    ],
 )
 def test_the_learning_rate_is_nanogpts(learning_rate, min_lr, warmup, decay):
     near = {*range(10), *range(warmup - 2, warmup + 3), *range(decay - 2, decay + 3), (warmup + decay) // 2, decay * 2}

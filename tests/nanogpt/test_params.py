@@ -178,7 +178,11 @@ def test_what_dvc_writes_for_a_small_number_is_read_back(load):
         ("sample__prompts", "[]", r"sample.prompts = \[\] is refused: .*at least 1 item"),
         ("sample__prompts", "['']", "sample.prompts = '' is refused: .*at least 1 character"),
         # choices
-        ("download__source", "internet", "download.source = 'internet' is refused: .*grammar, shakespeare, .*hf:…, file:…"),
+        (
+            "download__source",
+            "internet",
+            "download.source = 'internet' is refused: .*grammar, shakespeare, .*hf:…, file:…",
+        ),
         ("download__source", '"hf:"', "download.source = 'hf:' is refused: .*hf:…"),
         ("tokenize__tokenizer", "gpt-2", "tokenize.tokenizer = 'gpt-2' is refused: .*'char', 'gpt2' or 'bpe'"),
         ("model__gelu", "relu", "model.gelu = 'relu' is refused: .*'exact' or 'tanh'"),
@@ -238,19 +242,31 @@ PORTABLE = {"numerics__determinism": "portable"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (SHAPE | {"model__n_head": 3}, "model.n_embd = 128 is not divisible by model.n_head = 3; set model.n_embd to 129"),
+        (
+            SHAPE | {"model__n_head": 3},
+            "model.n_embd = 128 is not divisible by model.n_head = 3; set model.n_embd to 129",
+        ),
         (SHAPE | {"model__n_embd": 2}, "model.n_embd = 2 is not divisible by model.n_head = 4; set model.n_embd to 4"),
         (SCHEDULE | {"train__max_iters": 50}, "train.warmup_iters = 50 is not below train.max_iters = 50; shorten"),
-        (SCHEDULE | {"train__lr_decay_iters": 50}, "train.lr_decay_iters = 50 is not above train.warmup_iters = 50; .*null"),
+        (
+            SCHEDULE | {"train__lr_decay_iters": 50},
+            "train.lr_decay_iters = 50 is not above train.warmup_iters = 50; .*null",
+        ),
         (SCHEDULE | {"train__min_lr": "4e-3"}, "train.min_lr = 0.004 is above train.learning_rate = 0.003; lower"),
         (SHAPE | {"evaluate__stride": 65}, "evaluate.stride = 65 is above model.block_size = 64, .*lower it or .*null"),
         ({"download__source": "file:/etc/*.txt"}, "download.source = .* does not lie in download.texts = texts, .*set"),
         ({"download__source": "file:texts/../x"}, "download.source = .* does not lie in download.texts"),
         ({"download__source": "file:texts2/x"}, "download.source = .* does not lie in download.texts"),
-        (PORTABLE | {"numerics__dtype": "bfloat16"}, "numerics.dtype = bfloat16 cannot be portable; .*float32, or .*machine"),
+        (
+            PORTABLE | {"numerics__dtype": "bfloat16"},
+            "numerics.dtype = bfloat16 cannot be portable; .*float32, or .*machine",
+        ),
         (PORTABLE | {"numerics__dtype": "float16"}, "numerics.dtype = float16 cannot be portable; set it to float32"),
         (PORTABLE | {"numerics__compile": "true"}, "numerics.compile = true cannot be portable; .*false, or .*machine"),
-        (PORTABLE | {"runtime__device": "cuda"}, "runtime.device = cuda cannot be portable; set it to cpu, or .*machine"),
+        (
+            PORTABLE | {"runtime__device": "cuda"},
+            "runtime.device = cuda cannot be portable; set it to cpu, or .*machine",
+        ),
         (PORTABLE | {"runtime__device": "mps"}, "runtime.device = mps cannot be portable"),
     ],
 )

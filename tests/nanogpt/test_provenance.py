@@ -49,7 +49,12 @@ def test_the_hash_of_a_tree_changes_with_any_name_or_content(tmp_path, other):
 
 def test_the_hash_of_a_json_value_knows_no_order_of_keys_but_one_of_lists():
     assert sha256_json({"a": 1, "b": [1, 2]}) == sha256_json({"b": [1, 2], "a": 1})
-    different = [{"a": 1, "b": [2, 1]}, {"a": 1.0, "b": [1, 2]}, {"a": "1", "b": [1, 2]}, {"a": 1, "b": [1, 2], "c": None}]
+    different = [
+        {"a": 1, "b": [2, 1]},
+        {"a": 1.0, "b": [1, 2]},
+        {"a": "1", "b": [1, 2]},
+        {"a": 1, "b": [1, 2], "c": None},
+    ]
     assert sha256_json({"a": 1, "b": [1, 2]}) not in map(sha256_json, different)
 
 
@@ -85,7 +90,7 @@ PACKAGE = {
     "pkg/entry.py": "import os\nimport pkg.plain\nfrom pkg import module, name_of_nothing\n",
     "pkg/plain.py": "import pkg.entry  # a circle\n\ndef f():\n    from pkg.lazy import value\n",
     "pkg/module.py": "import torch\nfrom pkg import tool\n",
-    "pkg/lazy.py": "value = 1\nif value:\n    try:\n        import pkg.deep.leaf as leaf\n    except ImportError:\n        pass\n",
+    "pkg/lazy.py": "if True:\n    try:\n        import pkg.deep.leaf as leaf\n    finally:\n        value = 1\n",
     "pkg/deep/leaf.py": "from os import path\n",
     "pkg/tool.py": "from pkg import only_for_the_tool\n",
     "pkg/only_for_the_tool.py": "",
@@ -121,7 +126,9 @@ def test_what_plumbing_imports_counts_when_something_else_imports_it_too(package
     assert "pkg/only_for_the_tool.py" in import_closure(package, "pkg.entry")
 
 
-@pytest.mark.parametrize(("edited", "changes"), [("deep/leaf", True), ("entry", True), ("tool", False), ("unused", False)])
+@pytest.mark.parametrize(
+    ("edited", "changes"), [("deep/leaf", True), ("entry", True), ("tool", False), ("unused", False)]
+)
 def test_the_hash_of_the_code_changes_with_what_is_imported_and_nothing_else(package, edited, changes):
     before = code_hash(package, "pkg.entry")
     path = package / "pkg" / f"{edited}.py"

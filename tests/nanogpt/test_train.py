@@ -72,9 +72,7 @@ class Run:
         torch.manual_seed(counter.derived_seed(self.params.seed, WEIGHTS))
         model = self.model = tiny.gpt(**self.config)
         params, scaler = self.params, torch.amp.GradScaler("cpu", enabled=self.dtype == "float16")
-        optimizer = adamw(
-            model, params.learning_rate, params.weight_decay, (params.beta1, params.beta2), "cpu"
-        )
+        optimizer = adamw(model, params.learning_rate, params.weight_decay, (params.beta1, params.beta2), "cpu")
         checkpoint = self.checkpoints.newest(lambda message: None)
         progress = self.progress = checkpoint.progress if checkpoint else Progress()
         if checkpoint:
