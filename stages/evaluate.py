@@ -61,8 +61,8 @@ def main(console: Console) -> None:
         )
     write_text(METRICS, json.dumps(metrics, sort_keys=True, indent=1) + "\n")
     console.say(f"{summary} -> {METRICS}")
-    settings = {"evaluate": params.evaluate, "evaluate.numerics": params.numerics}
-    report(console, params.tracking, sha256_tree(MODEL), settings, metrics, {})
+    losses = {name: value for name, value in metrics.items() if not name.endswith("_tokens")}
+    report(console, params.tracking, sha256_tree(MODEL), params.evaluate, losses, {})
 
 
 def score_split(

@@ -14,20 +14,16 @@ def report(
     console: Console,
     tracking: TrackingParams,
     model_sha256: str,
-    settings: dict[str, Section],
+    settings: Section,
     metrics: dict[str, float],
     files: dict[str, str],
 ) -> None:
     """Writes the report under .runs/reports/, then sends it; a server that fails costs a warning."""
-    tags = {
-        name: str(value)
-        for prefix, section in settings.items()
-        for name, value in flatten(section, f"{prefix}.").items()
-    }
+    tags = {name: str(value) for name, value in flatten(settings, f"{console.name}.").items()}
     content: dict[str, Any] = {
         "stage": console.name,
         "model": model_sha256,
-        "metrics": metrics,
+        "metrics": {f"{console.name}/{name}": value for name, value in metrics.items()},
         "tags": tags,
         "files": files,
         "experiment": tracking.experiment,

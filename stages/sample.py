@@ -58,9 +58,8 @@ def main(console: Console, directory: str, stream: bool, prompts: tuple[str, ...
         from nanogpt.provenance import sha256_tree
         from stages.report import report
 
-        sections = {"sample": params.sample, "sample.numerics": params.numerics}
         files = {f"samples/{path.name}": path.read_text() for path in sorted(SAMPLES.iterdir())}
-        report(console, params.tracking, sha256_tree(MODEL), sections, {}, files)
+        report(console, params.tracking, sha256_tree(MODEL), params.sample, {}, files)
 
 
 def read_prompt(prompt: str, anywhere: bool) -> str:

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 from ruamel.yaml import YAML
 
-from nanogpt.journal import end_of, read_records
+from nanogpt.journal import attempts, end_of, read_records
 
 REPOSITORY = Path(__file__).parents[2]
 HOOKS = Path(__file__).with_name("hooks")
@@ -98,7 +99,7 @@ class Clone:
         return self.run(" ".join(["dvc repro", *arguments]), check, **variables)
 
     def commit(self, message: str = "Changes") -> None:
-        self.run(f"git add --all && git commit --quiet --allow-empty --message '{message}'")
+        self.run(f"git add --all && git commit --quiet --allow-empty --message {shlex.quote(message)}")
 
     # --- files
 
@@ -161,12 +162,12 @@ class Clone:
 
     def attempts(self) -> list[Path]:
         """All trainings, in the order in which they were begun."""
-        found = (self.path / ".runs").glob("*/attempt-*")
-        return sorted(found, key=lambda path: (path / "run.json").stat().st_mtime_ns)
+        return attempts(self.path / ".runs")
 
     def records(self, kind: str, attempt: int = -1) -> list[dict[str, Any]]:
         """The records of a kind in an attempt's journal, by default the newest's."""
-        found = [record for record, _ in read_records(self.attempts()[attempt] / "journal.jsonl")]
+        path = self.attempts()[attempt] / "journal.jsonl"
+        found = [record for record, _ in read_records(path)] if path.exists() else []
         return [record for record in found if record["kind"] == kind]
 
     def steps(self, attempt: int = -1) -> list[int]:

@@ -1,0 +1,129 @@
+"""Runs every command of README.md and docs/ in a clone, with tiny params."""
+
+import re
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.clones import REPOSITORY, Clone, wait_until
+
+pytestmark = pytest.mark.pipeline
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHORT = " -S train.max_iters=20 -S train.warmup_iters=2 -S train.eval_interval=10 -S train.eval_iters=1"
+BY_CI = {"make test", "make test-pipeline", "make lint"}
+WITH_NANOGPT = "--nanogpt"  # needs a checkout of nanoGPT, which is not here
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return BLOCK.findall((REPOSITORY / page).read_text(encoding="utf-8"))
+
+
+def commands(page: str) -> list[str]:
+    """The commands of a page; a line that ends with a backslash goes on in the next one."""
+    text = "\n".join(text for language, text in blocks(page) if language == "bash").replace("\\\n", " ")
+    return [line for line in text.splitlines() if line]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A user's home with a text of their own."""
+    for path in (tmp_path / "home" / "book.txt", tmp_path / "home" / "texts" / "book.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("It was a bright cold day in April, and the clocks were striking.\n" * 200)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def clone(seed: Clone, copy_of: Callable[..., Clone]) -> Clone:
+    """A clone whose set-up is done: make finds an environment that is newer than what it was made from."""
+    clone = copy_of(seed)
+    (clone.path / ".venv").mkdir()
+    (clone.path / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    (clone.path / ".venv" / ".ready").touch()
+    return clone
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_every_command_works(page: str, clone: Clone, home: Path) -> None:
+    mirror = REPOSITORY.parent / "shared" / "data"
+    for command in commands(page):
+        if command in BY_CI or WITH_NANOGPT in command:
+            continue
+        if "download.source=shakespeare" in command and not (mirror / "tinyshakespeare.txt").exists():
+            continue
+        variables = {"HOME": str(home), "NANOGPT_MIRROR": str(mirror)}
+        if command == "make ui":
+            check_page(clone)
+            continue
+        if command.startswith("dvc exp run") and "train.max_iters" in command:
+            command += SHORT
+        clone.run(f"PATH={clone.path}/.venv/bin:$PATH; {command}", timeout=600, **variables)
+        if command.startswith("dvc queue start"):
+            wait_until(lambda: queue_is_done(clone), "the queue", clone, seconds=600)
+            assert "Failed" not in clone.run("dvc queue status")
+
+
+def queue_is_done(clone: Clone) -> bool:
+    return not re.search(r"Queued|Running", clone.run("dvc queue status").partition("Worker")[0])
+
+
+def check_page(clone: Clone) -> None:
+    """`make ui` serves MLflow's page with our experiment."""
+    process = clone.start("exec make ui PORT=5057")
+    try:
+        wait_until(lambda: b"<title>MLflow" in get("/"), "the page", clone)
+        body = b'{"max_results": 10}'
+        assert b'"nanogpt"' in get("/api/2.0/mlflow/experiments/search", body)
+    finally:
+        process.terminate()
+        clone.end_processes()
+        process.communicate()
+
+
+def get(path: str, body: bytes | None = None) -> bytes:
+    request = urllib.request.Request(f"http://127.0.0.1:5057{path}", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            content: bytes = response.read()
+            return content
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(language == "python" for language, _ in blocks(page))])
+def test_every_python_example_works(page: str, seed: Clone, copy_of: Callable[..., Clone]) -> None:
+    clone = copy_of(seed)
+    (published,) = [
+        model
+        for model in clone.client().search_logged_models([clone.runs()[0].info.experiment_id])
+        if model.name == "best"
+    ]
+    for language, text in blocks(page):
+        if language == "python":
+            clone.write("example.py", text.replace("<model id>", published.model_id).replace("sunny", "rainy"))
+            uri = f"sqlite:///{clone.path}/mlflow.db"
+            output = clone.run("python example.py", MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(clone.path))
+            assert "One rainy morning" in output
+
+
+def test_the_tests_that_the_readme_names_are_what_ci_runs() -> None:
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    assert all(command in script and command in commands("README.md") for command in BY_CI)
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+            assert (REPOSITORY / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def test_the_reading_order_names_every_module_of_the_core() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    modules = [path.name for folder in ("nanogpt", "stages") for path in (REPOSITORY / folder).glob("[a-z]*.py")]
+    assert [name for name in modules if name not in text] == []

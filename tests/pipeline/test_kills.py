@@ -1,0 +1,165 @@
+"""Whatever ends a training, the next `dvc repro` goes on with it: the same bits, one MLflow run, every step once."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from nanogpt.journal import holder
+from tests.pipeline.clones import Clone, wait_until
+
+pytestmark = pytest.mark.pipeline
+
+
+class PausedTraining:
+    """`dvc repro` whose trainer stands still, in the writing of a record to the journal (hooks/sitecustomize.py)."""
+
+    def __init__(self, clone: Clone, kind: str, step: int, command: str = "dvc repro"):
+        self.clone, self.go = clone, clone.path.parent / f"go-{kind}-{step}"
+        at = rf'"kind":"{kind}","t":\d+,"step":{step},' if kind != "end" else '"kind":"end"'
+        self.process = clone.start(command, PAUSE_AT=at, PAUSE_UNTIL=str(self.go))
+        self.attempt = wait_until(self._paused_attempt(kind, step), f"{kind} record of step {step}", clone)
+        self.trainer = holder(self.attempt.parent / "lock")
+
+    def _paused_attempt(self, kind: str, step: int):
+        def find() -> Path | None:
+            assert self.process.poll() is None, f"it has ended\n{self.process.communicate()[0]}\n{self.clone.logs()}"
+            newest = self.clone.attempts()[-1:]
+            return newest[0] if newest and any(r["step"] == step for r in self.clone.records(kind)) else None
+
+        return find
+
+    def let_go(self) -> None:
+        self.go.touch()
+
+    def output(self) -> str:
+        """Waits for the end of the command, which must have failed, and of every process."""
+        output, _ = self.process.communicate(timeout=120)
+        assert self.process.returncode != 0, output
+        wait_until(lambda: self.clone.processes() == [], "the end of all processes", self.clone)
+        return output
+
+
+@pytest.fixture
+def untrained(seed: Clone, copy_of) -> Clone:
+    """The seed before its training: data, but neither model nor run."""
+    clone = copy_of(seed, runs=False)
+    clone.forget("train")
+    return clone
+
+
+def assert_as_undisturbed(clone: Clone, seed: Clone, runs: int = 1) -> None:
+    assert clone.lock() == seed.lock()
+    assert clone.outs() == seed.outs()
+    assert clone.leftovers() == []
+    assert clone.processes() == []
+    assert clone.end()["status"] == "FINISHED"
+    for kind in ("step", "eval", "sample"):
+        assert [r["step"] for r in clone.records(kind)] == [r["step"] for r in seed.records(kind)]
+    assert clone.records("diverged") == []
+    found = clone.runs()
+    assert [run.info.status for run in found] == ["FINISHED"] * runs
+    (reference,) = seed.runs()
+    for key in ("train/loss", "grad_norm", "learning_rate", "val/loss", "val/loss_by_kilotokens", "best/val_loss"):
+        assert clone.history(found[-1], key) == seed.history(reference, key), key
+    assert clone.history(found[-1], "step_time") == sorted(set(clone.history(found[-1], "step_time")))
+
+
+def test_a_killed_trainer_is_resumed_to_the_same_bits(seed, untrained):
+    first = PausedTraining(untrained, "speed", 15)  # the journal holds 15 steps, the newest checkpoint 10
+    os.kill(first.trainer, signal.SIGKILL)
+    assert "exited with -9" in first.output()
+    assert untrained.steps() == list(range(1, 16))
+    assert [run.info.status for run in untrained.runs()] == ["KILLED"]
+
+    second = PausedTraining(untrained, "eval", 20)
+    assert untrained.steps() == list(range(1, 21))
+    os.kill(second.trainer, signal.SIGKILL)
+    second.output()
+
+    output = untrained.repro()
+    assert "resuming at step 15 of 30" in output
+    assert_as_undisturbed(untrained, seed)
+
+
+def test_a_stopped_trainer_saves_says_how_to_go_on_and_goes_on(seed, untrained):
+    first = PausedTraining(untrained, "step", 12)
+    os.killpg(first.process.pid, signal.SIGINT)  # Ctrl-C in a terminal reaches dvc and the trainer
+    first.let_go()
+    output = first.output()
+    stopped = re.search(r"stopped at step (\d+) \(Ctrl-C\), all is saved; `dvc repro` goes on from there", output)
+    assert stopped, output
+    assert "Traceback" not in output
+    assert untrained.steps() == list(range(1, int(stopped[1]) + 1))
+    assert [run.info.status for run in untrained.runs()] == ["KILLED"]
+
+    second = PausedTraining(untrained, "step", 22)
+    os.kill(second.trainer, signal.SIGTERM)
+    second.let_go()
+    assert re.search(r"stopped at step \d+ \(SIGTERM\), all is saved", second.output())
+    assert [run.info.status for run in untrained.runs()] == ["KILLED"]
+
+    untrained.repro()
+    assert_as_undisturbed(untrained, seed)
+
+
+def test_a_trainer_whose_dvc_was_killed_saves_and_ends(seed, untrained):
+    training = PausedTraining(untrained, "step", 12)
+    os.kill(training.process.pid, signal.SIGKILL)
+    training.process.wait()
+    training.let_go()
+    wait_until(lambda: untrained.processes() == [], "the end of the orphan", untrained)
+    log = untrained.read(".runs/logs/workspace/train.log")
+    assert re.search(r"stopped at step \d+ \(dvc is gone\), all is saved", log), log
+    assert [run.info.status for run in untrained.runs()] == ["KILLED"]
+
+    assert "resuming at step" in untrained.repro()
+    assert_as_undisturbed(untrained, seed)
+
+
+def test_a_training_that_was_done_when_it_was_killed_is_published_without_training(seed, untrained):
+    training = PausedTraining(untrained, "end", 30)
+    os.kill(training.trainer, signal.SIGKILL)
+    training.output()
+    assert not (untrained.path / "model").exists()
+
+    assert "this training is done already" in untrained.repro()
+    assert_as_undisturbed(untrained, seed)
+
+    untrained.forget("train")  # as if dvc had been killed before it wrote dvc.lock
+    assert "this training is done already" in untrained.repro()
+    assert_as_undisturbed(untrained, seed)
+
+
+def test_forced_repro_trains_afresh_as_a_run_of_its_own_and_keeps_the_uncommitted_diff(seed, copy_of):
+    clone = copy_of(seed)
+    clone.append("LICENSE", "An uncommitted line.\n")
+    output = clone.repro("--force --single-item train")
+    assert "training it afresh" in output
+    assert [attempt.name for attempt in clone.attempts()] == ["attempt-1", "attempt-2"]
+    assert clone.steps(0) == clone.steps(1)
+    assert_as_undisturbed(clone, seed, runs=2)
+
+    run = clone.runs()[-1]
+    assert run.data.tags["git.dirty"] == "true"
+    assert run.info.run_name == f"{clone.run('git rev-parse --short=7 HEAD').strip()} + uncommitted"
+    diff = clone.client().download_artifacts(run.info.run_id, "uncommitted.diff")
+    assert "+An uncommitted line." in Path(diff).read_text()
+
+
+def test_two_trainers_never_work_in_one_run_directory(seed, untrained):
+    first = PausedTraining(untrained, "step", 12, "python -m stages.train")
+    second = untrained.start("python -m stages.train")
+    log = untrained.path / ".runs/logs/workspace/train.log"
+    wait_until(lambda: "is training exactly this; waiting for its result" in log.read_text(), "the wait", untrained)
+    assert untrained.steps()[-1] < 30
+    first.let_go()
+    for process in (first.process, second):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    assert "this training is done already" in output
+    wait_until(lambda: untrained.processes() == [], "the end of all processes", untrained)
+    assert untrained.outs() == seed.outs()
+    assert len(untrained.attempts()) == len(untrained.runs()) == 1

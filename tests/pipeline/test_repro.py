@@ -1,0 +1,82 @@
+"""`dvc repro`: the same bits from two clones, nothing twice, and each change runs what depends on it and no more."""
+
+import socket
+
+import pytest
+
+pytestmark = pytest.mark.pipeline
+
+SKIPPED = "Stage '{}' didn't change, skipping"
+# Another locale, time zone, hash seed and number of threads than the seed was made with.
+ELSEWHERE = {"LANG": "C", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3"}
+
+
+def ran(output):
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def test_two_fresh_clones_give_the_same_bytes(fresh, seed, copy_of):
+    clone = copy_of(fresh, "another folder")
+    clone.repro(**ELSEWHERE)
+    assert clone.outs() == seed.outs()
+    assert clone.read("dvc.lock") == seed.read("dvc.lock")
+    assert clone.leftovers() == []
+    assert clone.processes() == []
+
+
+def test_what_dvc_hashes_names_no_folder_host_or_date(seed):
+    year = "20" + seed.run("date +%y").strip()
+    private = [str(seed.path), str(seed.path.parent), socket.gethostname(), f"{year}-", "/tmp/"]
+    for name in seed.outs():
+        content = (seed.path / name).read_bytes()
+        assert [word for word in private if word.encode() in content] == [], name
+
+
+def test_only_what_depends_on_a_change_runs_and_what_is_known_comes_from_the_cache(seed, copy_of):
+    clone = copy_of(seed)
+    output = clone.repro()
+    assert "Data and pipelines are up to date." in output
+    assert ran(output) == []
+    runs = [run.info.run_id for run in clone.runs()]
+
+    clone.set_params(**{"sample.temperature": 0.5})
+    assert ran(clone.repro()) == ["sample"]
+    assert clone.read("samples/samples.md") != seed.read("samples/samples.md")
+
+    clone.set_params(**{"sample.temperature": 1.0})
+    output = clone.repro()
+    assert ran(output) == []
+    assert "Stage 'sample' is cached" in output
+    assert clone.read("dvc.lock") == seed.read("dvc.lock")
+    assert clone.outs() == seed.outs()
+    assert [run.info.run_id for run in clone.runs()] == runs
+
+
+def test_a_change_of_generate_py_wants_new_samples_and_one_of_model_py_a_new_model(seed, copy_of):
+    clone = copy_of(seed, runs=False)
+    clone.append("nanogpt/generate.py", "\n# A comment.\n")
+    wanted = clone.run("dvc status")
+    assert "sample:" in wanted
+    assert "train:" not in wanted
+    assert "evaluate:" not in wanted
+    clone.append("nanogpt/model.py", "\n# A comment.\n")
+    wanted = clone.run("dvc status")
+    assert [stage for stage in ("download", "tokenize", "train", "evaluate", "sample") if f"{stage}:" in wanted] == [
+        "train",
+        "evaluate",
+        "sample",
+    ]
+
+
+def test_an_earlier_training_comes_back_from_the_cache_without_a_run_in_mlflow(seed, copy_of):
+    clone = copy_of(seed)
+    clone.set_params(**{"train.seed": 2})
+    assert ran(clone.repro()) == ["train", "evaluate", "sample"]
+    assert clone.lock()["train"]["outs"] != seed.lock()["train"]["outs"]
+    assert len(clone.runs()) == 2
+
+    clone.set_params(**{"train.seed": 1337})
+    assert ran(clone.repro()) == []
+    assert clone.read("dvc.lock") == seed.read("dvc.lock")
+    assert clone.outs() == seed.outs()
+    assert len(clone.runs()) == 2
