@@ -48,9 +48,12 @@ def main(days: int, yes: bool) -> None:
     if not yes and not click.confirm("Free this?"):
         return
     for item in garbage:
-        shutil.rmtree(item.path)
+        if item.why != DELETED:
+            shutil.rmtree(item.path)
     if any(item.why == DELETED for item in garbage):
-        subprocess.run(["mlflow", "gc", "--backend-store-uri", uri], check=True, stdout=subprocess.DEVNULL)
+        # Removes a run's artifacts and, which nothing else can, the run itself from the database.
+        command = ["mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     dvc_gc("--force")
     click.echo("freed")
 

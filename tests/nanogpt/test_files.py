@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def test_after_an_exception_the_old_is_untouched_and_nothing_is_left(kind, error
         raise error
     assert contents(tmp_path) == expected("old")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize(
+    "kind_of_error", [OSError, lambda number, text: RuntimeError(f"I/O error (os error {number})")]
+)
+def test_a_full_disk_is_told_with_the_path_and_the_remedy(number, kind_of_error, tmp_path):
+    with pytest.raises(OSError, match=r"the disk is full; .*target is as it was; free some space") as caught:
+        with replacing(tmp_path / "target"):
+            raise kind_of_error(number, "as the library says it")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_another_error_stays_what_it_is(tmp_path):
+    with pytest.raises(OSError, match="as it was raised"), replacing(tmp_path / "target"):
+        raise OSError(errno.EACCES, "as it was raised")
 
 
 @pytest.mark.parametrize("error", [OSError("no more inodes"), KeyboardInterrupt()])

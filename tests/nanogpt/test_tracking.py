@@ -156,7 +156,7 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
         begin = time.monotonic()
         with pytest.raises(TrackingError, match=r"cannot be reached .*refused") as caught:
             Replica(attempt, uri).push()
-        assert time.monotonic() - begin < 30  # MLflow's own setting: 247 s
+        assert time.monotonic() - begin < 120  # MLflow's own setting: 247 s
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert finish(attempt, repository)[1]["info"][1] == "FINISHED"

@@ -183,6 +183,13 @@ def test_a_finished_run_that_is_started_again_does_nothing(undisturbed, tmp_path
     assert Run(tmp_path, **settings).go().result() == result
 
 
+def test_an_evaluation_is_not_repeated_when_the_run_resumes_at_its_step(tmp_path):
+    seen = []
+    run = Run(tmp_path, on_evaluation=lambda model, progress: seen.append(progress.step))
+    run.interrupted(stop_at=3).go()
+    assert seen == [0, 3, 6, 7]
+
+
 def test_a_stop_is_raised_with_its_reason_after_the_state_is_saved(tmp_path):
     with pytest.raises(Stopped, match="Ctrl-C"):
         Run(tmp_path).go(stop_at=5)
@@ -291,6 +298,20 @@ def test_the_seed_decides_all(dropout, tmp_path):
     assert first == again != other
 
 
+def test_every_micro_batch_of_every_step_drops_something_else(tmp_path):
+    # One sample, and a learning rate at which no weight moves: only the dropout can make two losses differ.
+    params = train_params(learning_rate=1e-30, min_lr=0.0, batch_size=1, gradient_accumulation_steps=2)
+    losses = []
+    Run(
+        tmp_path,
+        params=params,
+        config={"dropout": 0.3},
+        tokens=tiny.tokens(9),
+        poison=lambda model, loss, step: losses.append(loss.item()) or loss,
+    ).go()
+    assert len(set(losses)) == len(losses) == 2 * ITERS
+
+
 def test_a_batch_that_it_sees_again_and_again_is_learnt_by_heart(tmp_path):
     # Nine tokens hold one sample of a context of eight.
     params = train_params(max_iters=60, warmup_iters=0, batch_size=1, weight_decay=0.0, eval_interval=60)
@@ -307,6 +328,7 @@ def test_mixed_precision_trains_close_to_float32_with_weights_in_float32(dtype, 
     assert mixed.weights() != exact.weights()
     for one, other in zip(mixed.records("step"), exact.records("step"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)  # of the gradient without the scale
 
 
 def test_the_scale_of_float16_is_part_of_the_checkpoint(tmp_path):

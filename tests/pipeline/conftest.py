@@ -19,13 +19,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fresh(shared: Path) -> Clone:
-    """A clone in which nothing has been run. Not to be changed: take a copy."""
-    return _once(shared / "fresh", make_fresh)
+def once(shared: Path) -> Callable[[str, Callable[[Path], object]], Clone]:
+    """`once(name, make)`: the clone that `make(path)` makes, by the first worker that asks for it."""
+    return lambda name, make: _once(shared / name, make)
 
 
 @pytest.fixture(scope="session")
-def seed(fresh: Clone, shared: Path) -> Clone:
+def fresh(once) -> Clone:
+    """A clone in which nothing has been run. Not to be changed: take a copy."""
+    return once("fresh", make_fresh)
+
+
+@pytest.fixture(scope="session")
+def seed(fresh: Clone, once) -> Clone:
     """A clone in which `dvc repro` has been run once, with its dvc.lock committed. Not to be changed: take a copy."""
 
     def reproduce(path: Path) -> None:
@@ -33,7 +39,7 @@ def seed(fresh: Clone, shared: Path) -> Clone:
         clone.repro()
         clone.commit("The pipeline's result")
 
-    return _once(shared / "seed", reproduce)
+    return once("seed", reproduce)
 
 
 def _once(path: Path, make: Callable[[Path], object]) -> Clone:

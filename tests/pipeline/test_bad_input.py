@@ -1,0 +1,160 @@
+"""Wrong input through the real command line: one line that names it, exit code 1, nothing half-written."""
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from nanogpt.checkpoint import Checkpoints
+from tests.pipeline.clones import Clone
+from tests.pipeline.test_own_text import CHAR, TALE
+
+pytestmark = pytest.mark.pipeline
+
+
+def refused(clone: Clone, command: str, stage: str, expected: str, log: bool = True) -> str:
+    """Runs a command that must fail with one line of `stage` on the terminal, and with the traceback in its log."""
+    output = clone.run(command, check=None)
+    (line,) = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert re.match(f"Error: {stage}: .*{expected}", line), output
+    assert "Traceback" not in output
+    assert "Traceback" in clone.read(f".runs/logs/workspace/{stage}.log")
+    assert clone.leftovers() == []
+    assert clone.processes() == []
+    if command.startswith("python"):
+        clone.run(command, check=1)
+    return line
+
+
+@pytest.fixture
+def clone(seed, copy_of) -> Clone:
+    return copy_of(seed)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"train.learning_rat": 1.0},
+            "train.learning_rat = 1.0 is not a known parameter; did you mean train.learning_",
+        ),
+        ({"train.learning_rate": "abc"}, "train.learning_rate = 'abc' is refused: .*number"),
+        ({"model.n_embd": 33}, "model.n_embd = 33 is not divisible by model.n_head = 2; set model.n_embd to 32"),
+        (
+            {"numerics.dtype": "bfloat16"},
+            "numerics.dtype = bfloat16 cannot be portable; set it to float32, or numerics",
+        ),
+        ({"numerics.compile": True}, "numerics.compile = true cannot be portable; set it to false"),
+        ({"train.warmup_iters": 30}, "train.warmup_iters = 30 is not below train.max_iters = 30"),
+        ({"train.min_lr": 1.0}, "train.min_lr = 1.0 is above train.learning_rate = 0.003"),
+    ],
+)
+def test_a_wrong_param_is_refused_before_the_first_stage(seed, clone, values, expected):
+    clone.set_params(**values)
+    refused(clone, "dvc repro --force --single-item download", "download", re.escape(expected).replace(r"\.\*", ".*"))
+    assert clone.outs().items() <= seed.outs().items()
+
+
+def test_a_param_that_dvc_does_not_track_is_refused_too(clone):
+    clone.set_params(**{"runtime.device": "cuda"})
+    refused(clone, "python -m stages.train", "train", "runtime.device = cuda cannot be portable; set it to cpu")
+    clone.set_params(**{"numerics.determinism": "machine"})
+    refused(clone, "python -m stages.train", "train", "runtime.device = cuda, but torch .* sees 0 CUDA devices")
+
+
+def test_set_param_with_a_wrong_value_changes_neither_model_nor_mlflow(seed, clone):
+    output = clone.run("dvc exp run -S train.learning_rate=abc", check=None)
+    assert "Error: train: params.yaml: train.learning_rate = 'abc' is refused" in output
+    assert "Traceback" not in output
+    assert len(clone.runs()) == len(clone.attempts()) == 1
+    output = clone.run("dvc exp run -S train.learning_rat=1", check=None)
+    assert "Could not override 'learning_rat'" in output
+    clone.run("git checkout --quiet params.yaml")
+    clone.repro()
+    assert clone.outs() == seed.outs()
+    assert clone.read("dvc.lock") == seed.read("dvc.lock")
+
+
+def test_a_block_longer_than_the_data_is_refused_before_training(clone):
+    clone.set_params(**{"model.block_size": 5000})
+    refused(clone, "dvc repro", "train", "model.block_size = 5000 needs at least 5001 tokens, and the val split has")
+    assert len(clone.runs()) == len(clone.attempts()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "file:texts/mine.txt"),
+        (TALE.encode() + b"caf\xe9", f"texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; convert"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused_by_name(clone, content, expected):
+    clone.write("texts/mine.txt", content)
+    clone.set_params(**CHAR)
+    refused(clone, "dvc repro", "download", re.escape(expected))
+    assert not (clone.path / "data/raw").exists()
+
+
+def test_a_text_that_is_absent_is_refused_by_name(clone):
+    clone.set_params(**{"download.source": "file:texts/absent*.txt"})
+    refused(clone, "dvc repro", "download", r"no file matches texts/absent\*.txt")
+
+
+def test_a_training_that_diverges_says_where_and_is_not_resumed(seed, clone):
+    clone.set_params(**{"train.learning_rate": 1e30})
+    expected = (
+        r"training diverged at step \d+: loss .*; lower train.learning_rate, lengthen train.warmup_iters or lower"
+    )
+    first = refused(clone, "dvc repro", "train", expected)
+    step = int(re.search(r"at step (\d+)", first)[1])
+    run = clone.runs()[-1]
+    assert run.info.status == "FAILED"
+    assert f"training diverged at step {step}" in run.data.tags["mlflow.note.content"]
+    newest = Checkpoints(clone.attempts()[-1] / "checkpoints").newest(on_damage=pytest.fail)
+    assert newest is not None
+    assert newest.progress.step < step
+    records = Path(clone.attempts()[-1] / "journal.jsonl").read_bytes()
+
+    again = refused(clone, "dvc repro", "train", f"this very training diverged at step {step} before")
+    assert "change train.learning_rate" in again
+    assert (clone.attempts()[-1] / "journal.jsonl").read_bytes() == records
+    assert len(clone.runs()) == 2
+
+    clone.run("git checkout --quiet params.yaml")
+    clone.repro()
+    assert clone.outs() == seed.outs()
+
+
+def flip_bit(path: Path) -> None:
+    """Changes one bit and neither size nor time, so that DVC sees nothing."""
+    import os
+
+    stat = path.stat()
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_damage_that_dvc_does_not_see_is_noticed_before_use(seed, clone):
+    tokens = clone.path / "data/tokens/train.bin"
+    flip_bit(tokens)
+    metrics = clone.outs()["metrics/evaluate.json"]
+    for stage in ("train", "evaluate"):
+        refused(clone, f"python -m stages.{stage}", stage, "data/tokens/train.bin has sha256 .* and meta.json says")
+    assert clone.outs()["metrics/evaluate.json"] == metrics
+    clone.run("rm -r data/tokens && dvc checkout")  # the remedy
+    assert clone.outs() == seed.outs()
+
+
+def test_a_truncated_model_is_noticed_before_use(seed, clone):
+    weights = clone.path / "model/weights.safetensors"
+    content = weights.read_bytes()
+    weights.chmod(0o644)
+    weights.write_bytes(content[: 8 + struct.unpack("<Q", content[:8])[0]])
+    for stage in ("evaluate", "sample"):
+        refused(clone, f"python -m stages.{stage}", stage, "model/weights.safetensors is not what model.json says")
+    clone.run("rm -r model && dvc checkout")
+    assert clone.outs() == seed.outs()

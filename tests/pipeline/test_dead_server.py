@@ -1,0 +1,43 @@
+"""A tracking server that is gone costs nothing but the delay."""
+
+import json
+import socket
+
+import pytest
+
+pytestmark = pytest.mark.pipeline
+
+
+def closed_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def test_without_a_server_the_pipeline_succeeds_and_sync_brings_everything_later(seed, copy_of):
+    clone = copy_of(seed, runs=False)
+    clone.set_params(**{"tracking.wait_seconds": 1})
+    clone.forget("train", "evaluate", "sample")
+    output = clone.repro(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{closed_port()}")
+    assert output.count("`python -m tools.sync` sends it later") == 3, output
+    assert clone.lock() == seed.lock()
+    assert clone.outs() == seed.outs()
+    assert not (clone.path / "mlflow.db").exists()
+    assert clone.processes() == []
+
+    output = clone.run("python -m tools.sync")
+    assert "is complete in MLflow" in output
+    (run,), (reference,) = clone.runs(), seed.runs()
+    assert run.info.status == "FINISHED"
+    assert run.data.params == reference.data.params
+    assert set(run.data.metrics) >= set(reference.data.metrics)
+    scores = json.loads(clone.read("metrics/evaluate.json"))
+    assert {key: run.data.metrics[key] for key in scores} == scores
+    for key in ("train/loss", "val/loss", "tokens_per_second"):
+        assert clone.history(run, key) == seed.history(reference, key)
+    models, expected = (
+        sorted(model.name for model in each.client().search_logged_models([of.info.experiment_id]))
+        for each, of in ((clone, run), (seed, reference))
+    )
+    assert models == expected
+    assert "has everything" in clone.run("python -m tools.sync")

@@ -1,0 +1,138 @@
+"""`dvc exp run` in the workspace, in a temporary directory and through the queue, and DVC's comparisons."""
+
+import csv
+import io
+import re
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.pipeline.clones import Clone, wait_until
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture(scope="session")
+def experiments(seed: Clone, once) -> Clone:
+    """A clone with one experiment of the workspace, and a queue that two workers have run. Not to be changed."""
+
+    def make(path):
+        clone = seed.copy(path)
+        try:
+            clone.run("dvc exp run --name alone --set-param train.seed=2")
+            clone.run("git checkout --quiet . && dvc checkout")
+            clone.run("dvc exp run --queue -S train.learning_rate=0.001,0.002 -S train.min_lr=0")
+            clone.run("dvc exp run --queue --name diverging -S train.learning_rate=1e30")
+            clone.run("dvc exp run --queue -S train.seed=3 -S sample.temperature=0.5,0.8")
+            clone.run("dvc queue start -j 2")
+            wait_until(lambda: not re.search("Queued|Running", tasks(clone)), "the end of the queue", clone, 300)
+        finally:
+            clone.end_processes()
+
+    return once("experiments", make)
+
+
+def tasks(clone: Clone) -> str:
+    """DVC's table of tasks, without what follows on its workers."""
+    return clone.run("dvc queue status").partition("\n\n")[0]
+
+
+def shown(clone: Clone) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(clone.run("dvc exp show --csv --no-pager"))))
+
+
+def one(rows: list[dict[str, str]], **values: str) -> dict[str, str]:
+    """The only row with these values; underscores in names stand for dots."""
+    found = [row for row in rows if all(row[name.replace("__", ".")] == value for name, value in values.items())]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_every_experiment_has_one_run_of_its_name_in_mlflow(experiments):
+    names = {row["Experiment"] for row in shown(experiments)} - {"", "main"}
+    assert len(names) == 5
+    runs = {run.info.run_name: run for run in experiments.runs()}
+    assert len(runs) == len(experiments.runs()) == 6  # of the seed; one of the two that share a training; diverging
+    assert len(set(runs) & (names | {"diverging"})) == 5
+    head = experiments.run("git rev-parse HEAD").strip()
+    for name in set(runs) & names:
+        assert runs[name].info.status == "FINISHED"
+        assert runs[name].data.tags["dvc.experiment"] == name
+        assert runs[name].data.tags["dvc.baseline"] == head
+        assert "val_loss" in runs[name].data.metrics
+    assert runs["alone"].data.params["train.seed"] == "2"
+
+
+def test_two_tasks_that_share_a_training_train_once(experiments):
+    tries = [
+        attempt
+        for attempt, run in zip(experiments.attempts(), experiments.runs(), strict=True)
+        if run.data.params["train.seed"] == "3"
+    ]
+    assert len(tries) == 1
+    steps = experiments.steps(experiments.attempts().index(tries[0]))
+    assert steps == list(range(1, 31))
+    found = [row for row in shown(experiments) if row["train.seed"] == "3" and row["Experiment"]]
+    assert sorted(row["sample.temperature"] for row in found) == ["0.5", "0.8"]
+    locks = [YAML(typ="safe").load(experiments.run(f"git show {row['rev']}:dvc.lock"))["stages"] for row in found]
+    assert locks[0]["train"] == locks[1]["train"]
+    assert locks[0]["evaluate"] == locks[1]["evaluate"]
+    assert locks[0]["sample"]["outs"] != locks[1]["sample"]["outs"]
+
+
+def test_a_task_that_failed_can_be_understood(experiments):
+    assert re.search(r"diverging +.*Failed", tasks(experiments))
+    assert tasks(experiments).count("Failed") == 1
+    told = r"training diverged at step \d+: .*lower train.learning_rate"
+    assert re.search(told, experiments.run("dvc queue logs diverging"))
+    log = experiments.read(".runs/logs/diverging/train.log")
+    assert re.search(told, log)
+    assert "Traceback" in log
+    (run,) = [run for run in experiments.runs() if run.info.run_name == "diverging"]
+    assert run.info.status == "FAILED"
+    assert re.search(r"Diverged: training diverged at step \d+", run.data.tags["mlflow.note.content"])
+
+
+def test_exp_show_has_the_metrics_of_every_experiment(experiments):
+    rows = [row for row in shown(experiments) if row["Experiment"] or row["rev"] == "workspace"]
+    for row in rows:
+        if row["Experiment"] != "diverging":
+            assert float(row["bits_per_byte"]) > 0, row
+    rate = one(shown(experiments), train__learning_rate="0.001")
+    run = next(run for run in experiments.runs() if run.info.run_name == rate["Experiment"])
+    assert float(rate["bits_per_byte"]) == run.data.metrics["bits_per_byte"]
+
+
+def test_metrics_and_params_can_be_compared(experiments):
+    row = next(line for line in experiments.run("dvc metrics diff main alone").splitlines() if "bits_per_byte" in line)
+    _, _, old, new, change = row.split()
+    assert float(new) - float(old) == pytest.approx(float(change), abs=2e-5)
+    assert float(change) != 0
+    row = next(line for line in experiments.run("dvc params diff main alone").splitlines() if "train.seed" in line)
+    assert row.split() == ["params.yaml", "train.seed", "1337", "2"]
+
+
+def test_loss_curves_of_two_revisions_are_drawn_together(experiments):
+    output = experiments.run("dvc plots diff main alone --out plots-page")
+    page = experiments.read("plots-page/index.html")
+    assert "failed to load" not in output
+    for revision in ("main", "alone"):
+        assert re.search(rf'"rev": ?"{revision}"', page), f"{revision} is not in the page\n{output}"
+
+
+def test_the_smoke_run_leaves_the_workspace_alone_and_its_traces_in_the_original_repository(seed, copy_of):
+    clone = copy_of(seed, runs=False)
+    (clone.path / ".venv").mkdir()
+    (clone.path / ".venv/.ready").touch()  # the set-up is done
+    output = clone.run("make --old-file=.venv/.ready smoke")
+    assert "Ran experiment(s): smoke" in output
+    assert clone.run("git status --porcelain --untracked-files=no") == ""
+    assert clone.outs() == seed.outs()
+    assert list((clone.path / ".dvc/tmp/exps/standalone").glob("tmp*")) == []
+    (run,) = clone.runs()
+    assert (run.info.run_name, run.info.status) == ("smoke", "FINISHED")
+    assert run.info.artifact_uri.startswith(f"file://{clone.path}/mlartifacts/")
+    (attempt,) = clone.attempts()
+    assert clone.steps() == list(range(1, 21))
+    assert {path.name for path in (clone.path / ".runs/logs/smoke").iterdir()} >= {"train.log", "sample.log"}
+    assert clone.processes() == []

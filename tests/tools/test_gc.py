@@ -1,0 +1,87 @@
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nanogpt.journal import RunLock
+from nanogpt.mlflow_server import connect, resolve_uri
+from nanogpt.tracking import Replica
+from tests.runs import finished_attempt
+from tools.gc import main
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with an old finished run that MLflow holds, and an object in DVC's cache that nothing uses."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for command in ("git init -q", "dvc init -q", "git -c user.name=a -c user.email=b commit -qm 1"):
+        subprocess.run(command.split(), check=True)
+    (tmp_path / "unused").write_text("unused")
+    subprocess.run(["dvc", "add", "--quiet", "unused"], check=True)
+    (tmp_path / "unused.dvc").unlink()
+    attempt = finished_attempt(tmp_path, "0123456789abcdef")
+    old = 1_700_000_000
+    os.utime(attempt / "journal.jsonl", (old, old))
+    (attempt / "mlflow.json").write_text(json.dumps(confirmed(attempt)))
+    return tmp_path
+
+
+def confirmed(attempt: Path) -> dict[str, object]:
+    """What the replica notes when MLflow has everything."""
+    end = json.loads((attempt / "journal.jsonl").read_text().splitlines()[-1])
+    uri = resolve_uri(Path(json.loads((attempt / "run.json").read_text())["repository"]))
+    return {"uri": uri, "run_id": "1", "finished": [end["status"], end["t"], 1]}
+
+
+def objects(repository: Path) -> list[Path]:
+    return [path for path in (repository / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
+
+
+def run(*arguments: str, answer: str = "") -> str:
+    result = CliRunner().invoke(main, arguments, input=answer, catch_exceptions=False)
+    return result.output
+
+
+def test_it_shows_first_and_a_no_leaves_everything(repository: Path) -> None:
+    output = run(answer="n\n")
+    assert ".runs/0123456789abcdef" in output
+    assert "1 objects in DVC's cache" in output
+    assert (repository / ".runs/0123456789abcdef").exists()
+    assert len(objects(repository)) == 1
+
+
+def test_a_yes_frees_what_was_shown(repository: Path) -> None:
+    assert "freed" in run(answer="y\n")
+    assert not (repository / ".runs/0123456789abcdef").exists()
+    assert objects(repository) == []
+    assert "nothing to free" in run()
+
+
+def test_a_run_that_is_young_or_held_or_not_in_mlflow_is_kept(repository: Path) -> None:
+    directory = repository / ".runs/0123456789abcdef"
+    assert directory.name not in run("--days", "100000", answer="n\n")
+    with RunLock(directory):
+        assert directory.name not in run(answer="n\n")
+    (directory / "attempt-1/mlflow.json").unlink()
+    assert directory.name not in run(answer="n\n")
+
+
+def test_artifacts_of_a_run_that_was_deleted_in_mlflow_are_freed(repository: Path) -> None:
+    attempt = repository / ".runs/0123456789abcdef/attempt-1"
+    (attempt / "mlflow.json").unlink()
+    for folder in (attempt / "models").iterdir():
+        folder.joinpath("weights.safetensors").unlink()
+        folder.rmdir()
+    uri = resolve_uri(repository)
+    replica = Replica(attempt, uri)
+    replica.finish()
+    client = connect(uri, repository)
+    (folder,) = [path for path in (repository / "mlartifacts").rglob(replica.run_id) if path.is_dir()]
+    client.delete_run(replica.run_id)
+    output = run("--days", "100000", answer="y\n")
+    assert "run deleted in MLflow" in output
+    assert not folder.exists()

@@ -1,0 +1,59 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tools.summary import main
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    train = {"parameters": 1000, "tokens": 2000, "steps": 30}
+    scores = {"val_loss": 1.5, "perplexity": 4.48, "bits_per_byte": 2.1, "train_loss": 1.4, "floor": 1.0, "excess": 0.5}
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/train.json").write_text(json.dumps(train))
+    (tmp_path / "metrics/evaluate.json").write_text(json.dumps(scores))
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
+    (tmp_path / "params.yaml").write_text("train:\n")
+    git("init", "-q")
+    git("add", "dvc.lock", "params.yaml")
+    git("commit", "-qm", "1")
+    return tmp_path
+
+
+def git(*arguments: str) -> None:
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *arguments], check=True)
+
+
+def summary() -> str:
+    return CliRunner().invoke(main, [], catch_exceptions=False).output
+
+
+def test_it_tells_the_loss_the_excess_and_where_to_look(repository: Path) -> None:
+    output = summary()
+    for text in ("1.5000", "best possible  1.0000, so the excess is 0.5000", "samples/samples.md", "make ui"):
+        assert text in output
+
+
+def test_a_lock_as_committed_is_told(repository: Path) -> None:
+    assert "dvc.lock is the committed one" in summary()
+
+
+def test_other_bits_from_the_same_code_and_params_are_told_as_such(repository: Path) -> None:
+    (repository / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    assert "dvc.lock DIFFERS from the committed one though code and params are the same" in summary()
+
+
+def test_other_params_explain_another_lock(repository: Path) -> None:
+    (repository / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    (repository / "params.yaml").write_text("train: {seed: 2}\n")
+    assert "dvc.lock is new, as code or params differ" in summary()
+
+
+def test_a_lock_that_was_never_committed_is_told(repository: Path) -> None:
+    git("rm", "-q", "--cached", "dvc.lock")
+    git("commit", "-qm", "2")
+    assert "dvc.lock is not committed yet" in summary()
