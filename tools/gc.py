@@ -5,6 +5,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -51,9 +52,7 @@ def main(days: int, yes: bool) -> None:
         if item.why != DELETED:
             shutil.rmtree(item.path)
     if any(item.why == DELETED for item in garbage):
-        # Removes a run's artifacts and, which nothing else can, the run itself from the database.
-        command = ["mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        free_deleted_runs(repository, uri)
     dvc_gc("--force")
     click.echo("freed")
 
@@ -76,20 +75,40 @@ def old_runs(repository: Path, uri: str, days: int) -> list[Garbage]:
     return found
 
 
-DELETED = "run deleted in MLflow"
+DELETED = "deleted in MLflow"
 
 
 def deleted_runs(repository: Path, uri: str) -> list[Garbage]:
-    """Artifacts of runs that were deleted in MLflow's page; only where this repository holds them itself."""
+    """Artifacts and models of runs that were deleted in MLflow's page; only where this repository holds them itself."""
     if not (repository / "mlflow.db").exists() or not uri.startswith("sqlite:"):
         return []
+    client = connect(uri, repository)
+    runs = deleted(client)
+    locations = [run.info.artifact_uri.removesuffix("/artifacts") for run in runs]
+    locations += [model.artifact_location for model in models_of(client, runs)]
+    folders = [Path(location.removeprefix("file://")) for location in locations]
+    return [Garbage(folder, DELETED) for folder in folders if any(path.is_file() for path in folder.rglob("*"))]
+
+
+def free_deleted_runs(repository: Path, uri: str) -> None:
+    """Has MLflow itself remove them, which alone can take them out of its database."""
+    client = connect(uri, repository)
+    for model in models_of(client, deleted(client)):
+        client.delete_logged_model(model.model_id)
+    command = ["mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def deleted(client: Any) -> list[Any]:
     from mlflow.entities import ViewType
 
-    client = connect(uri, repository)
     experiments = [experiment.experiment_id for experiment in client.search_experiments(view_type=ViewType.ALL)]
-    runs = client.search_runs(experiments, run_view_type=ViewType.DELETED_ONLY, max_results=1000) if experiments else []
-    folders = [Path(run.info.artifact_uri.removeprefix("file://")).parent for run in runs]
-    return [Garbage(folder, DELETED) for folder in folders if folder.is_dir()]
+    return list(client.search_runs(experiments, run_view_type=ViewType.DELETED_ONLY, max_results=1000))
+
+
+def models_of(client: Any, runs: list[Any]) -> list[Any]:
+    found = (client.search_logged_models([r.info.experiment_id], f"source_run_id = '{r.info.run_id}'") for r in runs)
+    return [model for models in found for model in models]
 
 
 def unused_objects() -> list[Garbage]:

@@ -73,15 +73,13 @@ def test_a_run_that_is_young_or_held_or_not_in_mlflow_is_kept(repository: Path) 
 def test_artifacts_of_a_run_that_was_deleted_in_mlflow_are_freed(repository: Path) -> None:
     attempt = repository / ".runs/0123456789abcdef/attempt-1"
     (attempt / "mlflow.json").unlink()
-    for folder in (attempt / "models").iterdir():
-        folder.joinpath("weights.safetensors").unlink()
-        folder.rmdir()
     uri = resolve_uri(repository)
     replica = Replica(attempt, uri)
     replica.finish()
     client = connect(uri, repository)
-    (folder,) = [path for path in (repository / "mlartifacts").rglob(replica.run_id) if path.is_dir()]
     client.delete_run(replica.run_id)
-    output = run("--days", "100000", answer="y\n")
-    assert "run deleted in MLflow" in output
-    assert not folder.exists()
+    held = list((repository / "mlartifacts").rglob("weights.safetensors"))
+    assert len(held) == 2
+    assert "deleted in MLflow" in run("--days", "100000", answer="y\n")
+    assert [path for path in (repository / "mlartifacts").rglob("*") if path.is_file()] == []
+    assert "deleted in MLflow" not in run("--days", "100000", answer="n\n")
