@@ -126,6 +126,19 @@ def test_padding_of_the_vocabulary_is_never_sampled():
         assert grown(model, PROMPT, 20, sampling, samples=4).max() < 5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=5, top_p=0.9)])
+def test_on_a_gpu_it_runs_with_deterministic_algorithms_and_says_the_same(sampling):
+    # torch has no deterministic cumulative sum on CUDA and would raise.
+    expected = grown(talker(), PROMPT, 30, sampling, samples=2).tolist()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert grown(talker().to("cuda"), PROMPT, 30, sampling, samples=2).tolist() == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # --- one token --------------------------------------------------------------------------------------------------------
 
 PROBABILITIES = [0.05, 0.4, 0.15, 0.3, 0.1]

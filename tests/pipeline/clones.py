@@ -147,6 +147,11 @@ class Clone:
         files = [path for name in folders for path in sorted((self.path / name).rglob("*")) if path.is_file()]
         return {str(path.relative_to(self.path)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
+    def scores(self) -> dict[str, float]:
+        """What metrics/evaluate.json holds, under the names that MLflow has for it."""
+        metrics = json.loads(self.read("metrics/evaluate.json"))
+        return {f"evaluate/{name}": value for name, value in metrics.items() if not name.endswith("_tokens")}
+
     def leftovers(self) -> list[str]:
         """Temporary files of ours, which must not outlive a command."""
         folders = ("data", "model", "metrics", "plots", "samples", ".runs")

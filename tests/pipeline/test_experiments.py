@@ -38,7 +38,8 @@ def tasks(clone: Clone) -> str:
 
 
 def shown(clone: Clone) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(clone.run("dvc exp show --csv --no-pager"))))
+    rows = csv.DictReader(io.StringIO(clone.run("dvc exp show --csv --no-pager")))
+    return list(rows)
 
 
 def one(rows: list[dict[str, str]], **values: str) -> dict[str, str]:
@@ -50,16 +51,16 @@ def one(rows: list[dict[str, str]], **values: str) -> dict[str, str]:
 
 def test_every_experiment_has_one_run_of_its_name_in_mlflow(experiments):
     names = {row["Experiment"] for row in shown(experiments)} - {"", "main"}
-    assert len(names) == 5
+    assert len(names) == 6
     runs = {run.info.run_name: run for run in experiments.runs()}
     assert len(runs) == len(experiments.runs()) == 6  # of the seed; one of the two that share a training; diverging
-    assert len(set(runs) & (names | {"diverging"})) == 5
+    assert len(set(runs) & names) == 5
     head = experiments.run("git rev-parse HEAD").strip()
-    for name in set(runs) & names:
+    for name in set(runs) & names - {"diverging"}:
         assert runs[name].info.status == "FINISHED"
         assert runs[name].data.tags["dvc.experiment"] == name
         assert runs[name].data.tags["dvc.baseline"] == head
-        assert "val_loss" in runs[name].data.metrics
+        assert "evaluate/val_loss" in runs[name].data.metrics
     assert runs["alone"].data.params["train.seed"] == "2"
 
 
@@ -97,15 +98,18 @@ def test_exp_show_has_the_metrics_of_every_experiment(experiments):
     rows = [row for row in shown(experiments) if row["Experiment"] or row["rev"] == "workspace"]
     for row in rows:
         if row["Experiment"] != "diverging":
+            assert row["bits_per_byte"] not in ("", "!"), row
             assert float(row["bits_per_byte"]) > 0, row
     rate = one(shown(experiments), train__learning_rate="0.001")
     run = next(run for run in experiments.runs() if run.info.run_name == rate["Experiment"])
-    assert float(rate["bits_per_byte"]) == run.data.metrics["bits_per_byte"]
+    assert float(rate["bits_per_byte"]) == run.data.metrics["evaluate/bits_per_byte"]
 
 
 def test_metrics_and_params_can_be_compared(experiments):
-    row = next(line for line in experiments.run("dvc metrics diff main alone").splitlines() if "bits_per_byte" in line)
-    _, _, old, new, change = row.split()
+    output = experiments.run("dvc metrics diff main alone")
+    row = [line.split() for line in output.splitlines() if " bits_per_byte" in line]
+    assert len(row) == 1, output
+    _, _, old, new, change = row[0]
     assert float(new) - float(old) == pytest.approx(float(change), abs=2e-5)
     assert float(change) != 0
     row = next(line for line in experiments.run("dvc params diff main alone").splitlines() if "train.seed" in line)
@@ -132,7 +136,7 @@ def test_the_smoke_run_leaves_the_workspace_alone_and_its_traces_in_the_original
     (run,) = clone.runs()
     assert (run.info.run_name, run.info.status) == ("smoke", "FINISHED")
     assert run.info.artifact_uri.startswith(f"file://{clone.path}/mlartifacts/")
-    (attempt,) = clone.attempts()
+    assert len(clone.attempts()) == 1
     assert clone.steps() == list(range(1, 21))
     assert {path.name for path in (clone.path / ".runs/logs/smoke").iterdir()} >= {"train.log", "sample.log"}
     assert clone.processes() == []

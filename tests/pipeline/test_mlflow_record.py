@@ -53,7 +53,7 @@ def test_metrics_have_every_step_once(seed, run):
     steps["val/loss_by_kilotokens"] = [step * 8 * 32 // 1000 for step in EVALUATIONS]
     assert {key: seed.history(run, key) for key in steps} == steps
     own = json.loads(seed.read("metrics/train.json"))
-    scores = json.loads(seed.read("metrics/evaluate.json"))
+    scores = seed.scores()
     assert run.data.metrics["best/val_loss"] == own["best_val_loss"]
     assert run.data.metrics["best/step"] == own["best_step"]
     assert {key: run.data.metrics[key] for key in scores} == scores
@@ -93,7 +93,9 @@ def test_artifacts_show_the_result_at_a_glance(seed, run, tmp_path):
 
 def test_reports_of_later_stages_leave_the_end_of_the_run_alone(seed, run):
     assert run.info.end_time == seed.end()["t"]
-    later = max(point.timestamp for point in seed.client().get_metric_history(run.info.run_id, "bits_per_byte"))
+    later = max(
+        point.timestamp for point in seed.client().get_metric_history(run.info.run_id, "evaluate/bits_per_byte")
+    )
     assert later > run.info.end_time
 
 

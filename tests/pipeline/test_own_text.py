@@ -81,7 +81,7 @@ def test_samples_by_hand_leave_dvcs_outputs_alone(seed, copy_of):
 
 def test_a_prompt_with_an_unknown_character_is_refused_by_name(own):
     for option in ("--stream", "--num-samples 2"):
-        output = own.run(f"python -m stages.sample --prompt 'The day of ß' {option}", check=1)
+        output = own.run(f"python -m stages.sample --prompt 'The day ß' {option}", check=1)
         assert "ß" in output
         assert "Traceback" not in output
         assert len(output.splitlines()) == 1

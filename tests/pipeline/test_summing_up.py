@@ -32,7 +32,7 @@ def test_the_summary_tells_a_lock_that_differs_from_new_params_and_from_one_that
     assert re.search("dvc.lock is new, as code or params differ", summary(clone))
 
     clone.run("git rm --quiet --cached dvc.lock")
-    clone.commit("No lock")
+    clone.run("git commit --quiet --message 'No lock'")
     assert "dvc.lock is not committed yet" in summary(clone)
 
 
