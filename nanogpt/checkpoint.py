@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanogpt.files import replacing
 from nanogpt.journal import Position
-from nanogpt.provenance import sha256_file
+from nanogpt.provenance import sha256_file, sha256_json
 
 
 @dataclass
@@ -63,10 +63,13 @@ class Checkpoints:
             save_file(_tensors(model, optimizer), temporary / "state.safetensors")
             sha256 = sha256_file(temporary / "state.safetensors")
             meta = {"progress": asdict(progress), "journal": journal, "scaler": scaler.state_dict(), "sha256": sha256}
+            meta["meta_sha256"] = sha256_json(meta)
             (temporary / "checkpoint.json").write_text(json.dumps(meta, sort_keys=True, indent=1) + "\n")
         keep = {*sorted(self._steps())[-2:], progress.best_step}
         for step in self._steps() - keep:
             shutil.rmtree(self._path(step))
+        for leftover in self.directory.glob(".step-*.tmp"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover)
         return sha256
 
     def newest(self, on_damage: Callable[[str], None]) -> Checkpoint | None:
@@ -87,6 +90,7 @@ class Checkpoints:
             progress = Progress(**meta["progress"])
             checkpoint = Checkpoint(directory, progress, meta["journal"], meta["scaler"], meta["sha256"])
             damaged = progress.step != step or sha256_file(checkpoint.state) != checkpoint.sha256
+            damaged = damaged or meta.pop("meta_sha256") != sha256_json(meta)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
         if damaged:

@@ -38,7 +38,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # above, exp overflows
 
     def bits_per_byte(self, size: int) -> float:
         """`size`: bytes of the scored text."""
@@ -95,7 +95,7 @@ def score(
         losses = F.cross_entropy(
             logits[:, skip:].flatten(0, 1).float(), targets[:, skip:].flatten(), reduction="none"
         )  # (B * scored,)
-        nats += losses.double().sum().item()
+        nats += losses.cpu().double().sum().item()
         count += losses.numel()
         done += len(batch)
         on_batch(done)

@@ -25,7 +25,12 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync_tree(temporary)
         if path.is_dir() and not path.is_symlink():
             path.rename(workspace / "replaced")
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            if (workspace / "replaced").exists():
+                (workspace / "replaced").rename(path)
+            raise
         _sync(path.parent)
     except Exception as error:
         if _disk_is_full(error):

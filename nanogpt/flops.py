@@ -1,5 +1,6 @@
 """Floating-point operations of training, and how much of a device's peak they use (MFU)."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,7 @@ def flops_per_token(config: GPTConfig, parameters: int) -> int:
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Peak FLOP/s of a device by its name and dtype; None if it is not known."""
     for name, peaks in _PEAKS:
-        if name in device_name:
+        if re.search(rf"\b{name}\b(?! (Ti|D|NVL|Laptop)\b|-PCIE)", device_name):
             return peaks[dtype] * 1e12 if dtype in peaks else None
     return None
 

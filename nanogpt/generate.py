@@ -31,10 +31,18 @@ def generate(
     the older half of the context is dropped and the rest read again: with learned positions a window that slides by
     one would invalidate every cached key.
     """
-    device = next(model.parameters()).device
-    block_size = model.config.block_size
     was_training = model.training
     model.eval()
+    try:
+        yield from _tokens(model, prompt, samples, max_new_tokens, sampling)
+    finally:  # also when the caller wants no more tokens
+        model.train(was_training)
+
+
+def _tokens(
+    model: GPT, prompt: list[int], samples: int, max_new_tokens: int, sampling: Sampling
+) -> Iterator[list[int]]:
+    device, block_size = model.wte.weight.device, model.config.block_size
     # Of a prompt that is too long, its end: what nanoGPT keeps.
     context = torch.tensor([prompt[-block_size:]] * samples, device=device)  # (B, T)
     fresh = context
@@ -43,23 +51,25 @@ def generate(
         if context.size(1) > block_size:
             context = fresh = context[:, -(block_size - block_size // 2) :]
             cache = _new_cache(model, samples)
-        logits = model(fresh, cache=cache)[:, -1, : model.config.vocab_size]  # (B, V)
+        # To the CPU: CUDA has no deterministic cumulative sum, MPS no float64.
+        logits = model(fresh, cache=cache)[:, -1, : model.config.vocab_size].cpu()  # (B, V)
         uniform = counter.uniform(sampling.seed, np.arange(samples), position)
-        fresh = choose(logits, torch.from_numpy(uniform).to(device), sampling)  # (B, 1)
+        fresh = choose(logits, torch.from_numpy(uniform), sampling).to(device)  # (B, 1)
         context = torch.cat([context, fresh], dim=1)
         yield fresh.flatten().tolist()
-    model.train(was_training)
 
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """The next tokens (B, 1) from logits (B, V) and one uniform number each (B,), by inverting the cumulative sum."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / sampling.temperature
+    # The largest logit becomes 0, and in float64, so that no temperature above 0 overflows.
+    logits = logits.double()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.size(-1):
         least = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(dim=-1).double()
+    probabilities = logits.softmax(dim=-1)
     if sampling.top_p is not None:
         probabilities = _nucleus(probabilities, sampling.top_p)
     cumulative = probabilities.cumsum(dim=-1)

@@ -97,7 +97,14 @@ def _pin_environment(params: NumericsParams) -> None:
         "MKL_DYNAMIC": "FALSE",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
-    cleared = ["OMP_THREAD_LIMIT", "MKL_DOMAIN_NUM_THREADS", "MKL_ENABLE_INSTRUCTIONS", "DNNL_MAX_CPU_ISA"]
+    cleared = [
+        "OMP_THREAD_LIMIT",
+        "OMP_MAX_ACTIVE_LEVELS",
+        "OMP_NESTED",
+        "MKL_DOMAIN_NUM_THREADS",
+        "MKL_ENABLE_INSTRUCTIONS",
+        "DNNL_MAX_CPU_ISA",
+    ]
     if params.determinism == "portable":
         pinned |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
     else:

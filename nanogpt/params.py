@@ -130,9 +130,11 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read ({error}): restore it with `git checkout {path}`") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())
         raise ParamsError(f"{path} is not valid YAML ({line}): correct it or `git checkout {path}`") from error
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path} holds no sections: restore it with `git checkout {path}`")
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
@@ -156,7 +158,7 @@ def _explain(error: Any) -> str:
     """One pydantic error as one line."""
     loc = [str(part) for part in error["loc"]]
     # A union appends the name of the branch that it tried; only names of the file help the user.
-    key = ".".join(part for part in loc if part.isidentifier() and part not in {"int", "float", "str", "bool"})
+    key = ".".join(loc[:2])
     section = Params.model_fields[loc[0]].annotation if len(loc) > 1 and loc[0] in Params.model_fields else Params
     if error["type"] == "extra_forbidden":
         names = list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []

@@ -1,9 +1,4 @@
-"""A finished model as a directory: `weights.safetensors`, `model.json`, `tokenizer.json`.
-
-from nanogpt.published import load_model
-gpt = load_model("model")
-print(gpt.complete("Once upon a time", max_new_tokens=200))
-"""
+"""A finished model as a directory: `weights.safetensors`, `model.json`, `tokenizer.json`."""
 
 import json
 import shutil
@@ -17,7 +12,7 @@ from torch import Tensor
 
 from nanogpt.files import replacing
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.provenance import sha256_file
+from nanogpt.provenance import sha256_file, sha256_json
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
 
 FILES = ("weights.safetensors", "model.json", "tokenizer.json")
@@ -46,6 +41,7 @@ def save_model(
             "tokenizer_sha256": sha256_file(temporary / "tokenizer.json"),
             "weights_sha256": sha256_file(temporary / "weights.safetensors"),
         }
+        meta["meta_sha256"] = sha256_json(meta)
         (temporary / "model.json").write_text(json.dumps(meta, sort_keys=True, indent=1) + "\n")
 
 
@@ -58,6 +54,9 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Pub
     try:
         meta = json.loads((directory / "model.json").read_bytes())
         config = GPTConfig(**meta["config"])
+        info = meta["info"]
+        if meta.pop("meta_sha256") != sha256_json(meta):
+            raise ValueError("not what was written")
         expected = {"weights.safetensors": meta["weights_sha256"], "tokenizer.json": meta["tokenizer_sha256"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / 'model.json'} is damaged ({error}); {_remedy(directory)}") from error
@@ -81,7 +80,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Pub
         raise ValueError(
             f"{directory / 'weights.safetensors'} does not fit model.json; {_remedy(directory)}"
         ) from error
-    return PublishedModel(model.requires_grad_(False).to(device).eval(), tokenizer, meta["info"])
+    return PublishedModel(model.requires_grad_(False).to(device).eval(), tokenizer, info)
 
 
 def _remedy(directory: Path) -> str:

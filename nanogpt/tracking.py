@@ -125,6 +125,7 @@ class Replica:
 
     def _begin(self, run_id: str, tags: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+        from mlflow.exceptions import MlflowException
 
         params = [Param(key, _param(value)) for key, value in self.run["params"].items()]
         for first in range(0, len(params), 100):
@@ -136,8 +137,13 @@ class Replica:
             profile = json.dumps({"sha256": data["sha256"], **data.get("profile", {})}, sort_keys=True)
             # MLflow takes 36 characters of digest; the profile holds the whole hash.
             entity = Dataset(data["name"], data["sha256"][:36], "local", source, profile=profile)
-            context = [InputTag("mlflow.data.context", "training")]
-            self._client.log_inputs(run_id, [DatasetInput(entity, context)])
+            inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])]
+            try:
+                self._client.log_inputs(run_id, inputs)
+            except MlflowException:
+                # MLflow looks whether the experiment has this dataset, then adds it. If another run did so in between,
+                # this fails; now it is there.
+                self._client.log_inputs(run_id, inputs)
 
     def _send_journal(self) -> None:
         path = self.attempt / "journal.jsonl"

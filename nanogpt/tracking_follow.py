@@ -101,6 +101,8 @@ def follow(attempt: Path, uri: str, pid: int, wait_seconds: float, say: Say) -> 
         metrics = _start_metrics(attempt, say)
         replica = Replica(attempt, uri)
         delay, failed = PUSH_SECONDS, False
+        if metrics:
+            metrics = _sample(metrics, say)  # once at least, however short the training
         while trainer.is_alive() and not _has_ended(attempt):
             if metrics:
                 metrics = _sample(metrics, say)

@@ -82,6 +82,7 @@ def train(
             pending, busy = [], 0.0
         if evaluating:
             train_score, val_score = evaluate()
+            check_finite(step, f"validation loss {val_score.loss}", val_score.loss)
             progress.evaluated, progress.val_loss = step, val_score.loss
             if val_score.loss < progress.best_val_loss:
                 progress.best_step, progress.best_val_loss, saving = step, val_score.loss, True
@@ -134,10 +135,15 @@ def record_steps(
     norms = torch.stack([norm for _, _, _, norm, _ in pending]).tolist()
     for (step, t, _, _, lr), loss, norm in zip(pending, losses, norms, strict=True):
         journal.append("step", step=step, t=t, loss=loss, grad_norm=norm, lr=lr, tokens=step * tokens_per_step)
-        if not math.isfinite(loss) or (exact and not math.isfinite(norm)):
-            raise Diverged(
-                step,
-                f"training diverged at step {step}: loss {loss}, gradient norm {norm}; lower train.learning_rate, "
-                "lengthen train.warmup_iters or lower train.grad_clip",
-            )
+        check_finite(step, f"loss {loss}, gradient norm {norm}", loss, *([norm] if exact else []))
     return float(losses[-1])
+
+
+def check_finite(step: int, measured: str, *values: float) -> None:
+    """Raises Diverged, which says what was measured, if one of the values is no number."""
+    if not all(map(math.isfinite, values)):
+        raise Diverged(
+            step,
+            f"training diverged at step {step}: {measured}; lower train.learning_rate, lengthen train.warmup_iters or "
+            "lower train.grad_clip",
+        )

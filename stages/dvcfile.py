@@ -9,8 +9,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 
-def run_by_dvc() -> bool:
-    return "DVC_STAGE" in os.environ
+def dvc_process() -> int | None:
+    """Process id of the DVC that runs this stage, its direct parent (`exec` in dvc.yaml); None if run by hand."""
+    return os.getppid() if "DVC_STAGE" in os.environ else None
 
 
 def experiment_name() -> str | None:
@@ -22,10 +23,10 @@ def locked_md5(stage: str, out: str, path: Path = Path("dvc.lock")) -> str | Non
     """The hash that dvc.lock holds for a stage's out; None where there is none, or no whole dvc.lock."""
     try:
         lock = YAML(typ="safe").load(path.read_text())
-        outs = lock["stages"][stage]["outs"]
-    except (OSError, YAMLError, KeyError, TypeError):
+        md5 = next((entry["md5"] for entry in lock["stages"][stage]["outs"] if entry["path"] == out), None)
+    except (OSError, UnicodeDecodeError, YAMLError, KeyError, TypeError):
         return None
-    return next((str(entry["md5"]) for entry in outs if entry["path"] == out), None)
+    return md5 if isinstance(md5, str) else None
 
 
 def directory_md5(directory: Path) -> str:

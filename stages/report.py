@@ -19,7 +19,8 @@ def report(
     files: dict[str, str],
 ) -> None:
     """Writes the report under .runs/reports/, then sends it; a server that fails costs a warning."""
-    tags = {name: str(value) for name, value in flatten(settings, f"{console.name}.").items()}
+    values = flatten(settings, f"{console.name}.")
+    tags = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     content: dict[str, Any] = {
         "stage": console.name,
         "model": model_sha256,

@@ -4,15 +4,14 @@ import os
 import signal
 from types import FrameType
 
-from stages.dvcfile import run_by_dvc
-
 
 class StopRequest:
     """From its creation on, the first SIGINT or SIGTERM is remembered; a second SIGINT interrupts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, dvc: int | None) -> None:
+        """`dvc`: its process id, taken early, since it may die meanwhile; None if it did not start us."""
         self.signal = 0
-        self._parent = os.getppid() if run_by_dvc() else None
+        self._parent = dvc
         signal.signal(signal.SIGINT, self._remember)
         signal.signal(signal.SIGTERM, self._remember)
 

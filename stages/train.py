@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from nanogpt.params import Params, flatten, load_params
 from stages.console import Console, command, repository
+from stages.dvcfile import dvc_process
+from stages.stop import StopRequest
 
 if TYPE_CHECKING:
     from nanogpt.data import Split, SplitName
@@ -19,6 +21,7 @@ TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metric
 @command("train")
 def main(console: Console) -> None:
     """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
+    dvc = dvc_process()
     params = load_params()
     from nanogpt import numerics, provenance
 
@@ -49,7 +52,7 @@ def main(console: Console) -> None:
             publish(console, attempt)
         else:
             hashes = {"fingerprint": fingerprint, "tokens.sha256": inputs["tokens"], "code.sha256": code}
-            run(console, attempt, params, resolved, splits, hashes)
+            run(console, attempt, params, resolved, splits, hashes, StopRequest(dvc))
 
 
 def run(
@@ -59,6 +62,7 @@ def run(
     resolved: "Numerics",
     splits: "dict[SplitName, Split]",
     hashes: dict[str, str],
+    stop: StopRequest,
 ) -> None:
     """Trains, with MLflow's replica filled by a process beside, and publishes."""
     from nanogpt import provenance, replicator
@@ -66,7 +70,6 @@ def run(
     from nanogpt.journal import Journal
     from nanogpt.train import Diverged, Stopped
     from stages.attempt import describe
-    from stages.stop import StopRequest
     from stages.training import Training
 
     meta = load_meta(TOKENS)
@@ -77,7 +80,6 @@ def run(
         "profile": meta.model_dump(),
     }
     describe(attempt, params, hashes, dataset)
-    stop = StopRequest()
     with Journal(attempt / "journal.jsonl") as journal:
         training = Training(console, attempt, params, resolved, TOKENS, splits, journal)
         journal.append(

@@ -30,7 +30,7 @@ def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, ag
         if len(paths) != 1:
             raise click.UsageError("--follow needs exactly one attempt directory")
         os.chdir(root)
-        os.nice(10)  # the trainer needs the processor more
+        os.nice(5)  # the trainer needs the processor more
         sent = tracking_follow.follow(paths[0], uri, follow, wait_seconds, _log)
     else:
         sent = tracking_follow.sync(root, paths, uri, again, click.echo)

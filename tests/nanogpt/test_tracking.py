@@ -166,8 +166,10 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
 CREATE = """
 import os, sys
 from pathlib import Path
-import mlflow.store.tracking.sqlalchemy_store
+from nanogpt.mlflow_server import prepare_environment
 from nanogpt.tracking import Replica, resolve_uri
+prepare_environment()
+import mlflow.store.tracking.sqlalchemy_store
 repository = Path(sys.argv[1])
 read, write = os.pipe()
 children = []
@@ -395,6 +397,25 @@ def test_what_the_user_deleted_stays_deleted(repository: Path) -> None:
     again.finish()
     assert again.deleted
     assert again.run_id == replica.run_id
+
+
+def test_two_runs_that_add_the_same_dataset_at_once_both_succeed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(finished_attempt(repository, "first"), resolve_uri(repository))
+    replica._client = connect(replica.uri, repository)
+    real = replica._client.log_inputs
+
+    def overtaken(run_id: str, inputs: Any) -> None:
+        from mlflow.exceptions import MlflowException
+
+        monkeypatch.setattr(replica._client, "log_inputs", real)
+        finish(finished_attempt(repository, "second"), repository)
+        raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
+
+    monkeypatch.setattr(replica._client, "log_inputs", overtaken)
+    replica.finish()
+    assert contents(replica._client, replica.run_id)["datasets"] == [("grammar", "d" * 36)]
 
 
 # --- models

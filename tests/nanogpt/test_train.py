@@ -183,6 +183,13 @@ def test_a_finished_run_that_is_started_again_does_nothing(undisturbed, tmp_path
     assert Run(tmp_path, **settings).go().result() == result
 
 
+def test_a_checkpoint_counts_on_the_records_of_all_its_steps(tmp_path):
+    run = Run(tmp_path, intervals=Intervals(log=100, checkpoint=100)).interrupted(stop_at=5)
+    position = run.checkpoints.newest(print).journal
+    lines = (tmp_path / "journal.jsonl").read_bytes()[: position["bytes"]].splitlines()
+    assert [record["step"] for record in map(json.loads, lines) if record["kind"] == "step"] == [1, 2, 3, 4, 5]
+
+
 def test_an_evaluation_is_not_repeated_when_the_run_resumes_at_its_step(tmp_path):
     seen = []
     run = Run(tmp_path, on_evaluation=lambda model, progress: seen.append(progress.step))

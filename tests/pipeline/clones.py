@@ -219,7 +219,7 @@ class Clone:
                 process.kill()
 
 
-def wait_until(condition: Callable[[], Any], what: str, clone: Clone, seconds: float = 120) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, clone: Clone, seconds: float = 300) -> Any:
     """Polls until the condition gives something true, and returns that."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):

@@ -83,7 +83,7 @@ def test_a_block_longer_than_the_data_is_refused_before_training(clone):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "file:texts/mine.txt"),
+        (b"", "download.source = file:texts/mine.txt holds no text"),
         (TALE.encode() + b"caf\xe9", f"texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; convert"),
     ],
 )

@@ -36,7 +36,7 @@ class PausedTraining:
 
     def output(self) -> str:
         """Waits for the end of the command, which must have failed, and of every process."""
-        output, _ = self.process.communicate(timeout=120)
+        output, _ = self.process.communicate(timeout=300)
         assert self.process.returncode != 0, output
         wait_until(lambda: self.clone.processes() == [], "the end of all processes", self.clone)
         return output
@@ -157,7 +157,7 @@ def test_two_trainers_never_work_in_one_run_directory(seed, untrained):
     assert untrained.steps()[-1] < 30
     first.let_go()
     for process in (first.process, second):
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
     assert "this training is done already" in output
     wait_until(lambda: untrained.processes() == [], "the end of all processes", untrained)

@@ -26,7 +26,9 @@ def test_two_fresh_clones_give_the_same_bytes(fresh, seed, copy_of):
 
 def test_what_dvc_hashes_names_no_folder_host_or_date(seed):
     year = "20" + seed.run("date +%y").strip()
-    private = [str(seed.path), str(seed.path.parent), socket.gethostname(), f"{year}-", "/tmp/"]
+    private = [str(seed.path), str(seed.path.parent), f"{year}-", "/tmp/"]
+    if len(socket.gethostname()) > 7:  # a shorter one may be a word of the corpus
+        private.append(socket.gethostname())
     for name in seed.outs():
         content = (seed.path / name).read_bytes()
         assert [word for word in private if word.encode() in content] == [], name

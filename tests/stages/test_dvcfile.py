@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from stages.dvcfile import directory_md5, experiment_name, locked_md5, run_by_dvc
+from stages.dvcfile import directory_md5, dvc_process, experiment_name, locked_md5
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # within DVC
 
@@ -143,8 +143,8 @@ def test_what_is_no_lock_gives_none(lock, content):
 
 def test_dvc_tells_its_stages_who_they_are(monkeypatch):
     assert "DVC_STAGE" not in os.environ
-    assert (run_by_dvc(), experiment_name()) == (False, None)
+    assert (dvc_process(), experiment_name()) == (None, None)
     monkeypatch.setenv("DVC_STAGE", "train")
-    assert (run_by_dvc(), experiment_name()) == (True, None)
+    assert (dvc_process(), experiment_name()) == (os.getppid(), None)
     monkeypatch.setenv("DVC_EXP_NAME", "wavy-tern")
     assert experiment_name() == "wavy-tern"

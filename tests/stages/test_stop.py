@@ -19,14 +19,14 @@ def handlers(monkeypatch):
 
 
 def test_without_a_signal_there_is_no_reason():
-    assert StopRequest().reason() is None
+    assert StopRequest(None).reason() is None
 
 
 @pytest.mark.parametrize(
     ("number", "reason", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
 )
 def test_a_signal_is_a_reason_and_interrupts_nothing(number, reason, code):
-    stop = StopRequest()
+    stop = StopRequest(None)
     signal.raise_signal(number)
     assert stop.reason() == stop.reason() == reason
     assert stop.exit_code == code
@@ -34,7 +34,7 @@ def test_a_signal_is_a_reason_and_interrupts_nothing(number, reason, code):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_ctrl_c_interrupts_at_once(first):
-    stop = StopRequest()
+    stop = StopRequest(None)
     signal.raise_signal(first)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -43,7 +43,7 @@ def test_a_second_ctrl_c_interrupts_at_once(first):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_of_several_signals_the_first_is_the_reason(first):
-    stop = StopRequest()
+    stop = StopRequest(None)
     signal.raise_signal(first)
     signal.raise_signal(signal.SIGTERM)
     assert stop.exit_code == 128 + first
@@ -52,8 +52,9 @@ def test_of_several_signals_the_first_is_the_reason(first):
 # The parent starts the stage, says its pid, and dies of a signal once the stage is ready.
 STAGE = """
 import os, sys
+from stages.dvcfile import dvc_process
 from stages.stop import StopRequest
-stop = StopRequest()
+stop = StopRequest(dvc_process())
 assert stop.reason() is None
 ready = os.fdopen(int(sys.argv[1]), "w")
 ready.write("ready")

@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_what_was_there(project: Project, monkeypatch: pytest
     monkeypatch.setattr(prepare._Writer, "__init__", lambda self, path: open_writer(self, Path("/dev/full")))
     result = run()
     assert result.exit_code == 1
-    assert result.output.startswith("Error: tokenize: [Errno 28] No space left on device")
+    assert result.output.startswith("Error: tokenize: [Errno 28] the disk is full; data/tokens is as it was")
     assert contents(folder / "data/tokens") == first
 
 
