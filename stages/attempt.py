@@ -49,7 +49,9 @@ def describe(attempt: Path, params: Params, hashes: dict[str, str], dataset: dic
     """Writes run.json and artifacts/, from which MLflow's run is made, unless an interrupted attempt has them."""
     if (attempt / "run.json").exists():
         return
-    commit, diff = git(Path.cwd(), "rev-parse", "HEAD"), git(Path.cwd(), "diff", "HEAD")
+    commit = git(Path.cwd(), "rev-parse", "HEAD")
+    # The stages before this one have just written dvc.lock: that is no change of the user's.
+    diff = git(Path.cwd(), "diff", "HEAD", "--", ".", ":(exclude)dvc.lock")
     write_text(attempt / "artifacts" / "params.yaml", Path("params.yaml").read_text(encoding="utf-8"))
     if diff:
         cut = "" if len(diff) <= DIFF_LIMIT else f"\n[cut: {len(diff):,} characters in all]"
