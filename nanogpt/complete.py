@@ -53,14 +53,11 @@ def stream(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt. An empty one stands for the start of a document.
+    """Token ids of a prompt, at least one. Raises ValueError for a character that the tokenizer does not know.
 
-    Raises ValueError for a character that the tokenizer does not know, or for an empty prompt where there is no
-    end-of-text token to start from.
+    An empty prompt begins a new document: behind an end-of-text token, or behind a newline (as nanoGPT's sampler
+    begins) where the corpus was one text and the tokenizer has none.
     """
-    tokens = [int(token) for token in tokenizer.encode(prompt)]
-    if tokens:
-        return tokens
-    if tokenizer.end_of_text is None:
-        raise ValueError("an empty prompt needs a tokenizer with an end-of-text token; give at least one character")
-    return [tokenizer.end_of_text]
+    if not prompt and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    return [int(token) for token in tokenizer.encode(prompt or "\n")]

@@ -81,7 +81,7 @@ class EvaluateParams(Section):
 
 
 class SampleParams(Section):
-    prompts: Annotated[list[Text], Field(min_length=1)]
+    prompts: Annotated[list[str], Field(min_length=1)]
     num_samples: Natural
     max_new_tokens: Natural
     temperature: NonNegative
@@ -107,7 +107,7 @@ class RuntimeParams(Section):
 
 class TrackingParams(Section):
     experiment: Text
-    prompts: list[Text]
+    prompts: list[str]
     sample_tokens: Natural
     wait_seconds: NonNegative
 

@@ -1,9 +1,19 @@
 """What the model writes by now, for the run's table of samples; nothing of the result depends on it."""
 
-from nanogpt.complete import continuations
+from nanogpt.complete import continuations, encode_prompt
 from nanogpt.generate import Sampling
 from nanogpt.journal import Journal
 from nanogpt.published import PublishedModel
+from nanogpt.tokenizer import Tokenizer
+
+
+def check_prompts(tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """Raises ValueError, before a training begins, for a prompt that could not be continued in it."""
+    for prompt in prompts:
+        try:
+            encode_prompt(tokenizer, prompt)
+        except ValueError as error:
+            raise ValueError(f"tracking.prompts = {prompt!r} cannot be continued: {error}") from error
 
 
 def preview(gpt: PublishedModel, prompts: list[str], max_new_tokens: int, step: int, journal: Journal) -> None:

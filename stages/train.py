@@ -79,9 +79,9 @@ def run(
         "sha256": hashes["tokens.sha256"],
         "profile": meta.model_dump(),
     }
-    describe(attempt, params, hashes, dataset)
     with Journal(attempt / "journal.jsonl") as journal:
         training = Training(console, attempt, params, resolved, TOKENS, splits, journal)
+        describe(attempt, params, hashes, dataset)
         journal.append(
             "start",
             step=training.progress.step,

@@ -25,7 +25,7 @@ from nanogpt.tokenizer import load_tokenizer
 from nanogpt.train import WEIGHTS, Intervals, train
 from stages.console import Console, Update
 from stages.dvcfile import directory_md5
-from stages.preview import preview
+from stages.preview import check_prompts, preview
 
 
 class Training:
@@ -46,6 +46,7 @@ class Training:
         self.autocast = numerics.autocast(self.device, resolved.dtype)
         self.tokenizer_path = tokens / "tokenizer.json"
         tokenizer = load_tokenizer(self.tokenizer_path)
+        check_prompts(tokenizer, params.tracking.prompts)
         torch.manual_seed(counter.derived_seed(params.train.seed, WEIGHTS))
         self.model = GPT(gpt_config(params.model, tokenizer.vocab_size)).to(self.device)
         betas = (params.train.beta1, params.train.beta2)

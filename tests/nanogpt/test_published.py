@@ -9,7 +9,7 @@ from nanogpt.complete import complete, continuations, encode_prompt, stream
 from nanogpt.generate import Sampling
 from nanogpt.provenance import sha256_file
 from nanogpt.published import FILES, load_model, save_model
-from nanogpt.tokenizer import train_bpe
+from nanogpt.tokenizer import CharTokenizer, train_bpe
 from tests.nanogpt import tiny
 
 DEFAULTS = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 1337}
@@ -152,10 +152,10 @@ def test_an_empty_prompt_is_the_start_of_a_document(tmp_path):
     assert encode_prompt(tokenizer, "ab") == [A, B]
 
 
-def test_an_empty_prompt_without_an_end_of_text_is_refused(tmp_path):
-    tokenizer = tiny.char_tokenizer(tmp_path / "tokenizer.json", end_of_text=False)
-    with pytest.raises(ValueError, match=r"empty prompt.*give at least one character"):
-        encode_prompt(tokenizer, "")
+def test_an_empty_prompt_without_an_end_of_text_is_a_newline():
+    assert encode_prompt(CharTokenizer("\nab", end_of_text=False), "") == [0]
+    with pytest.raises(ValueError, match=r"U\+000A"):
+        encode_prompt(CharTokenizer("ab", end_of_text=False), "")
 
 
 def test_a_character_that_the_tokenizer_does_not_know_is_named(directory):
