@@ -156,3 +156,9 @@ def test_a_truncated_model_is_noticed_before_use(seed, clone):
         refused(clone, f"python -m stages.{stage}", stage, "model/weights.safetensors is not what model.json says")
     clone.run("rm -r model && dvc checkout")
     assert clone.outs() == seed.outs()
+
+
+def test_tokens_of_another_tokenizer_than_the_models_are_refused(clone):
+    clone.set_params(**{"tokenize.vocab_size": 290})
+    clone.run("python -m stages.tokenize")
+    refused(clone, "python -m stages.evaluate", "evaluate", "model has another tokenizer than data/tokens")
