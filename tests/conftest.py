@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Settings that libraries read when they are first imported, and what a surrounding `dvc repro` has set."""
+    # A shell's background job is started with Ctrl-C ignored, and so would be every process that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HOME"] = folder = tempfile.mkdtemp(prefix="huggingface-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
