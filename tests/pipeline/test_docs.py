@@ -43,7 +43,9 @@ def clone(seed: Clone, copy_of: Callable[..., Clone]) -> Clone:
     """A clone whose set-up is done: make finds an environment that is newer than what it was made from."""
     clone = copy_of(seed)
     (clone.path / ".venv").mkdir()
-    (clone.path / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    for entry in Path(sys.prefix).iterdir():
+        if entry.name != ".ready":
+            (clone.path / ".venv" / entry.name).symlink_to(entry)
     (clone.path / ".venv" / ".ready").touch()
     return clone
 
