@@ -44,10 +44,13 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run: `step-00000500/` with `state.safetensors` and `checkpoint.json`."""
+    """The checkpoints of one run: `step-00000500/` with `state.safetensors` and `checkpoint.json`.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    `run` is the run's fingerprint: a checkpoint of another one is as good as damaged.
+    """
+
+    def __init__(self, directory: Path, run: str):
+        self.directory, self.run = directory, run
 
     def save(
         self,
@@ -62,13 +65,19 @@ class Checkpoints:
             temporary.mkdir()
             save_file(_tensors(model, optimizer), temporary / "state.safetensors")
             sha256 = sha256_file(temporary / "state.safetensors")
-            meta = {"progress": asdict(progress), "journal": journal, "scaler": scaler.state_dict(), "sha256": sha256}
+            meta = {
+                "run": self.run,
+                "progress": asdict(progress),
+                "journal": journal,
+                "scaler": scaler.state_dict(),
+                "sha256": sha256,
+            }
             meta["meta_sha256"] = sha256_json(meta)
             (temporary / "checkpoint.json").write_text(json.dumps(meta, sort_keys=True, indent=1) + "\n")
         keep = {*sorted(self._steps())[-2:], progress.best_step}
         for step in self._steps() - keep:
             shutil.rmtree(self._path(step))
-        for leftover in self.directory.glob(".step-*.tmp"):  # of a process that was killed while it saved
+        for leftover in self.directory.glob(".step-*.tmp"):  # of a process that was killed while it saved another step
             shutil.rmtree(leftover)
         return sha256
 
@@ -91,10 +100,13 @@ class Checkpoints:
             checkpoint = Checkpoint(directory, progress, meta["journal"], meta["scaler"], meta["sha256"])
             damaged = progress.step != step or sha256_file(checkpoint.state) != checkpoint.sha256
             damaged = damaged or meta.pop("meta_sha256") != sha256_json(meta)
+            foreign = meta["run"] != self.run
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
         if damaged:
             raise ValueError(f"checkpoint {directory} is damaged: its content is not what was written")
+        if foreign:
+            raise ValueError(f"checkpoint {directory} is another run's")
         return checkpoint
 
     def _path(self, step: int) -> Path:

@@ -1,8 +1,10 @@
 """Files that are there whole or not at all: temporary name, sync, rename."""
 
 import errno
+import glob
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +17,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A file or a directory. After an exception nothing is left behind and what was at `path` is untouched. A file's
     replacement is atomic; a directory's has an instant in which neither exists. A full disk is told as an OSError that
-    names `path` and the remedy.
+    names `path` and the remedy. What a killed process left behind is removed by the next one that writes there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    _remove_leftovers(path)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", suffix=".tmp", dir=path.parent))
     try:
         temporary = workspace / path.name
         yield temporary
@@ -45,6 +48,39 @@ def write_text(path: Path, text: str) -> None:
     """Atomically replaces `path` by UTF-8 text, newlines as given."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
+
+
+def _remove_leftovers(path: Path) -> None:
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        owner = leftover.name.removeprefix(f".{path.name}.").partition(".")[0]
+        if owner.isdecimal() and not _is_alive(int(owner)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError unless there is a file, or a link to one: a pipe would be waited for, a device never ends."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """The whole of a regular file. Raises OSError if it is none, or has more than `largest` bytes."""
+    check_regular(path)
+    with path.open("rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise OSError(errno.EINVAL, f"it is larger than {largest:,} bytes", str(path))
+    return data
 
 
 def _disk_is_full(error: Exception) -> bool:

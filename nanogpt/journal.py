@@ -283,25 +283,24 @@ def read_records(path: Path, start: Position = START) -> Iterator[tuple[Record, 
         if start["bytes"]:
             file.seek(max(0, start["bytes"] - _SUFFIX - 1))
             if file.read(_SUFFIX + 1) != f',"crc":"{start["crc"]}"}}\n'.encode():
-                raise JournalDamaged(
-                    _damage(path, f"the records up to byte {start['bytes']} are not those read before")
-                )
+                raise damaged(path, f"the records up to byte {start['bytes']} are not those read before")
         end = start
         while (line := file.readline()).endswith(b"\n"):
             number += 1
             crc = _checked(line[:-1], end["crc"])
             if crc is None:
                 where = f"line {number}" if not start["bytes"] else f"the line at byte {end['bytes']}"
-                raise JournalDamaged(_damage(path, f"{where} is not what was written"))
+                raise damaged(path, f"{where} is not what was written")
             end = {"bytes": end["bytes"] + len(line), "crc": crc}
             yield json.loads(line), end
     # A kill leaves the beginning of a line. A whole line with something else in place of its newline is damage.
     if line and _checked(line[:-1], end["crc"]) is not None:
-        raise JournalDamaged(_damage(path, f"line {number + 1} does not end as it was written"))
+        raise damaged(path, f"line {number + 1} does not end as it was written")
 
 
-def _damage(path: Path, what: str) -> str:
-    return f"{path} is damaged: {what}; delete the run directory {path.parent.parent} to train afresh"
+def damaged(path: Path, what: str) -> JournalDamaged:
+    """The error to raise: `what` is wrong with the journal at `path`."""
+    return JournalDamaged(f"{path} is damaged: {what}; delete the run directory {path.parent.parent} to train afresh")
 
 
 def end_of(records: Iterable[Record]) -> Record | None:

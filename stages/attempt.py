@@ -11,11 +11,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from nanogpt.files import write_text
-from nanogpt.journal import read_records, state
+from nanogpt.journal import START, Journal, damaged, read_records, state
 from nanogpt.params import Params, flatten
 from nanogpt.provenance import git
 from stages.console import Console, repository
-from stages.dvcfile import experiment_name, locked_md5
+from stages.dvcfile import experiment_name, is_cached, locked_md5
 
 DIFF_LIMIT = 1_000_000  # bytes of uncommitted changes that are kept with a run
 
@@ -39,10 +39,34 @@ def choose(console: Console, directory: Path) -> Path:
                 "train.learning_rate, train.warmup_iters or train.grad_clip, "
                 f"or remove {directory} to see it again"
             )
-        if ended == "finished" and locked_md5("train", "model") == result["model_md5"]:
+        if ended == "finished" and has_been_taken(result):
             console.say("dvc.lock holds this model already: training it afresh")
             return following
     return newest
+
+
+def has_been_taken(result: dict[str, Any]) -> bool:
+    """Whether DVC has taken a finished training's model: dvc.lock names it, and not only because a commit's did.
+
+    DVC puts a model into its cache before it writes dvc.lock; evaluate and sample, which leave reports, run after that.
+    """
+    if locked_md5("train", "model") != result["model_md5"]:
+        return False
+    reports = (json.loads(path.read_bytes()) for path in (repository() / ".runs" / "reports").glob("*.json"))
+    return is_cached(repository(), result["model_md5"]) or any(r["model"] == result["model_sha256"] for r in reports)
+
+
+def check_journal(attempt: Path, journal: Journal, fingerprint: str) -> None:
+    """Raises JournalDamaged if the journal is another run's, or lacks records that it had."""
+    first = next(journal.records(), None)
+    if first is not None and first.get("fingerprint") != fingerprint:
+        raise damaged(journal.path, "it is another run's")
+    try:
+        sent = json.loads((attempt / "mlflow.json").read_bytes())["journal"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sent = START  # MLflow has nothing of it, or what it has is sent again
+    if (first is None and (attempt / "run.json").exists()) or not journal.has_position(sent):
+        raise damaged(journal.path, "it lacks records that it had")
 
 
 def describe(attempt: Path, params: Params, hashes: dict[str, str], dataset: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 import click
 
+from stages.dvcfile import dvc_process
+from stages.stop import end_with
+
 Update = Callable[..., None]
 
 
@@ -96,6 +99,8 @@ def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[...
                 console = Console(name)
             except OSError as error:
                 raise click.ClickException(f"{name}: the log cannot be written ({error}); check the disk") from error
+            if (dvc := dvc_process()) is not None:
+                end_with(dvc, console.warn)
             try:
                 function(console, **arguments)
             except KeyboardInterrupt:

@@ -29,6 +29,11 @@ def locked_md5(stage: str, out: str, path: Path = Path("dvc.lock")) -> str | Non
     return md5 if isinstance(md5, str) else None
 
 
+def is_cached(repository: Path, md5: str) -> bool:
+    """Whether DVC's cache, at its usual place, holds what dvc.lock knows by that md5."""
+    return (repository / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]).exists()
+
+
 def directory_md5(directory: Path) -> str:
     """DVC's hash of a directory, as it stands in dvc.lock (a test compares it with DVC's own)."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())

@@ -30,7 +30,8 @@ def report(
         "experiment": tracking.experiment,
     }
     path = repository() / ".runs" / "reports" / f"{console.name}-{sha256_json(content)[:16]}.json"
-    write_text(path, json.dumps({**content, "t": time.time_ns() // 1_000_000}, sort_keys=True, indent=1) + "\n")
+    if not path.exists():  # a stage that was killed after it reported has the same to say, of the same time
+        write_text(path, json.dumps({**content, "t": time.time_ns() // 1_000_000}, sort_keys=True, indent=1) + "\n")
     from nanogpt import tracking as mlflow_tracking
 
     try:

@@ -1,17 +1,35 @@
-"""The wish to stop (Ctrl-C, SIGTERM, the death of DVC) as a question that the training loop asks once a step."""
+"""Ending in time: with the DVC that started the stage, and, for the training loop, as a question asked once a step."""
 
 import os
 import signal
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
+
+_TICK = 0.2  # seconds
+
+
+def end_with(dvc: int, say: Callable[[str], None]) -> None:
+    """Has SIGTERM sent to this process, a child of the process `dvc`, when that one dies: so there are no orphans.
+
+    DVC's stages are its direct children (`exec` in dvc.yaml), so its death shows.
+    """
+
+    def watch() -> None:
+        while os.getppid() == dvc:
+            time.sleep(_TICK)
+        say("dvc is gone")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class StopRequest:
     """From its creation on, the first SIGINT or SIGTERM is remembered; a second SIGINT interrupts at once."""
 
-    def __init__(self, dvc: int | None) -> None:
-        """`dvc`: its process id, taken early, since it may die meanwhile; None if it did not start us."""
+    def __init__(self) -> None:
         self.signal = 0
-        self._parent = dvc
         signal.signal(signal.SIGINT, self._remember)
         signal.signal(signal.SIGTERM, self._remember)
 
@@ -21,13 +39,12 @@ class StopRequest:
         self.signal = self.signal or number
 
     def reason(self) -> str | None:
-        """Why to stop; None to go on. DVC's stages are its direct children (`exec` in dvc.yaml), so its death shows."""
-        if self.signal:
-            return "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
-        if self._parent is not None and os.getppid() != self._parent:
-            return "dvc is gone"
-        return None
+        """Why to stop; None to go on."""
+        if not self.signal:
+            return None
+        return "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
 
     @property
     def exit_code(self) -> int:
-        return 128 + (self.signal or signal.SIGHUP)
+        assert self.signal, "nothing has asked to stop"
+        return 128 + self.signal

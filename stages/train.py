@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from nanogpt.params import Params, flatten, load_params
 from stages.console import Console, command, repository
-from stages.dvcfile import dvc_process
 from stages.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metric
 @command("train")
 def main(console: Console) -> None:
     """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
-    dvc = dvc_process()
     params = load_params()
     from nanogpt import numerics, provenance
 
@@ -52,7 +50,7 @@ def main(console: Console) -> None:
             publish(console, attempt)
         else:
             hashes = {"fingerprint": fingerprint, "tokens.sha256": inputs["tokens"], "code.sha256": code}
-            run(console, attempt, params, resolved, splits, hashes, StopRequest(dvc))
+            run(console, attempt, params, resolved, splits, hashes, StopRequest())
 
 
 def run(
@@ -69,7 +67,7 @@ def run(
     from nanogpt.data import load_meta
     from nanogpt.journal import Journal
     from nanogpt.train import Diverged, Stopped
-    from stages.attempt import describe
+    from stages.attempt import check_journal, describe
     from stages.training import Training
 
     meta = load_meta(TOKENS)
@@ -80,14 +78,19 @@ def run(
         "profile": meta.model_dump(),
     }
     with Journal(attempt / "journal.jsonl") as journal:
-        training = Training(console, attempt, params, resolved, TOKENS, splits, journal)
-        describe(attempt, params, hashes, dataset)
+        fingerprint = hashes["fingerprint"]
+        check_journal(attempt, journal, fingerprint)
+        training = Training(console, attempt, fingerprint, params, resolved, TOKENS, splits, journal, CURVE)
+        training.resume()
         journal.append(
             "start",
             step=training.progress.step,
             resumed=training.progress.step > 0,
+            fingerprint=fingerprint,
             environment=provenance.environment(),
         )
+        journal.sync()  # what run.json describes has a journal
+        describe(attempt, params, hashes, dataset)
         console.say(replicator.describe_system_metrics())
         follower = replicator.start(attempt, repository(), params.tracking.wait_seconds)
         try:

@@ -11,8 +11,8 @@ import psutil
 import torch
 
 from nanogpt import counter, flops, numerics
-from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
-from nanogpt.data import Split, SplitName
+from nanogpt.checkpoint import Checkpoint, Checkpoints, Progress, load_weights, restore
+from nanogpt.data import Split, SplitName, load_meta
 from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.files import write_text
 from nanogpt.journal import Journal
@@ -29,23 +29,26 @@ from stages.preview import check_prompts, preview
 
 
 class Training:
-    """One attempt, from its newest checkpoint on."""
+    """One attempt: from the beginning, or from where `resume` or `restore` puts it."""
 
     def __init__(
         self,
         console: Console,
         attempt: Path,
+        fingerprint: str,
         params: Params,
         resolved: numerics.Numerics,
         tokens: Path,
         splits: dict[SplitName, Split],
         journal: Journal,
+        curve: Path,
     ):
         self.console, self.attempt, self.params, self.splits, self.journal = console, attempt, params, splits, journal
+        self.curve = curve  # where the loss curve is kept up to date
         self.device = torch.device(resolved.device)
         self.autocast = numerics.autocast(self.device, resolved.dtype)
         self.tokenizer_path = tokens / "tokenizer.json"
-        tokenizer = load_tokenizer(self.tokenizer_path)
+        tokenizer = load_tokenizer(self.tokenizer_path, load_meta(tokens).tokenizer_sha256)
         check_prompts(tokenizer, params.tracking.prompts)
         torch.manual_seed(counter.derived_seed(params.train.seed, WEIGHTS))
         self.model = GPT(gpt_config(params.model, tokenizer.vocab_size)).to(self.device)
@@ -54,23 +57,28 @@ class Training:
             self.model, params.train.learning_rate, params.train.weight_decay, betas, self.device.type
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=resolved.dtype == "float16")
-        self.checkpoints = Checkpoints(attempt / "checkpoints")
-        self.progress = self._resume()
+        self.checkpoints = Checkpoints(attempt / "checkpoints", fingerprint)
+        self.progress = Progress()
         self.unfinished = PublishedModel(self.model, tokenizer, {})
         self.peak = self._peak(resolved)
 
-    def _resume(self) -> Progress:
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint that is whole, if there is one."""
         checkpoint = self.checkpoints.newest(on_damage=self.console.warn)
-        if checkpoint and not self.journal.has_position(checkpoint.journal):
+        if checkpoint is None:
+            return
+        if not self.journal.has_position(checkpoint.journal):
             raise ValueError(
                 f"{self.journal.path} lacks records that checkpoint {checkpoint.directory.name} counts on; "
                 f"remove {self.attempt} to train afresh"
             )
-        if checkpoint is None:
-            return Progress()
-        restore(checkpoint, self.model, self.optimizer, self.scaler)
+        self.restore(checkpoint)
         self.console.say(f"resuming at step {checkpoint.progress.step:,} of {self.params.train.max_iters:,}")
-        return checkpoint.progress
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from that checkpoint."""
+        restore(checkpoint, self.model, self.optimizer, self.scaler)
+        self.progress = checkpoint.progress
 
     def _peak(self, resolved: numerics.Numerics) -> float | None:
         if self.device.type == "cpu":
@@ -128,7 +136,7 @@ class Training:
 
     def after_evaluation(self, progress: Progress) -> None:
         """Tells of an evaluation: the loss curve for DVC's live plots, and what the model writes by now."""
-        write_text(Path("plots/loss.csv"), loss_curve(self.journal))
+        write_text(self.curve, loss_curve(self.journal))
         tracking = self.params.tracking
         preview(self.unfinished, tracking.prompts, tracking.sample_tokens, progress.step, self.journal)
         best = " (best so far)" if progress.best_step == progress.step else ""

@@ -45,7 +45,7 @@ class Trained:
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    return Checkpoints(tmp_path / "checkpoints")
+    return Checkpoints(tmp_path / "checkpoints", "run")
 
 
 @pytest.fixture
@@ -103,7 +103,9 @@ def test_weights_alone_can_be_loaded(checkpoints):
 
 def test_the_same_state_is_the_same_bytes(tmp_path):
     for name in "ab":
-        assert Trained().save(Checkpoints(tmp_path / name), 5) == Trained().save(Checkpoints(tmp_path / "c"), 5)
+        assert Trained().save(Checkpoints(tmp_path / name, "run"), 5) == Trained().save(
+            Checkpoints(tmp_path / "c", "run"), 5
+        )
     assert tiny.contents(tmp_path / "a") == tiny.contents(tmp_path / "b")
 
 
@@ -235,5 +237,15 @@ def test_what_a_kill_in_the_middle_of_saving_left_is_no_checkpoint_and_is_cleane
 
 def test_the_files_hold_no_times_and_no_paths(saved):
     meta = json.loads((saved.directory / "step-00000030" / "checkpoint.json").read_text())
-    assert set(meta) <= {"progress", "journal", "scaler", "sha256", "meta_sha256"}
+    assert set(meta) <= {"run", "progress", "journal", "scaler", "sha256", "meta_sha256"}
     assert str(saved.directory).encode() not in (saved.directory / "step-00000030" / "state.safetensors").read_bytes()
+
+
+def test_another_runs_checkpoint_is_told_removed_and_passed_over(saved, tmp_path):
+    others = Checkpoints(tmp_path / "others", "another run")
+    Trained().save(others, 40)
+    others._path(40).rename(saved._path(40))
+    told = []
+    assert saved.newest(told.append).progress.step == 30
+    assert told == [f"checkpoint {saved._path(40)} is another run's"]
+    assert not saved._path(40).exists()

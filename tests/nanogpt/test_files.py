@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,21 @@ def test_parents_are_made_and_modes_follow_the_umask_whatever_the_writer_chose(t
 def test_text_is_written_as_utf_8_with_the_newlines_given(tmp_path):
     write_text(tmp_path / "text", "é\r\n\n")
     assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\r\n\n"
+
+
+def test_what_a_killed_process_left_behind_is_removed_by_the_next_that_writes_there(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from nanogpt.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary: temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    target, other = tmp_path / "out", tmp_path / "output"
+    for path in (target, other):
+        killed = subprocess.run([sys.executable, "-c", script, str(path)])
+        assert killed.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    with replacing(target) as mine, replacing(target) as second:  # what is alive is left alone
+        mine.write_text("first")
+        second.write_text("second")
+    assert target.read_text() == "first"
+    (leftover,) = [path for path in tmp_path.iterdir() if path != target]
+    assert leftover.name.startswith(".output.")

@@ -65,7 +65,7 @@ class Run:
     poison: Any = lambda model, loss, step: loss
 
     def __post_init__(self):
-        self.checkpoints = Checkpoints(self.directory / "checkpoints")
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", "run")
 
     def go(self, stop_at=None, kill_at=None):
         """Trains from the newest checkpoint on, until the end, a wish to stop, or a kill at a step."""
@@ -200,7 +200,7 @@ def test_an_evaluation_is_not_repeated_when_the_run_resumes_at_its_step(tmp_path
 def test_a_stop_is_raised_with_its_reason_after_the_state_is_saved(tmp_path):
     with pytest.raises(Stopped, match="Ctrl-C"):
         Run(tmp_path).go(stop_at=5)
-    assert Checkpoints(tmp_path / "checkpoints").newest(print).progress.step == 5
+    assert Checkpoints(tmp_path / "checkpoints", "run").newest(print).progress.step == 5
     assert [record["step"] for record in Run(tmp_path).records("step")] == [1, 2, 3, 4, 5]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 from ruamel.yaml import YAML
 
+from nanogpt.checkpoint import Checkpoints
 from nanogpt.journal import attempts, end_of, read_records
 
 REPOSITORY = Path(__file__).parents[2]
@@ -184,6 +185,12 @@ class Clone:
         end = end_of(record for record, _ in read_records(self.attempts()[attempt] / "journal.jsonl"))
         assert end is not None, self.logs()
         return end
+
+    def checkpoints(self, attempt: int = -1) -> Checkpoints:
+        """Those of an attempt, by default the newest's."""
+        directory = self.attempts()[attempt]
+        run = json.loads((directory / "run.json").read_bytes())
+        return Checkpoints(directory / "checkpoints", run["tags"]["fingerprint"])
 
     def client(self) -> Any:
         from mlflow import MlflowClient

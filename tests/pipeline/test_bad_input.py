@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.checkpoint import Checkpoints
 from tests.pipeline.clones import Clone
 from tests.pipeline.test_own_text import CHAR, TALE
 
@@ -109,7 +108,7 @@ def test_a_training_that_diverges_says_where_and_is_not_resumed(seed, clone):
     run = clone.runs()[-1]
     assert run.info.status == "FAILED"
     assert f"training diverged at step {step}" in run.data.tags["mlflow.note.content"]
-    newest = Checkpoints(clone.attempts()[-1] / "checkpoints").newest(on_damage=pytest.fail)
+    newest = clone.checkpoints().newest(on_damage=pytest.fail)
     assert newest is not None
     assert newest.progress.step < step
     records = Path(clone.attempts()[-1] / "journal.jsonl").read_bytes()

@@ -112,7 +112,7 @@ def test_a_trainer_whose_dvc_was_killed_saves_and_ends(seed, untrained):
     training.let_go()
     wait_until(lambda: untrained.processes() == [], "the end of the orphan", untrained)
     log = untrained.read(".runs/logs/workspace/train.log")
-    assert re.search(r"stopped at step \d+ \(dvc is gone\), all is saved", log), log
+    assert re.search(r"warning: dvc is gone.*stopped at step \d+ \(SIGTERM\), all is saved", log, re.DOTALL), log
     assert [run.info.status for run in untrained.runs()] == ["KILLED"]
 
     assert "resuming at step" in untrained.repro()

@@ -1,4 +1,3 @@
-import os
 import signal
 import subprocess
 import sys
@@ -9,9 +8,8 @@ from stages.stop import StopRequest
 
 
 @pytest.fixture(autouse=True)
-def handlers(monkeypatch):
-    """No surrounding DVC, and the handlers of pytest put back."""
-    monkeypatch.delenv("DVC_STAGE", raising=False)
+def handlers():
+    """Those of pytest are put back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -19,14 +17,14 @@ def handlers(monkeypatch):
 
 
 def test_without_a_signal_there_is_no_reason():
-    assert StopRequest(None).reason() is None
+    assert StopRequest().reason() is None
 
 
 @pytest.mark.parametrize(
     ("number", "reason", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
 )
 def test_a_signal_is_a_reason_and_interrupts_nothing(number, reason, code):
-    stop = StopRequest(None)
+    stop = StopRequest()
     signal.raise_signal(number)
     assert stop.reason() == stop.reason() == reason
     assert stop.exit_code == code
@@ -34,7 +32,7 @@ def test_a_signal_is_a_reason_and_interrupts_nothing(number, reason, code):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_ctrl_c_interrupts_at_once(first):
-    stop = StopRequest(None)
+    stop = StopRequest()
     signal.raise_signal(first)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -43,30 +41,28 @@ def test_a_second_ctrl_c_interrupts_at_once(first):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_of_several_signals_the_first_is_the_reason(first):
-    stop = StopRequest(None)
+    stop = StopRequest()
     signal.raise_signal(first)
     signal.raise_signal(signal.SIGTERM)
     assert stop.exit_code == 128 + first
 
 
-# The parent starts the stage, says its pid, and dies of a signal once the stage is ready.
+# The parent starts the stage, which is ready when it has said so, and dies of a signal.
 STAGE = """
-import os, sys
-from stages.dvcfile import dvc_process
-from stages.stop import StopRequest
-stop = StopRequest(dvc_process())
-assert stop.reason() is None
-ready = os.fdopen(int(sys.argv[1]), "w")
-ready.write("ready")
-ready.close()
-while os.getppid() == int(sys.argv[2]):
+import sys
+from stages.stop import StopRequest, end_with
+stop = StopRequest() if sys.argv[3] == "asks" else None
+end_with(int(sys.argv[2]), lambda line: print(line, flush=True))
+with open(int(sys.argv[1]), "w") as ready:
+    ready.write("ready")
+while stop is None or stop.reason() is None:
     pass
 print(stop.reason(), stop.exit_code)
 """
 PARENT = """
 import os, signal, subprocess, sys
 read, write = os.pipe()
-command = [sys.executable, "-c", sys.argv[1], str(write), str(os.getpid())]
+command = [sys.executable, "-c", sys.argv[1], str(write), str(os.getpid()), sys.argv[2]]
 subprocess.Popen(command, pass_fds=[write])
 os.close(write)
 assert os.fdopen(read).read() == "ready"
@@ -74,11 +70,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(("dvc", "said"), [(True, "dvc is gone 129"), (False, "None 129")])
-def test_the_death_of_dvc_is_a_reason_and_that_of_any_other_parent_is_none(dvc, said, monkeypatch):
-    if dvc:
-        monkeypatch.setenv("DVC_STAGE", "train")
-    done = subprocess.run([sys.executable, "-c", PARENT, STAGE], stdout=subprocess.PIPE, text=True, env=os.environ)
+@pytest.mark.parametrize(("stage", "said"), [("asks", "dvc is gone\nSIGTERM 143\n"), ("does not ask", "dvc is gone\n")])
+def test_a_stage_ends_with_its_dvc(stage, said):
+    done = subprocess.run([sys.executable, "-c", PARENT, STAGE, stage], stdout=subprocess.PIPE, text=True)
     assert done.returncode == -signal.SIGKILL
     # `run` reads until the orphan, which holds the other end of the pipe too, is done.
-    assert done.stdout.strip() == said
+    assert done.stdout == said
