@@ -8,6 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
+
+from nanogpt.files import read_bytes
+
+_LARGEST_FILE = 2**17  # bytes of params.yaml
+_DEEPEST = 10  # levels of nesting; three are used
 
 
 class ParamsError(ValueError):
@@ -18,7 +24,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-Natural = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -28,7 +34,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 class DownloadParams(Section):
     source: Annotated[str, Field(pattern=r"^(grammar|shakespeare|openwebtext|hf:.+|file:.+)$")]
-    documents: Annotated[int, Field(ge=2)]
+    documents: Annotated[int, Field(ge=2, lt=2**63)]
     seed: Seed
     texts: Text
     text_column: Text
@@ -45,7 +51,7 @@ class TokenizeParams(Section):
 
 
 class ModelParams(Section):
-    n_layer: Natural
+    n_layer: Annotated[int, Field(ge=1, le=2**12)]  # beyond, building the model alone takes minutes
     n_head: Natural
     n_embd: Natural
     block_size: Natural
@@ -62,7 +68,7 @@ class TrainParams(Section):
     gradient_accumulation_steps: Natural
     learning_rate: Positive
     min_lr: NonNegative
-    warmup_iters: Annotated[int, Field(ge=0)]
+    warmup_iters: Annotated[int, Field(ge=0, lt=2**63)]
     lr_decay_iters: Natural | None
     weight_decay: NonNegative
     beta1: BelowOne
@@ -127,11 +133,14 @@ class Params(Section):
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Reads and checks the whole file. Raises ParamsError, one line that names key, value and remedy."""
     try:
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        text = read_bytes(path, _LARGEST_FILE).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read ({error}): restore it with `git checkout {path}`") from error
-    except (YAMLError, ValueError, RecursionError) as error:
-        line = " ".join(str(error).split())
+    try:
+        _check_structure(text)
+        values = YAML(typ="safe").load(text)
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        line = _short(" ".join(str(error).split()), 300)
         raise ParamsError(f"{path} is not valid YAML ({line}): correct it or `git checkout {path}`") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{path} holds no sections: restore it with `git checkout {path}`")
@@ -145,6 +154,17 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     return params
 
 
+def _check_structure(text: str) -> None:
+    """Raises ValueError for what a few lines can grow into: aliases of aliases, and nesting without end."""
+    depth = 0
+    for event in YAML(typ="safe").parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if isinstance(event, AliasEvent):
+            raise ValueError(f"an alias, *{event.anchor}, at line {event.start_mark.line + 1}: write its value out")
+        if depth > _DEEPEST:
+            raise ValueError(f"too deeply nested at line {event.start_mark.line + 1}")
+
+
 def flatten(params: Section, prefix: str = "") -> dict[str, Any]:
     """Nested sections as one level: {"train.learning_rate": 0.001, ...}."""
     flat: dict[str, Any] = {}
@@ -156,7 +176,7 @@ def flatten(params: Section, prefix: str = "") -> dict[str, Any]:
 
 def _explain(error: Any) -> str:
     """One pydantic error as one line."""
-    loc = [str(part) for part in error["loc"]]
+    loc = [part if part.isprintable() else repr(part) for part in (str(part)[:60] for part in error["loc"])]
     # A union appends the name of the branch that it tried; only names of the file help the user.
     key = ".".join(loc[:2])
     section = Params.model_fields[loc[0]].annotation if len(loc) > 1 and loc[0] in Params.model_fields else Params
@@ -165,7 +185,7 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(loc[-1], names, n=1, cutoff=0.5)
         where = f"{loc[0]}." if len(loc) > 1 else ""
         remedy = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(names)}"
-        value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+        value = "" if isinstance(error["input"], dict) else f" = {_value(error)}"
         return f"{key}{value} is not a known parameter; {remedy}"
     if error["type"] == "missing":
         return f"{key} is missing; add it (`git diff params.yaml` shows what was lost)"
@@ -176,7 +196,20 @@ def _explain(error: Any) -> str:
         )
     if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
         problem += ", and this is text; if it is in quotes, remove them"
-    return f"{key} = {error['input']!r} is refused: {problem}"
+    return f"{key} = {_value(error)} is refused: {problem}"
+
+
+def _value(error: Any) -> str:
+    """The refused value on a line that can be read."""
+    value = error["input"]
+    try:
+        return _short(repr(value), 100)
+    except ValueError:  # Python's limit on the digits of a number
+        return "a number of thousands of digits"
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def check_combinations(params: Params, path: Path) -> None:

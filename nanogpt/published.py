@@ -2,20 +2,24 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt.files import replacing
+from nanogpt.files import read_bytes, replacing
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.provenance import sha256_file, sha256_json
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
 
 FILES = ("weights.safetensors", "model.json", "tokenizer.json")
+_LARGEST_META = 2**22  # bytes of model.json
+_MOST_LAYERS = 2**12  # as in params.py
+_LARGEST_CACHE = 64  # times the weights: what one sequence's keys and values may take
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,15 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Pub
         if not (directory / name).is_file():
             raise ValueError(f"{directory / name} is missing; `dvc checkout` or `dvc repro` brings it back")
     try:
-        meta = json.loads((directory / "model.json").read_bytes())
-        config = GPTConfig(**meta["config"])
+        meta = json.loads(read_bytes(directory / "model.json", _LARGEST_META))
+        config = _checked(GPTConfig(**meta["config"]))
         info = meta["info"]
         if meta.pop("meta_sha256") != sha256_json(meta):
             raise ValueError("not what was written")
         expected = {"weights.safetensors": meta["weights_sha256"], "tokenizer.json": meta["tokenizer_sha256"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / 'model.json'} is damaged ({error}); {_remedy(directory)}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory / 'model.json'} is damaged ({reason}); {_remedy(directory)}") from error
     for name, sha256 in expected.items():
         if sha256_file(directory / name) != sha256:
             raise ValueError(
@@ -71,16 +76,56 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Pub
             f"{directory / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
             + _remedy(directory)
         )
-    weights = load_file(directory / "weights.safetensors")
-    with torch.device("meta"):
-        model = GPT(config)
+    weights = directory / "weights.safetensors"
     try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{directory / 'weights.safetensors'} does not fit model.json; {_remedy(directory)}"
-        ) from error
+        _check_fit(config, weights)
+        with torch.device("meta"):
+            model = GPT(config)
+        model.load_state_dict(load_file(weights), assign=True)
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{weights} does not fit model.json ({reason}); {_remedy(directory)}") from error
     return PublishedModel(model.requires_grad_(False).to(device).eval(), tokenizer, info)
+
+
+def _checked(config: GPTConfig) -> GPTConfig:
+    """The config, if a GPT can have it. Raises ValueError."""
+    sizes = {name: value for name, value in asdict(config).items() if name not in {"bias", "gelu", "dropout"}}
+    for name, value in sizes.items():
+        if type(value) is not int or not 1 <= value < 2**63:
+            raise ValueError(f"{name} is no possible number")
+    if config.n_layer > _MOST_LAYERS or config.n_embd % config.n_head:
+        raise ValueError("n_layer, n_embd and n_head are no model's")
+    if type(config.bias) is not bool or config.gelu not in ("exact", "tanh"):
+        raise ValueError("bias or gelu is not known")
+    if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
+        raise ValueError("dropout is no possible number")
+    return config
+
+
+def _check_fit(config: GPTConfig, weights: Path) -> None:
+    """Raises ValueError unless the file holds the tensors of that config: nothing of its size is made before."""
+    with safe_open(weights, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
+        found = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        dtypes = {part.get_dtype() for part in slices.values()}
+    # These two hold every size of the config, so that the file is as large as what is made of it.
+    first = {"wte.weight": (config.padded_vocab_size, config.n_embd), "wpe.weight": (config.block_size, config.n_embd)}
+    if any(found.get(name) != shape for name, shape in first.items()):
+        raise ValueError("wte.weight or wpe.weight has another size")
+    with torch.device("meta"):
+        single = GPT(replace(config, n_layer=1))
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, parameter in single.named_parameters():
+        layers = range(config.n_layer if name.startswith("h.0.") else 1)
+        names = [name.replace("h.0.", f"h.{layer}.", 1) for layer in layers]
+        expected |= dict.fromkeys(names, tuple(parameter.shape))
+    if found != expected:
+        raise ValueError("its tensors are others")
+    if len(dtypes) != 1 or not dtypes <= {"F64", "F32", "BF16", "F16"}:
+        raise ValueError(f"its numbers are {', '.join(sorted(dtypes))}")
+    if 2 * config.n_layer * config.block_size * config.n_embd * 4 > _LARGEST_CACHE * weights.stat().st_size:
+        raise ValueError("its context is absurdly long for its size")
 
 
 def _remedy(directory: Path) -> str:

@@ -17,12 +17,15 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nanogpt.files import write_text
+from nanogpt.files import check_regular, read_bytes, write_text
 
 Document = Iterable[str]  # in pieces
 
 PIECE = 2**18  # bytes that are read at once; a larger piece leaves the processor's cache
 SHARD = 64_000_000  # bytes after which documents go to the next file
+_LARGEST_INFO = 2**24  # bytes of corpus.json; it lists 64 MB of text in 100 bytes
+
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class CorpusInfo(BaseModel):
@@ -31,11 +34,11 @@ class CorpusInfo(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     source: str  # as in download.source; of an absolute path the last part
-    documents: Annotated[int, Field(ge=1)]
-    characters: Annotated[int, Field(ge=1)]
-    bytes: Annotated[int, Field(ge=1)]  # of text, as UTF-8
+    documents: Count
+    characters: Count
+    bytes: Count  # of text, as UTF-8
     files: dict[
-        Annotated[str, Field(pattern=r"^(text\.txt|documents-\d{5,}\.jsonl)$")],
+        Annotated[str, Field(pattern=r"^(text\.txt|documents-[0-9]{5,9}\.jsonl)$")],
         Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")],
     ]
 
@@ -129,7 +132,7 @@ def load_info(raw: Path) -> CorpusInfo:
     """Reads corpus.json. Raises ValueError, naming file and remedy, if it is missing or damaged."""
     path = raw / "corpus.json"
     try:
-        return CorpusInfo.model_validate_json(path.read_bytes())
+        return CorpusInfo.model_validate_json(read_bytes(path, _LARGEST_INFO))
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
     except ValidationError as error:
@@ -141,22 +144,38 @@ def read_documents(raw: Path) -> Iterator[str]:
 
     So what was made of the documents must not be published before the last one has come.
     """
-    for name, sha256 in load_info(raw).files.items():
+    info, found = load_info(raw), 0
+    for name, sha256 in info.files.items():
         if name == "text.txt":
             yield "".join(read_text(raw))
+            found += 1
             continue
         for line in lines(_verified(raw / name, sha256)):
-            try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise _damaged(raw / name, "is damaged") from error
+            yield _document(line, raw / name)
+            found += 1
+    if found != info.documents:
+        raise _damaged(raw / "corpus.json", f"says {info.documents:,} documents and the files hold {found:,}")
+
+
+def _document(line: bytes, path: Path) -> str:
+    try:
+        text = json.loads(line)["text"]
+        if not isinstance(text, str):
+            raise TypeError("no text")
+        utf8_bytes(text)  # an escape can spell half a character, which no tokenizer takes
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, "is damaged") from error
+    return text
 
 
 def read_text(raw: Path) -> Iterator[str]:
     """The one text of a corpus that has but one, in pieces; raises ValueError as `read_documents` does."""
     path = raw / "text.txt"
     decoder = codecs.getincrementaldecoder("utf-8")()
-    for block in itertools.chain(_verified(path, load_info(raw).files[path.name]), [b""]):
+    sha256 = load_info(raw).files.get(path.name)
+    if sha256 is None:
+        raise _damaged(raw / "corpus.json", f"does not list {path.name}")
+    for block in itertools.chain(_verified(path, sha256), [b""]):
         try:
             yield decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -166,6 +185,7 @@ def read_text(raw: Path) -> Iterator[str]:
 def _verified(path: Path, sha256: str) -> Iterator[bytes]:
     digest = hashlib.sha256()
     try:
+        check_regular(path)
         with path.open("rb") as file:
             while block := file.read(PIECE):
                 digest.update(block)

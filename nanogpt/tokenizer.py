@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nanogpt.files import write_text
+from nanogpt.files import read_bytes, write_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -27,8 +27,9 @@ Ids = npt.NDArray[np.unsignedinteger]
 END_OF_TEXT = "<|endoftext|>"  # how the end-of-text token reads; in a text these characters are ordinary ones
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, end of text
 _LARGEST_VOCABULARY = 2**21  # more than Unicode has characters
-_LARGEST_FILE = 64 * 2**20  # bytes of tokenizer.json
+_LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
 _LONGEST_TOKEN = 2**16  # bytes
+_ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
 
 
 class Tokenizer(abc.ABC):
@@ -241,13 +242,16 @@ class TrainedTokenizer(BytePairTokenizer):
     name = "bpe"
 
     def __init__(self, merges: Sequence[tuple[int, int]], end_of_text: bool):
-        tokens = [bytes([i]) for i in range(256)]
+        tokens, total = [bytes([i]) for i in range(256)], 256
         for left, right in merges:
             if not (0 <= left < len(tokens) and 0 <= right < len(tokens)):
                 raise ValueError(f"merge of ({left}, {right}) comes before the tokens that it joins")
             tokens.append(tokens[left] + tokens[right])
+            total += len(tokens[-1])
             if len(tokens[-1]) > _LONGEST_TOKEN:
                 raise ValueError(f"a token is longer than {_LONGEST_TOKEN} bytes")
+            if total > _ALL_TOKENS:
+                raise ValueError(f"its tokens are longer than {_ALL_TOKENS:,} bytes together")
         if len(set(tokens)) != len(tokens):
             raise ValueError("two tokens are the same")
         self.merges = list(merges)
@@ -313,34 +317,33 @@ def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
     """Reads a tokenizer.json. Raises ValueError if it is missing, damaged, or not the one with the given sha256."""
     remedy = "restore it with `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_FILE + 1)
+        data = read_bytes(path, _LARGEST_FILE)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
     try:
         tokenizer = _from_json(data)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {remedy}") from error
     if sha256 not in (None, tokenizer.sha256):
         raise ValueError(f"{path} is another tokenizer (sha256 {tokenizer.sha256}) than expected ({sha256}); {remedy}")
     return tokenizer
 
 
 def _from_json(data: bytes) -> Tokenizer:
-    if len(data) > _LARGEST_FILE:
-        raise ValueError(f"larger than {_LARGEST_FILE:,} bytes")
     content = json.loads(data.decode("utf-8"))
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     if not isinstance(content["vocab_size"], int) or content["vocab_size"] > _LARGEST_VOCABULARY:
         raise ValueError("vocab_size is no possible number")
+    if not isinstance(content.get("characters", ""), str) or len(content.get("merges", "")) > content["vocab_size"]:
+        raise ValueError("its parts disagree")
     readers: dict[str, Callable[[dict[str, Any], bool], Tokenizer]] = {
         "char": lambda content, end: CharTokenizer(content["characters"], end),
         "gpt2": lambda content, end: Gpt2Tokenizer(),
         "bpe": lambda content, end: TrainedTokenizer([_pair(item) for item in content["merges"]], end),
     }
     if content["name"] not in readers:
-        raise ValueError(f"tokenizer {content['name']!r} is not known")
+        raise ValueError(f"tokenizer {content['name']!r:.40} is not known")
     tokenizer = readers[content["name"]](content, content["end_of_text"] is not None)
     if tokenizer.to_json().encode() != data:
         raise ValueError("its parts disagree")
@@ -349,5 +352,5 @@ def _from_json(data: bytes) -> Tokenizer:
 
 def _pair(item: Any) -> tuple[int, int]:
     if not (isinstance(item, list) and len(item) == 2 and all(type(token) is int for token in item)):
-        raise ValueError(f"{item!r} is no merge")
+        raise ValueError(f"{item!r:.40} is no merge")
     return item[0], item[1]

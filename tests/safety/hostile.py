@@ -1,0 +1,133 @@
+"""Files that a stranger could have made, and what must hold for whoever parses them."""
+
+import contextlib
+import copy
+import json
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+
+from nanogpt.journal import JournalDamaged
+from nanogpt.params import ParamsError
+
+TRIED: dict[str, list[int]] = {}  # parser -> [inputs, accepted ones]
+OURS = {ValueError, ParamsError, JournalDamaged}  # not their subclasses, such as a bare UnicodeDecodeError
+MOST_MEMORY = 300 * 2**20  # bytes by which all inputs of a parser together may raise this process's peak
+
+VALUES: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2, 3, 7, 2**16, 2**31, 2**40, 2**63, 10**30, 0.5, 1e308, float("inf"), float("nan")),
+    *("", "text", "../../outside", "/etc/passwd", "\ud800", "\x00", "\x1b[2J", "a\nb", "x" * 10_000),
+    *([], {}, [[]], [0], ["a"], {"a": 1}, [[97, 98]], {"../outside": "0" * 64}),
+]
+SPLINTERS = [
+    *(
+        b"null",
+        b"NaN",
+        b"-1",
+        b"1e999",
+        b"9" * 30,
+        b"9" * 5000,
+        b"[" * 2000,
+        b"{",
+        b'"',
+        b"\n",
+        b"\x00",
+        b"\xff",
+        b"\\",
+    ),
+    *(b'"\\ud800"', b'"../outside"', b"&a [*a]", b"*a", b"!!python/object/apply:os.system [touch outside]"),
+    *(b"!!binary x", b"!!set {a}", b"2026-11-31", b"0x" + b"f" * 5000, b"? ", b"- ", b"---\n", b"<<: "),
+]
+
+
+def limits(inputs: int) -> settings:
+    """So many inputs, the same ones each time."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    # Without shrinking: a parser that hangs on an input must not be asked a thousand times more.
+    return settings(
+        max_examples=inputs,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=checks,
+    )
+
+
+@st.composite
+def mutants(draw: st.DrawFn, whole: bytes) -> bytes:
+    """Arbitrary bytes, or a whole file with up to three bits flipped, parts cut out, doubled, moved or replaced."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=200))
+    data = whole
+    for _ in range(draw(st.integers(0, 3))):
+        start = draw(st.integers(0, max(0, len(data) - 1)))
+        end = start + draw(st.integers(1, 30))
+        kind = draw(st.sampled_from(["flip", "truncate", "cut", "double", "move", "replace", "insert"]))
+        splinter = draw(st.sampled_from(SPLINTERS)) if kind in {"replace", "insert"} else b""
+        if kind == "flip" and data:
+            data = data[:start] + bytes([data[start] ^ 1 << draw(st.integers(0, 7))]) + data[start + 1 :]
+        elif kind == "truncate":
+            data = data[:start]
+        elif kind == "double":
+            data = data[:end] + data[start:]
+        elif kind == "move":
+            data = data[end:] + data[start:end] + data[:start]
+        else:
+            data = data[:start] + splinter + data[start if kind == "insert" else end :]
+    return data
+
+
+@st.composite
+def swapped(draw: st.DrawFn, content: Any) -> Any:
+    """JSON content of which up to two values, at any depth, are others."""
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(0, 2))):
+        inner: Any = content
+        while inner:
+            key = draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
+            if isinstance(inner[key], dict | list) and inner[key] and draw(st.integers(0, 3)):
+                inner = inner[key]
+                continue
+            inner[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
+            break
+    return content
+
+
+def parsed(parser: str, parse: Callable[[], Any]) -> Any:
+    """What the parser returns, or None if it refuses: with an error of ours, in one line that can be shown."""
+    counts = TRIED.setdefault(parser, [0, 0])
+    counts[0] += 1
+    try:
+        result = parse()
+    except ValueError as error:
+        refusal = error
+    else:
+        counts[1] += 1
+        return result
+    assert type(refusal) in OURS, repr(refusal)
+    assert "\n" not in str(refusal)
+    assert len(str(refusal)) < 1500
+    return None
+
+
+@contextlib.contextmanager
+def harmless(parser: str, folder: Path, writes: bool = False) -> Iterator[None]:
+    """Of the inputs in the block some are accepted and some refused; no memory is lost, and no file comes or goes."""
+    before, peak = sorted(folder.rglob("*")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    inputs, accepted = TRIED.setdefault(parser, [0, 0])
+    yield
+    now, now_accepted = TRIED[parser]
+    assert accepted < now_accepted, "none is accepted"
+    assert now - inputs > now_accepted - accepted, "none is refused"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < MOST_MEMORY / 1024
+    assert not list(folder.parent.rglob("outside*"))
+    assert writes or sorted(folder.rglob("*")) == before
+
+
+def dumped(content: Any) -> bytes:
+    return (json.dumps(content, sort_keys=True) + "\n").encode()

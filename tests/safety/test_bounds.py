@@ -1,0 +1,292 @@
+"""Small files that claim much: each is refused in seconds and little memory, in a process that has no more."""
+
+import gzip
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanogpt.params import DownloadParams
+from nanogpt.provenance import sha256_file
+from nanogpt.published import save_model
+from tests.nanogpt import tiny
+from tests.nanogpt.test_data import write as write_tokens
+from tests.safety.test_parsers import SOURCE, write_raw
+
+REPOSITORY = Path(__file__).parents[2]
+MEMORY = 200 * 2**20  # bytes beyond what the imports take
+SECONDS = 20
+
+# Reads every argument with the parser; no more address space than now and MEMORY.
+PROGRAM = """
+import resource, sys, time
+from pathlib import Path
+{imports}
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + {memory},) * 2)
+for path in map(Path, sys.argv[1:]):
+    begun = time.monotonic()
+    try:
+        {call}
+        print("accepted", end=" ")
+    except Exception as error:
+        print(type(error).__name__, " ".join(str(error).split())[-400:], end=" ")
+    print(f"[{{time.monotonic() - begun:.1f}} s]", flush=True)
+"""
+
+
+def read(imports: str, call: str, *paths: Path, memory: int = MEMORY) -> list[str]:
+    """A line per path: "accepted", or the error."""
+    program = PROGRAM.format(imports=imports, call=call, memory=memory)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, paths)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS * 3,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert all(float(line.split("[")[-1].split()[0]) < SECONDS for line in lines), lines
+    return lines
+
+
+def all_refused(lines: list[str], number: int, error: str = "ValueError") -> None:
+    assert len(lines) == number
+    assert [line for line in lines if not line.startswith(error + " ")] == []
+
+
+# --- model/ -----------------------------------------------------------------------------------------------------------
+
+CONFIGS: list[dict[str, Any]] = [
+    *({"n_layer": value} for value in (10**9, 2**12 + 1, 4000, 0, -1, True, 1.0, "1", None, [1])),
+    *({"n_embd": value} for value in (2**40, 10**30, 0, -16, "16")),
+    *({"n_head": value} for value in (0, 3, -1, 2**40, 1.0)),
+    *({"block_size": value} for value in (2**40, 0, -8, 9)),
+    *({"vocab_size": value} for value in (2**40, 0, -13, True)),
+    *({"vocab_multiple": value} for value in (2**40, 0, -1, 0.1, "1")),
+    *({"dropout": value} for value in (1, -0.1, "0", None, float("nan"), True)),
+    *({"bias": 0}, {"gelu": "relu"}, {"gelu": []}),
+]
+LOAD = ("from nanogpt.published import load_model", "load_model(path)")
+
+
+def model(directory: Path, **changes: Any) -> Path:
+    gpt = tiny.gpt(seed=1, std=0.5, bias=False)
+    directory.mkdir()
+    tiny.char_tokenizer(directory / "tokenizer.json")
+    save_model(directory / "model", gpt.config, tiny.weights(gpt), directory / "tokenizer.json", {})
+    config = json.loads((directory / "model/model.json").read_bytes())["config"]
+    tiny.edit_json(directory / "model/model.json", config={**config, **changes})
+    return directory / "model"
+
+
+def test_a_config_that_is_no_model_s_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    paths = [model(tmp_path / str(number), **changes) for number, changes in enumerate(CONFIGS)]
+    all_refused(read(*LOAD, *paths), len(CONFIGS))
+    assert read(*LOAD, model(tmp_path / "good"))[0].startswith("accepted")
+
+
+def with_weights(directory: Path, data: bytes) -> Path:
+    path = model(directory)
+    (path / "weights.safetensors").write_bytes(data)
+    tiny.edit_json(path / "model.json", weights_sha256=sha256_file(path / "weights.safetensors"))
+    return path
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_claim_much_or_are_something_else_are_refused(tmp_path: Path) -> None:
+    def header(size: int, **tensors: Any) -> bytes:
+        data = json.dumps(tensors).encode()
+        return (size or len(data)).to_bytes(8, "little") + data
+
+    large = {"dtype": "F32", "shape": [2**40, 16], "data_offsets": [0, 2**46]}
+    files = [
+        pickle.dumps(Bomb(tmp_path / "executed")),
+        header(0, **{"wte.weight": large}),
+        header(2**63, **{"wte.weight": large}),
+        header(0, **{"wte.weight": {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]}}),
+        header(0, **{f"h.{i}.x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(50_000)}),
+        (8).to_bytes(8, "little") + b"[" * 10_000,
+        b"",
+    ]
+    paths = [with_weights(tmp_path / str(number), data) for number, data in enumerate(files)]
+    all_refused(read(*LOAD, *paths), len(files))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_context_that_is_out_of_proportion_is_refused(tmp_path: Path) -> None:
+    """A file of megabytes, each tensor of which is true, and whose cache of keys and values would take gigabytes."""
+    gpt = tiny.gpt(n_layer=300, n_head=1, n_embd=1, block_size=500_000, bias=False)
+    tiny.char_tokenizer(tmp_path / "tokenizer.json")
+    save_model(tmp_path / "model", gpt.config, tiny.weights(gpt), tmp_path / "tokenizer.json", {})
+    [line] = read(*LOAD, tmp_path / "model")
+    assert "its context is absurdly long for its size" in line
+
+
+# --- tokenizer.json ---------------------------------------------------------------------------------------------------
+
+
+def test_tokens_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    """Tokens of 64 KiB each, every one by a merge of its own."""
+    doubling = [[97, 97], *([i, i] for i in range(256, 270))]
+    merges = [*doubling, *([270, token] for token in range(256)), *([token, 270] for token in range(256))] * 50
+    content = {"end_of_text": None, "merges": merges, "name": "bpe", "vocab_size": 256 + len(merges)}
+    (tmp_path / "tokens.json").write_text(json.dumps(content) + "\n")
+    tokens = doubling[:-1] + [[269 - i % 2, i % 256] for i in range(200_000)]
+    content = {"end_of_text": None, "merges": tokens, "name": "bpe", "vocab_size": 256 + len(tokens)}
+    (tmp_path / "many.json").write_text(json.dumps(content) + "\n")
+    (tmp_path / "deep.json").write_bytes(b"[" * 1_000_000)
+    with (tmp_path / "sparse.json").open("wb") as file:
+        file.truncate(2**40)
+    paths = sorted(tmp_path.glob("*.json"))
+    lines = read("from nanogpt.tokenizer import load_tokenizer", "load_tokenizer(path)", *paths)
+    all_refused(lines, 4)
+    assert "bytes together" in "".join(lines)
+
+
+# --- data/ ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_meta_that_claims_2_to_the_40_tokens_is_refused(tmp_path: Path) -> None:
+    claims: list[dict[str, Any]] = [{"tokens": 2**40}, {"tokens": 2**62}, {"tokens": 10**400}, {"bytes": 10**400}]
+    paths = []
+    for number, claim in enumerate(claims):
+        paths.append(write_tokens(tmp_path / str(number)))
+        meta = json.loads((paths[-1] / "meta.json").read_bytes())
+        tiny.edit_json(paths[-1] / "meta.json", train={**meta["train"], **claim})
+    for name in ("vocabulary", "deep", "sparse"):
+        paths.append(write_tokens(tmp_path / name))
+    tiny.edit_json(tmp_path / "vocabulary/meta.json", vocab_size=2**40)
+    (tmp_path / "deep/meta.json").write_bytes(b'{"a":' * 100_000)
+    with (tmp_path / "sparse/meta.json").open("wb") as file:
+        file.truncate(2**40)
+    all_refused(read("from nanogpt.data import load_split", "load_split(path, 'train')", *paths), len(paths))
+
+
+def test_an_inventory_that_is_large_or_deep_is_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("sparse", "deep", "line")]
+    for path in paths:
+        write_raw(path, ["one", "two"])
+    with (tmp_path / "sparse/corpus.json").open("wb") as file:
+        file.truncate(2**40)
+    (tmp_path / "deep/corpus.json").write_bytes(b'{"files":' * 100_000)
+    line = tmp_path / "line/documents-00000.jsonl"
+    line.write_bytes(b'{"text":' * 100_000)
+    tiny.edit_json(tmp_path / "line/corpus.json", files={line.name: sha256_file(line)})
+    all_refused(read("from nanogpt.raw import read_documents", "list(read_documents(path))", *paths), 3)
+
+
+# --- params.yaml ------------------------------------------------------------------------------------------------------
+
+
+def test_params_that_grow_are_refused(tmp_path: Path) -> None:
+    text = json.dumps(SOURCE)
+    laughs = "a0: &a0 [ha, ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30))
+    contents = {
+        "laughs": f"{laughs}train: {{seed: *a29}}\n",
+        "known": text.replace('"prompts": [""]', '"prompts": &p ["", *p]', 1),
+        "long": text.replace('"revision": null', '"max": "' + "x" * 100_000 + '"'),
+        "digits": text.replace('"documents": 3200', '"documents": 0x' + "f" * 50_000),
+        "deep": "[" * 100_000,
+        "deep-block": "- " * 50_000,
+        "deep-value": text.replace('"documents": 3200', '"documents": ' + "[" * 500 + "]" * 500),
+        "layers": text.replace('"n_layer": 4', '"n_layer": 1000000000'),
+        "code": "a: !!python/object/apply:os.system ['touch executed']",
+        "key": text.replace('"documents"', r'"\e[2Jdocu\nments"'),
+    }
+    paths = []
+    for name, content in contents.items():
+        assert content != text, name
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(content)
+    with (tmp_path / "sparse.yaml").open("wb") as file:
+        file.truncate(2**40)
+    lines = read("from nanogpt.params import load_params", "load_params(path)", *paths, tmp_path / "sparse.yaml")
+    all_refused(lines, len(contents) + 1, "ParamsError")
+
+
+# --- what is no file --------------------------------------------------------------------------------------------------
+
+NO_FILES = ["/dev/zero", "pipe", "/etc", "nowhere"]
+
+
+@pytest.mark.parametrize("target", NO_FILES)
+def test_a_link_to_what_is_no_file_is_refused_at_once(tmp_path: Path, target: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    write_tokens(tmp_path / "tokens")
+    write_raw(tmp_path / "raw", ["one"])
+    model(tmp_path / "published")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/params.yaml").write_text(json.dumps(SOURCE))
+    readers = {
+        "tokens/meta.json": ("from nanogpt.data import load_meta", "load_meta(path.parent)"),
+        "tokens/train.bin": ("from nanogpt.data import load_split", "load_split(path.parent, 'train')"),
+        "raw/corpus.json": ("from nanogpt.raw import load_info", "load_info(path.parent)"),
+        "raw/text.txt": ("from nanogpt.raw import read_documents", "list(read_documents(path.parent))"),
+        "params/params.yaml": ("from nanogpt.params import load_params", "load_params(path)"),
+        "published/model/model.json": ("from nanogpt.published import load_model", "load_model(path.parent)"),
+        "published/model/weights.safetensors": ("", "load_model(path.parent)"),
+        "published/model/tokenizer.json": ("", "load_model(path.parent)"),
+        "tokenizer.json": ("from nanogpt.tokenizer import load_tokenizer", "load_tokenizer(path)"),
+    }
+    places = [tmp_path / name for name in readers]
+    # Beside each of the links, the other files of its directory are as they were.
+    for name in [name for name in readers if "/" in name]:
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree((tmp_path / name).parent, folder)
+        places[list(readers).index(name)] = folder / Path(name).name
+    for path in places:
+        path.unlink(missing_ok=True)
+        path.symlink_to(tmp_path / target)
+    imports = "\n".join(line for line, _ in readers.values() if line)
+    calls = {str(path): call for path, (_, call) in zip(places, readers.values(), strict=True)}
+    table = "READ = {" + ", ".join(f"{path!r}: lambda path: {call}" for path, call in calls.items()) + "}"
+    lines = read(f"{imports}\n{table}", "READ[str(path)](path)", *places)
+    assert len(lines) == len(places)
+    assert all(line.startswith(("ValueError", "ParamsError")) for line in lines), lines
+
+
+def test_a_link_to_a_file_is_read_as_that_file(tmp_path: Path) -> None:
+    """DVC's cache may be of type symlink."""
+    write_tokens(tmp_path / "tokens")
+    for path in sorted((tmp_path / "tokens").iterdir()):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    lines = read("from nanogpt.data import load_split", "load_split(path, 'train')", tmp_path / "tokens")
+    assert lines[0].startswith("accepted")
+
+
+# --- sources of text --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_gzip_bomb_stops_at_max_gigabytes(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"bomb.{suffix}.gz"
+    start = b'{"text": "' if suffix == "jsonl" else b""
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(start)
+        for _ in range(2000):
+            file.write(b"x" * 2**20)
+    values = {**SOURCE["download"], "source": f"file:{path}", "max_gigabytes": 0.01}
+    assert DownloadParams(**values)
+    imports = f"from nanogpt.corpus import write_corpus\nfrom nanogpt.params import DownloadParams\nvalues = {values!r}"
+    [line] = read(imports, f"write_corpus(DownloadParams(**values), Path({str(tmp_path / 'raw')!r}))", path)
+    assert line.startswith("ValueError")
+    assert "max_gigabytes" in line
+    assert sum(file.stat().st_size for file in (tmp_path / "raw").iterdir()) < 2e7

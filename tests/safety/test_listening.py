@@ -1,0 +1,51 @@
+"""Whatever listens does so on this machine alone, unless told otherwise."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+HERE = "tests/safety/test_listening.py"
+
+
+def texts() -> dict[str, str]:
+    """All files of the repository that can hold a command or code."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    chosen = [name for name in listed if Path(name).suffix in {"", ".py", ".md", ".yaml", ".yml", ".toml", ".sh"}]
+    paths = {name: REPOSITORY / name for name in chosen if name != HERE}
+    return {name: path.read_text(encoding="utf-8", errors="replace") for name, path in paths.items() if path.is_file()}
+
+
+def test_nothing_listens_on_every_address() -> None:
+    wildcard = re.compile(r"""0\.0\.0\.0|\bINADDR_ANY\b|--host[= ]\*|\[::\]|bind\(\(["']["']""")
+    assert [name for name, text in texts().items() if wildcard.search(text)] == []
+
+
+def test_every_server_that_is_started_is_told_this_machine_s_address() -> None:
+    """MLflow's page, and what else could be started."""
+    started = re.compile(r"^\s*[^#\n]*\b(?:mlflow (?:ui|server)|tensorboard|jupyter|uvicorn|gunicorn|http\.server)\b")
+    found = []
+    for name, text in texts().items():
+        if not (name == "Makefile" or name.startswith(".ci/") or name.endswith((".md", ".yaml"))):
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
+            if started.search(line):
+                found.append(name)
+                assert re.search(r"--host[= ]127\.0\.0\.1\b", line), f"{name}: {line}"
+    assert "Makefile" in found
+
+
+@pytest.mark.parametrize("folder", ["nanogpt", "stages", "tools", "benchmarks"])
+def test_no_module_opens_a_socket_to_listen(folder: str) -> None:
+    listening = re.compile(r"\.bind\(|\.listen\(|\bsocketserver\b|http\.server|HTTPServer|start_server|create_server")
+    sources = {path: path.read_text(encoding="utf-8") for path in (REPOSITORY / folder).glob("*.py")}
+    assert sources
+    assert [str(path) for path, text in sources.items() if listening.search(text)] == []
