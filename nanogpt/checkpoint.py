@@ -74,8 +74,8 @@ class Checkpoints:
             }
             meta["meta_sha256"] = sha256_json(meta)
             (temporary / "checkpoint.json").write_text(json.dumps(meta, sort_keys=True, indent=1) + "\n")
-        keep = {*sorted(self._steps())[-2:], progress.best_step}
-        for step in self._steps() - keep:
+        keep = {*self.steps()[-2:], progress.best_step}
+        for step in set(self.steps()) - keep:
             shutil.rmtree(self._path(step))
         for leftover in self.directory.glob(".step-*.tmp"):  # of a process that was killed while it saved another step
             shutil.rmtree(leftover)
@@ -83,7 +83,7 @@ class Checkpoints:
 
     def newest(self, on_damage: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole; each damaged one is told to `on_damage` and removed."""
-        for step in sorted(self._steps(), reverse=True):
+        for step in reversed(self.steps()):
             try:
                 return self.read(step)
             except ValueError as error:
@@ -109,11 +109,12 @@ class Checkpoints:
             raise ValueError(f"checkpoint {directory} is another run's")
         return checkpoint
 
+    def steps(self) -> list[int]:
+        """Steps of which there is a checkpoint, whole or not, in order."""
+        return sorted(int(path.name[5:]) for path in self.directory.glob("step-????????"))
+
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08}"
-
-    def _steps(self) -> set[int]:
-        return {int(path.name[5:]) for path in self.directory.glob("step-????????")}
 
 
 def restore(

@@ -1,11 +1,18 @@
-"""Lets a test stop a process of the pipeline at an exact place: Python runs this file when it starts.
+"""Lets a test stop or kill a process of the pipeline at an exact place: Python runs this file when it starts.
 
 PAUSE_AT is a regular expression for what is written by os.write, as a journal's records are. Once that is written, the
 process waits until the file that PAUSE_UNTIL names exists. Signals are handled meanwhile.
+
+FAULT is JSON: in a process whose command line holds `in`, the `count`-th audit event `event` on a path that matches
+`path` sends `signal` to `target` (self, parent or group), after touching the file `mark`. With `stage` only what comes
+after the start of that stage counts, with `writing` only a file that is opened to be written, and with `cut` that file
+is emptied first, as it is when its writer is killed right after opening it.
 """
 
+import json
 import os
 import re
+import sys
 import time
 
 if "PAUSE_AT" in os.environ:
@@ -19,3 +26,33 @@ if "PAUSE_AT" in os.environ:
         return written
 
     os.write = _pausing_write
+
+if "FAULT" in os.environ:
+    _fault = json.loads(os.environ["FAULT"])
+    _seen = {"left": _fault["count"], "stage": "stage" not in _fault}
+
+    def _strike() -> None:
+        with open(_fault["mark"], "w"):  # noqa: PTH123
+            pass
+        pid = {"self": os.getpid(), "parent": os.getppid(), "group": -os.getpgid(0)}[_fault["target"]]
+        os.kill(pid, _fault["signal"])
+
+    def _hook(event: str, arguments: tuple) -> None:
+        if event == "subprocess.Popen" and f"stages.{_fault.get('stage')}" in str(arguments[1]):
+            _seen["stage"] = True
+        if event != _fault["event"] or not _seen["stage"] or not _seen["left"]:
+            return
+        paths = [os.fsdecode(path) for path in arguments[:2] if isinstance(path, str | bytes | os.PathLike)]
+        if not any(re.search(_fault["path"], path) for path in paths):
+            return
+        if _fault.get("writing") and not {"w", "+", "a"} & set(str(arguments[1])):
+            return
+        _seen["left"] -= 1
+        if _seen["left"]:
+            return
+        if _fault.get("cut"):
+            os.truncate(paths[0], 0)
+        _strike()
+
+    if _fault["in"] in " ".join(sys.orig_argv):
+        sys.addaudithook(_hook)
