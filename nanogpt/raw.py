@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -205,12 +206,14 @@ def _damaged(path: Path, problem: str) -> ValueError:
 # --- used on both sides -----------------------------------------------------------------------------------------------
 
 
-def lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a file that comes in blocks, each with its line feed."""
+def lines(blocks: Iterable[bytes], longest: float = math.inf) -> Iterator[bytes]:
+    """The lines of a file that comes in blocks, each with its line feed. Raises ValueError for one that is too long."""
     begun: list[bytes] = []
     for block in blocks:
         first, *others = block.split(b"\n")
         begun.append(first)
+        if len(begun) * PIECE > longest and sum(map(len, begun)) > longest:
+            raise ValueError(f"a line is longer than {longest:,.0f} bytes")
         for other in others:
             yield b"".join([*begun, b"\n"])
             begun = [other]

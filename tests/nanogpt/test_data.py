@@ -72,6 +72,12 @@ def test_a_flipped_bit_is_refused_by_its_hash(tmp_path: Path):
         load_split(tmp_path, "train")
 
 
+@pytest.mark.parametrize("tokens", [[0, 7, 1], [65535], [6] * 600_000 + [7]])
+def test_a_token_that_is_not_of_the_vocabulary_is_refused(tmp_path: Path, tokens: list[int]):
+    with pytest.raises(ValueError, match=r"val\.bin has token [\d,]+ and meta\.json a vocabulary of 7; .*dvc checkout"):
+        load_split(write(tmp_path, tokens), "val")
+
+
 def test_missing_files_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"meta\.json cannot be read \(No such file or directory\); .*dvc checkout"):
         load_meta(tmp_path)

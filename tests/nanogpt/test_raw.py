@@ -74,6 +74,27 @@ def test_lines_do_not_depend_on_the_blocks(data: bytes, size: int):
     assert list(lines(blocks)) == [line + b"\n" for line in complete] + [last] * bool(last)
 
 
+def test_a_line_without_end_is_refused():
+    def endless() -> Iterable[bytes]:
+        yield b"short\n"
+        while True:
+            yield b"x" * 1000
+
+    found = lines(endless(), 100_000)
+    assert next(found) == b"short\n"
+    with pytest.raises(ValueError, match=r"a line is longer than 100,000 bytes"):
+        next(found)
+
+
+@pytest.mark.parametrize("change", [{"documents": 3}, {"files": {"text.txt": "0" * 64}}])
+def test_an_inventory_that_is_not_of_these_files_is_refused(tmp_path: Path, change: dict[str, object]):
+    write(tmp_path / "raw", [["some"], ["text"]])
+    path = tmp_path / "raw/corpus.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"says 3 documents and the files hold 2|text\.txt cannot be read"):
+        list(read_documents(tmp_path / "raw"))
+
+
 def test_text_is_read_in_pieces_that_keep_characters_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(raw_module, "PIECE", 5)
     write(tmp_path / "raw", [["ab🙂" * 20]])
