@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from nanogpt.params import DownloadParams
-from nanogpt.raw import PIECE, CorpusInfo, Document, Writer, lines
+from nanogpt.raw import PIECE, CorpusInfo, Document, LineTooLong, Writer, lines
 
 MIRROR = "NANOGPT_MIRROR"  # environment variable: a folder with files named by their sha256 or their own name
 _ATTEMPTS = 4
@@ -91,13 +91,13 @@ def _documents(params: DownloadParams, raw: Path, warn: Callable[[str], None]) -
         if params.revision is None and not Path(name).exists():
             warn(f"download.revision is null, so a later run may read a newer {name}; a commit's hash pins it")
         return _hub_documents(name, params.revision, params)
-    return _file_documents(name, params.text_column)
+    return _file_documents(name, params.text_column, params.max_gigabytes)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _file_documents(pattern: str, column: str) -> Iterator[Document]:
+def _file_documents(pattern: str, column: str, max_gigabytes: float) -> Iterator[Document]:
     for path in _matches(pattern):
         if not path.name.endswith(_SUFFIXES):
             raise ValueError(
@@ -106,7 +106,7 @@ def _file_documents(pattern: str, column: str) -> Iterator[Document]:
         if path.name.endswith(".parquet"):
             yield from _parquet_documents(path, column)
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _jsonl_documents(path, column)
+            yield from _jsonl_documents(path, column, max_gigabytes)
         else:
             yield _text_pieces(path)
 
@@ -162,9 +162,9 @@ def _undecodable(path: Path, error: UnicodeDecodeError, start: int) -> ValueErro
     )
 
 
-def _jsonl_documents(path: Path, column: str) -> Iterator[Document]:
+def _jsonl_documents(path: Path, column: str, max_gigabytes: float) -> Iterator[Document]:
     position = 0
-    for number, line in enumerate(lines(_blocks(path)), 1):
+    for number, line in enumerate(_jsonl_lines(path, max_gigabytes), 1):
         where = f"{path}:{number}"
         try:
             text = line.decode().removeprefix("\ufeff" if number == 1 else "")
@@ -179,6 +179,15 @@ def _jsonl_documents(path: Path, column: str) -> Iterator[Document]:
                 raise ValueError(f'{where} is no JSON object such as {{"{column}": "..."}}; correct or remove the line')
             _check_column(column, row, where)
             yield [_checked_text(row[column], column, where)]
+
+
+def _jsonl_lines(path: Path, max_gigabytes: float) -> Iterator[bytes]:
+    blocks = _blocks(path)
+    try:
+        yield from lines(blocks, max_gigabytes * 1e9)
+    except LineTooLong as error:
+        limit = f"download.max_gigabytes = {max_gigabytes}"
+        raise ValueError(f"{path} is larger than {limit} in a single line; raise it, or remove the line") from error
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[Document]:
@@ -199,7 +208,8 @@ def _parquet_documents(path: Path, column: str) -> Iterator[Document]:
 
 def _check_column(column: str, columns: Iterable[str], where: str) -> None:
     if column not in columns:
-        raise ValueError(f"{where} has no column {column}; set download.text_column to one of: {', '.join(columns)}")
+        known = ", ".join(name[:40] for name in itertools.islice(columns, 20))
+        raise ValueError(f"{where} has no column {column}; set download.text_column to one of: {known}")
 
 
 def _checked_text(text: object, column: str, where: str) -> str:

@@ -46,8 +46,11 @@ def resolve_uri(repository: Path) -> str:
 
 
 def redact(text: str) -> str:
-    """Text without the passwords of the URLs in it, on one line."""
-    return " ".join(re.sub(r"://[^/@\s]+@", "://***@", text).split())
+    """Text on one line, without what is secret in the URLs in it (user, password, query) and in headers."""
+    text = re.sub(r"://[^/\s'\"]*@", "://***@", text)
+    text = re.sub(r"\?[^\s'\")]*=[^\s'\")]*", "?***", text)
+    text = re.sub(r"\b(Basic|Bearer) [\w.~+/=-]+", r"\1 ***", text)
+    return " ".join(text.split())
 
 
 def connect(uri: str, repository: Path) -> Any:

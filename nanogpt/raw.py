@@ -206,14 +206,18 @@ def _damaged(path: Path, problem: str) -> ValueError:
 # --- used on both sides -----------------------------------------------------------------------------------------------
 
 
+class LineTooLong(ValueError):
+    pass
+
+
 def lines(blocks: Iterable[bytes], longest: float = math.inf) -> Iterator[bytes]:
-    """The lines of a file that comes in blocks, each with its line feed. Raises ValueError for one that is too long."""
+    """The lines of a file that comes in blocks, each with its line feed. Raises LineTooLong, a ValueError."""
     begun: list[bytes] = []
     for block in blocks:
         first, *others = block.split(b"\n")
         begun.append(first)
         if len(begun) * PIECE > longest and sum(map(len, begun)) > longest:
-            raise ValueError(f"a line is longer than {longest:,.0f} bytes")
+            raise LineTooLong(f"a line is longer than {longest:,.0f} bytes")
         for other in others:
             yield b"".join([*begun, b"\n"])
             begun = [other]

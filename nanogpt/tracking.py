@@ -28,7 +28,7 @@ from nanogpt.mlflow_server import (
 )
 from nanogpt.tracking_page import Page, Point
 
-__all__ = ["LOCK", "Replica", "TrackingError", "deliver_report", "delivered_to", "resolve_uri"]
+__all__ = ["LOCK", "Replica", "TrackingError", "deliver_report", "delivered_to", "redact", "resolve_uri"]
 
 SAMPLES = "samples.json"
 _BATCH = 1000  # metrics that MLflow takes at once

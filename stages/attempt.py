@@ -75,7 +75,9 @@ def describe(attempt: Path, params: Params, hashes: dict[str, str], dataset: dic
         return
     commit = git(Path.cwd(), "rev-parse", "HEAD")
     # The stages before this one have just written dvc.lock: that is no change of the user's.
-    diff = git(Path.cwd(), "diff", "HEAD", "--", ".", ":(exclude)dvc.lock")
+    # As `git apply` takes it, whatever the user's settings are.
+    plain = ("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-color", "--binary")
+    diff = git(Path.cwd(), *plain, "HEAD", "--", ".", ":(exclude)dvc.lock")
     write_text(attempt / "artifacts" / "params.yaml", Path("params.yaml").read_text(encoding="utf-8"))
     if diff:
         cut = "" if len(diff) <= DIFF_LIMIT else f"\n[cut: {len(diff):,} characters in all]"
@@ -110,8 +112,8 @@ def _name(commit: str, dirty: bool) -> str:
         committed = _flat(YAML(typ="safe").load(git(Path.cwd(), "show", "HEAD:./params.yaml")) or {})
         current = _flat(YAML(typ="safe").load(Path("params.yaml").read_text(encoding="utf-8")))
         changes = [f"{key}={value}" for key, value in current.items() if committed.get(key) != value]
-    except YAMLError:
-        pass
+    except (YAMLError, ValueError, AttributeError, RecursionError):
+        pass  # a commit can hold anything; the name is a convenience
     if dirty and not changes:
         changes = ["+ uncommitted"]
     name = " ".join([commit[:7] or "no commit", *changes])

@@ -24,7 +24,7 @@ def locked_md5(stage: str, out: str, path: Path = Path("dvc.lock")) -> str | Non
     try:
         lock = YAML(typ="safe").load(path.read_text())
         md5 = next((entry["md5"] for entry in lock["stages"][stage]["outs"] if entry["path"] == out), None)
-    except (OSError, UnicodeDecodeError, YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, YAMLError, KeyError, TypeError, RecursionError):
         return None
     return md5 if isinstance(md5, str) else None
 

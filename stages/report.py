@@ -37,8 +37,7 @@ def report(
     try:
         run = mlflow_tracking.deliver_report(path, mlflow_tracking.resolve_uri(repository()), repository())
     except Exception as error:  # whatever a tracking server does, the stage's result stands
-        console.record(repr(error))
-        reason = " ".join(str(error).split())[:200]
+        reason = mlflow_tracking.redact(str(error))[:200]
         console.warn(f"MLflow did not take the report ({reason}); `python -m tools.sync` sends it later")
     else:
         console.say(f"recorded in MLflow run {run}")

@@ -15,7 +15,7 @@ LEVELS: list[dict[str, set[str]]] = [
     {
         "counter": set(),
         "files": set(),
-        "params": set(),
+        "params": {"files"},
         "provenance": set(),
         "journal": set(),
         "grammar": {"counter"},
@@ -31,7 +31,7 @@ LEVELS: list[dict[str, set[str]]] = [
     {
         "raw": {"files"},
         "corpus": {"grammar", "params", "raw"},
-        "data": {"counter"},
+        "data": {"counter", "files"},
         "prepare": {"counter", "data", "files", "params", "raw", "tokenizer"},
         "floor": {"grammar", "tokenizer"},
         "model": set(),

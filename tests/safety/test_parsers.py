@@ -269,10 +269,7 @@ SOURCES = {
 }
 
 
-LONG = pytest.mark.xfail(reason="a refusal tells the names of all columns, however long")
-
-
-@pytest.mark.parametrize("suffix", [pytest.param(name, marks=LONG) if name == "jsonl" else name for name in SOURCES])
+@pytest.mark.parametrize("suffix", SOURCES)
 def test_source(folder: Path, suffix: str) -> None:
     path = folder / f"text.{suffix}"
     params = DownloadParams(**{**SOURCE["download"], "source": f"file:{path}", "max_gigabytes": 1e-4})
