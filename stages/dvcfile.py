@@ -10,8 +10,14 @@ from ruamel.yaml.error import YAMLError
 
 
 def dvc_process() -> int | None:
-    """Process id of the DVC that runs this stage, its direct parent (`exec` in dvc.yaml); None if run by hand."""
-    return os.getppid() if "DVC_STAGE" in os.environ else None
+    """Process id of the DVC that runs this stage, its direct parent (`exec` in dvc.yaml); None if run by hand.
+
+    0 if that DVC has died already: then the parent is init, which is of another session.
+    """
+    if "DVC_STAGE" not in os.environ:
+        return None
+    parent = os.getppid()
+    return parent if os.getsid(parent) == os.getsid(0) else 0
 
 
 def experiment_name() -> str | None:

@@ -88,6 +88,7 @@ def run(
             resumed=training.progress.step > 0,
             fingerprint=fingerprint,
             environment=provenance.environment(),
+            numerics=resolved.as_dict(),
         )
         journal.sync()  # what run.json describes has a journal
         describe(attempt, params, hashes, dataset)

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import click
@@ -40,6 +41,7 @@ def main(wanted: int, seed: int, folder: Path | None) -> None:
             kills.assert_nothing_is_left(clone, origin, TINY["runtime.checkpoint_interval"])
             shutil.rmtree(clone.path)
     except AssertionError as error:
+        traceback.print_exc()
         click.echo(f"FAILED in round {rounds} of seed {seed}, left in {folder}: {error}")
         sys.exit(1)
     summary(struck, rounds, time.monotonic() - begin)
