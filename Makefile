@@ -10,7 +10,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 unexport DVC_ROOT DVC_STAGE DVC_EXP_NAME DVC_EXP_BASELINE_REV
 PORT ?= 5000
 
-.PHONY: help setup repro smoke ui test test-pipeline lint gc
+BASE ?= HEAD~1
+REPORTS ?= .runs/verify
+
+.PHONY: help setup repro smoke ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak lint gc
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -38,11 +41,39 @@ ui: $(READY)  ## MLflow's page on http://127.0.0.1:5000 (PORT=… for another po
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
 	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"
 
+verify: $(READY)  ## run all of the commit anew in a clean clone, and compare with its dvc.lock
+	@python -m tools.verify --out $(REPORTS)/full
+
+verify-varied: $(READY)  ## the same on one core, in another folder, locale, with other variables set
+	@python -m tools.verify --varied --out $(REPORTS)/varied
+
+verify-lock: $(READY)  ## seconds: dvc.lock is complete, and the remote too
+	@python -m tools.verify --layer lock --out $(REPORTS)/lock
+
+verify-steps: $(READY)  ## a minute: the first training steps against golden/
+	@python -m tools.verify --layer steps --out $(REPORTS)/steps
+
+verify-base: $(READY)  ## minutes: the first training steps of another commit and of this one (BASE=origin/main)
+	@python -m tools.verify --layer base --base $(BASE) --out $(REPORTS)/base
+
+report:  ## what the checks have found, as Markdown
+	@cat $(REPORTS)/*/report.md
+
+diff: $(READY)  ## params and metrics against another commit, as Markdown (BASE=origin/main)
+	@dvc params diff --md $(BASE)
+	@dvc metrics diff --md $(BASE)
+
+golden: $(READY)  ## write the golden file of this environment
+	@python -m tools.golden
+
 test: $(READY)  ## the fast tests
 	pytest -n 2 -m "not pipeline"
 
 test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
 	pytest -n 2 -m pipeline
+
+soak: $(READY)  ## kill the pipeline at 100 random moments; nothing may be left of that (15 minutes)
+	python -m tests.faults.soak --kills 100
 
 lint: $(READY)  ## style and types
 	ruff check .

@@ -61,7 +61,9 @@ def _remove_leftovers(path: Path) -> None:
 
 def _is_alive(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # one that nobody waits for, as in a container
+        return bool(
+            psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        )  # one that nobody waits for, as in a container
     except psutil.NoSuchProcess:
         return False
 

@@ -1,5 +1,6 @@
 """What a stage says: lines, progress, errors in one line. All of it is also in .runs/logs/<experiment>/<stage>.log."""
 
+import errno
 import functools
 import inspect
 import os
@@ -64,6 +65,21 @@ class Console:
         yield say
 
 
+_REMEDIES = {
+    errno.EACCES: "check its owner and permissions",
+    errno.EMFILE: "allow more open files (`ulimit -n`)",
+    errno.ENOSPC: "free some space",
+    errno.EROFS: "make the file system writable",
+}
+
+
+def explain(error: Exception) -> str:
+    """An error of the user's world on one line, with a remedy where the system that raised it tells none."""
+    text = " ".join(str(error).split())
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"{text}; {remedy} and start again" if remedy and "start again" not in text else text
+
+
 @contextmanager
 def _bar(what: str, total: int | None, done: int) -> Iterator[Update]:
     from rich.console import Console as RichConsole
@@ -108,7 +124,7 @@ def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[...
                 sys.exit(130)
             except (ValueError, OSError) as error:
                 console.record(traceback.format_exc())
-                raise click.ClickException(f"{name}: " + " ".join(str(error).split())) from error
+                raise click.ClickException(f"{name}: {explain(error)}") from error
             except Exception:
                 console.record(traceback.format_exc())
                 raise

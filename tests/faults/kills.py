@@ -155,7 +155,9 @@ def disturb(
 ) -> list[Kill]:
     """Starts `dvc repro` and kills it, again and again; at last once undisturbed. Returns the kills that struck."""
     struck: list[Kill] = []
-    done = -1  # the last stage that dvc.lock is known to hold
+    done = rng.choice([-1, STAGES.index("train") - 1])  # the last stage that dvc.lock is known to hold
+    if done > 0:
+        clone.repro(STAGES[done])
     for _ in range(3 * kills):
         if len(struck) == kills or done == len(STAGES) - 1:
             break
@@ -174,7 +176,7 @@ def disturb(
             raise AssertionError(f"dvc repro failed without a kill ({kill})\n{output}\n{clone.logs()}")
         if rng.random() < 0.7:  # otherwise the next one is started while a process may still live
             wait_until(lambda: not clone.processes(), "the end of all processes", clone)
-        restore_lock(clone, say)
+        restore_dvc(clone, say)
     final = Repro(clone, None)
     output = final.wait()
     assert final.process.returncode == 0, f"the undisturbed repro failed\n{output}\n{clone.logs()}"
@@ -182,8 +184,8 @@ def disturb(
     return struck
 
 
-def restore_lock(clone: Clone, say: Callable[[str], None]) -> None:
-    """What the user does when DVC was killed while it wrote dvc.lock, which it does in place."""
+def restore_dvc(clone: Clone, say: Callable[[str], None]) -> None:
+    """What the user does when DVC was killed while it wrote one of its two files that it writes in place."""
     try:
         whole = isinstance(YAML(typ="safe").load(clone.read("dvc.lock"))["stages"], dict)
     except (OSError, YAMLError, KeyError, TypeError):
@@ -191,6 +193,13 @@ def restore_lock(clone: Clone, say: Callable[[str], None]) -> None:
     if not whole:
         say("     git checkout dvc.lock")
         clone.run("git checkout --quiet dvc.lock")
+    try:
+        json.loads(clone.read(".dvc/tmp/rwlock"))
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        say("     rm .dvc/tmp/rwlock")
+        clone.run("rm .dvc/tmp/rwlock")
 
 
 def assert_nothing_is_left(clone: Clone, seed: Clone, checkpoint_interval: int) -> None:

@@ -1,0 +1,105 @@
+"""What tracking costs the training loop: with a database, with a server that is gone, and with one that is slow.
+
+Each run is a process of its own, and the candidates take turns, so that a noisy machine is unfair to none.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import click
+
+from nanogpt.params import load_params
+from stages.console import Console
+from tools.first_steps import TOKENS
+from tools.retrace import Retrace
+
+CANDIDATES = ("none", "database", "gone", "slow")
+
+
+@click.command()
+@click.option("--steps", default=200, show_default=True, help="Steps of each run.")
+@click.option("--rounds", default=5, show_default=True, help="Turns of each candidate.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--only", type=click.Choice(CANDIDATES), hidden=True, help="Measure one candidate in this process.")
+def main(steps: int, rounds: int, out: Path | None, only: str | None) -> None:
+    """Trains on data/tokens as params.yaml says, with and without the process that fills MLflow beside it."""
+    if only:
+        click.echo(json.dumps(measure(steps, only)))
+        return
+    times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
+    for number in range(rounds):
+        for name in CANDIDATES if number % 2 else reversed(CANDIDATES):
+            command = [sys.executable, "-m", "benchmarks.tracking_overhead", "--steps", str(steps), "--only", name]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            times[name].append(json.loads(output.splitlines()[-1]))
+    # Of one round, so that what the machine does meanwhile is in both.
+    ratios = {name: statistics.median(a / b for a, b in zip(times[name], times["none"], strict=True)) for name in times}
+    click.echo(f"{'MLflow':10} {'ms/step':>8} {'of none':>8}")
+    for name in CANDIDATES:
+        click.echo(f"{name:10} {1e3 * statistics.median(times[name]):8.2f} {ratios[name]:8.3f}")
+    if out:
+        out.write_text(json.dumps({"seconds_per_step": times, "ratios": ratios}, indent=1) + "\n")
+
+
+def measure(steps: int, candidate: str) -> float:
+    """Seconds per step of the whole loop: journal, evaluations and checkpoints included."""
+    params = load_params()
+    from nanogpt import numerics, provenance, replicator
+    from stages.attempt import describe
+
+    resolved = numerics.pin(params.numerics, params.runtime.device)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DVC_ROOT"] = tempfile.tempdir = folder
+        os.environ["MLFLOW_TRACKING_URI"] = uri(candidate, folder)
+        with Retrace(Console("benchmark"), params, resolved, TOKENS, "benchmark") as retrace:
+            retrace.training.params = params
+            attempt = retrace.training.attempt
+            environment = provenance.environment()
+            retrace.journal.append("start", step=0, resumed=False, environment=environment)
+            dataset = {"name": "benchmark", "source": str(TOKENS), "sha256": "0" * 64}
+            describe(attempt, params, {"fingerprint": "0" * 64}, dataset)
+            follower = replicator.start(attempt, Path.cwd(), 0) if candidate != "none" else None
+            if follower:
+                time.sleep(5)  # its imports are a fixed cost, not the loop's
+            begin = time.perf_counter()
+            retrace.to(steps)
+            seconds = time.perf_counter() - begin
+            if follower:
+                follower.process.kill()
+                follower.process.wait()
+    return seconds / steps
+
+
+def uri(candidate: str, folder: str) -> str:
+    """Where MLflow is, for a candidate."""
+    if candidate in {"none", "database"}:
+        return f"sqlite:///{folder}/mlflow.db"
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    if candidate == "gone":
+        listener.close()
+    else:
+        threading.Thread(target=answer_slowly, args=(listener,), daemon=True).start()
+    return address
+
+
+def answer_slowly(listener: socket.socket) -> None:
+    """Answers every request after two seconds: that it has failed."""
+    while True:
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        time.sleep(2)
+        connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        connection.close()
+
+
+if __name__ == "__main__":
+    main()

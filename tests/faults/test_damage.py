@@ -1,0 +1,214 @@
+"""Every artifact of ours that is cut, flipped, emptied or exchanged is noticed before it is used, with the remedy."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanogpt.data import load_meta, load_split
+from nanogpt.journal import Journal
+from nanogpt.published import load_model
+from nanogpt.raw import read_documents
+from nanogpt.tokenizer import load_tokenizer
+from stages.attempt import check_journal
+from tests.pipeline.clones import Clone
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture(scope="session")
+def other(seed: Clone, once) -> Clone:
+    """Another run: of another text, tokenizer and model, of the same sizes where that can be."""
+
+    def make(path):
+        clone = seed.copy(path, runs=False)
+        clone.set_params(**{"download.seed": 2, "train.seed": 2})
+        clone.repro()
+        clone.commit("Another run")
+
+    return once("other", make)
+
+
+@pytest.fixture
+def unfinished(seed: Clone, copy_of: Callable[..., Clone]) -> Clone:
+    """The seed, killed after its last checkpoint: DVC has no model, the run directory has checkpoints and a journal."""
+    clone = copy_of(seed)
+    clone.forget("train")
+    path = clone.attempts()[0] / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b'"kind":"end"' in lines.pop()
+    path.write_bytes(b"".join(lines))
+    (path.parent / "mlflow.json").unlink()  # what it tells of the lost lines is not what is tested here
+    return clone
+
+
+Damage = Callable[[Path, Path], None]
+
+# --- the damages ------------------------------------------------------------------------------------------------------
+
+
+def truncated(path: Path, others: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def flipped(path: Path, others: Path) -> None:
+    """One bit, with the size and the time kept, so that DVC sees nothing."""
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def emptied(path: Path, others: Path) -> None:
+    os.truncate(path, 0)
+
+
+def exchanged(path: Path, others: Path) -> None:
+    assert path.read_bytes() != others.read_bytes()
+    shutil.copyfile(others, path)
+
+
+DAMAGES = [truncated, flipped, emptied, exchanged]
+
+
+def read_tokens(root: Path) -> None:
+    meta = load_meta(root / "data/tokens")
+    load_tokenizer(root / "data/tokens/tokenizer.json", meta.tokenizer_sha256)
+    load_split(root / "data/tokens", "train")
+    load_split(root / "data/tokens", "val")
+
+
+ARTIFACTS: dict[str, Callable[[Path], object]] = {
+    "data/raw/corpus.json": lambda root: list(read_documents(root / "data/raw")),
+    "data/raw/documents-00000.jsonl": lambda root: list(read_documents(root / "data/raw")),
+    "data/tokens/train.bin": read_tokens,
+    "data/tokens/val.bin": read_tokens,
+    "data/tokens/meta.json": read_tokens,
+    "data/tokens/tokenizer.json": read_tokens,
+    "model/weights.safetensors": lambda root: load_model(root / "model"),
+    "model/model.json": lambda root: load_model(root / "model"),
+    "model/tokenizer.json": lambda root: load_model(root / "model"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_an_artifact(
+    seed: Clone, other: Clone, tmp_path: Path, name: str, damage: Callable[[Path, Path], None]
+) -> None:
+    folder = Path(name).parent
+    shutil.copytree(seed.path / folder, tmp_path / folder)
+    ARTIFACTS[name](tmp_path)
+    damage(tmp_path / name, other.path / name)
+    with pytest.raises(ValueError, match=r"dvc (checkout|repro)") as caught:
+        ARTIFACTS[name](tmp_path)
+    assert str(tmp_path / folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ["checkpoint.json", "state.safetensors", "the whole checkpoint"])
+def test_a_checkpoint(unfinished: Clone, other: Clone, name: str, damage: Damage) -> None:
+    checkpoints, others = unfinished.checkpoints(), other.checkpoints()
+    newest, second = checkpoints.steps()[-1], checkpoints.steps()[-2]
+    mine, theirs = (each.directory / f"step-{newest:08}" for each in (checkpoints, others))
+    for file in ["checkpoint.json", "state.safetensors"] if name == "the whole checkpoint" else [name]:
+        damage(mine / file, theirs / file)
+    told: list[str] = []
+    found = checkpoints.newest(told.append)
+    assert found is not None
+    assert found.progress.step == second
+    assert len(told) == 1
+    assert str(mine) in told[0]
+
+
+def test_without_damage_the_training_goes_on_from_there(seed: Clone, unfinished: Clone) -> None:
+    assert "resuming at step 30 of 30" in unfinished.repro("train")
+    assert unfinished.lock()["train"] == seed.lock()["train"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_journal(seed: Clone, unfinished: Clone, other: Clone, damage: Damage) -> None:
+    path = unfinished.attempts()[0] / "journal.jsonl"
+    damage(path, other.attempts()[0] / "journal.jsonl")
+    output = unfinished.repro("train", check=None)
+    assert re.search(
+        rf"{re.escape(str(path))} .*(delete the run directory|remove) {re.escape(str(path.parents[1]))}", output
+    )
+    assert "Traceback" not in output
+    (remedy,) = set(re.findall(r"(?:delete the run directory|remove) (\S+) to train afresh", output))
+    shutil.rmtree(path.parents[1] if Path(remedy) == path.parents[1] else path.parent)
+    unfinished.repro("train")
+
+
+def test_a_journal_that_lost_what_mlflow_has(seed: Clone, copy_of: Callable[..., Clone]) -> None:
+    clone = copy_of(seed)
+    clone.forget("train")
+    path = clone.attempts()[0] / "journal.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))
+    shutil.rmtree(path.parent / "checkpoints")
+    fingerprint = clone.records("start")[0]["fingerprint"]
+    with Journal(path) as journal, pytest.raises(ValueError, match="it lacks records that it had"):
+        check_journal(path.parent, journal, fingerprint)
+
+
+# --- with DVC and MLflow ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("data/raw/documents-00000.jsonl", "tokenize"), ("data/tokens/train.bin", "train"),
+     ("model/weights.safetensors", "evaluate"), ("model/tokenizer.json", "sample")],
+)  # fmt: skip
+def test_a_stage_refuses_what_dvc_takes_for_good_and_the_remedy_works(seed, copy_of, name: str, stage: str) -> None:
+    clone = copy_of(seed)
+    flipped(clone.path / name, Path())
+    clone.forget(stage)
+    output = clone.repro(check=255)
+    assert f"Error: {stage}: {name}" in output, output
+    assert "Traceback" not in output
+    clone.run(f"rm -r {Path(name).parent} && dvc checkout --force", check=None)
+    clone.repro()
+    assert clone.outs() == seed.outs()
+    assert clone.lock() == seed.lock()
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied], ids=lambda damage: damage.__name__)
+def test_a_damaged_database_is_told_and_the_journals_fill_a_new_one(seed, copy_of, damage) -> None:
+    clone = copy_of(seed)
+    clone.forget("evaluate")
+    path = clone.path / "mlflow.db"
+    if damage is flipped:  # a bit somewhere in the data may be anybody's; this is one that counts
+        data = bytearray(path.read_bytes())
+        data[:16] = b"SQLite format 0\0"
+        path.write_bytes(data)
+    else:
+        damage(path, Path())
+    output = clone.repro()  # the result does not depend on it
+    assert clone.outs() == seed.outs()
+    if damage is not emptied:  # an empty one is a new one
+        assert re.search(r"warning: MLflow did not take the report \(.*mlflow\.db is damaged", output), output
+        told = clone.run("python -m tools.sync", check=1)
+        assert "move it away (with its -wal and -shm), then `python -m tools.sync` fills a new one" in told
+        clone.run("mkdir away && mv mlflow.db* away/")
+    clone.run("python -m tools.sync")
+    (run,), (reference,) = clone.runs(), seed.runs()
+    assert run.info.status == "FINISHED"
+    assert clone.history(run, "train/loss") == seed.history(reference, "train/loss")
+    assert clone.scores().items() <= run.data.metrics.items()
+
+
+@pytest.mark.parametrize("content", ["", "schema: '2.0'\nstages:\n  download:\n    cmd: ex", "}{"])
+def test_a_damaged_dvc_lock_is_told_by_our_tools_and_git_has_the_whole_one(seed, copy_of, content: str) -> None:
+    clone = copy_of(seed)
+    clone.write("dvc.lock", content)
+    clone.run("python -m tools.summary")
+    output = clone.run("python -m tools.golden", check=1)
+    assert "dvc.lock" in output
+    assert "Traceback" not in output
+    output = clone.repro(check=None)
+    clone.run("git checkout --quiet dvc.lock")
+    assert "Data and pipelines are up to date." in clone.repro()

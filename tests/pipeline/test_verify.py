@@ -1,0 +1,180 @@
+"""The check that a commit gives what its dvc.lock says: it passes when that is so, and fails when it is not."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+
+import pytest
+
+from tests.pipeline.clones import Clone
+
+pytestmark = pytest.mark.pipeline
+
+OUTS = ["data/raw", "data/tokens", "metrics/train.json", "model", "plots/loss.csv", "metrics/evaluate.json", "samples"]
+COSINE = "return min_lr + 0.5"
+
+
+@pytest.fixture(scope="session")
+def golden(seed: Clone, once) -> Clone:
+    """The seed with a golden file of this environment, and threads enough for the surroundings to matter."""
+
+    def make(path):
+        clone = seed.copy(path)
+        clone.set_params(**{"numerics.threads": 2, "model.n_embd": 64, "train.batch_size": 16})
+        clone.repro()
+        clone.run("python -m tools.golden")
+        clone.commit("Golden")
+
+    return once("golden", make)
+
+
+def verify(clone: Clone, arguments: str = "", check: int = 0) -> tuple[str, dict]:
+    """What it printed, and its newest entry in verify.json."""
+    output = clone.run(f"python -m tools.verify --out reports {arguments}", check=check)
+    suite = ElementTree.fromstring(clone.read("reports/junit.xml"))
+    report = json.loads(clone.read("reports/verify.json"))[-1]
+    assert int(suite.get("tests")) == max(1, len(report["findings"]))
+    assert report["verdict"] in clone.read("reports/report.md")
+    assert report["verdict"] in output.splitlines()[-1]
+    return output, report
+
+
+def change_training(clone: Clone) -> None:
+    """From the fifth step on the learning rate is another; dvc.lock is made to believe that nothing has changed."""
+    source = clone.read("nanogpt/optim.py")
+    assert source.count(COSINE) == 1
+    old = clone.run("md5sum nanogpt/optim.py").split()[0]
+    clone.write("nanogpt/optim.py", source.replace(COSINE, "return min_lr + 1e-4 * (step >= 4) + 0.5"))
+    new, size = clone.run("md5sum nanogpt/optim.py").split()[0], (clone.path / "nanogpt/optim.py").stat().st_size
+    lock = re.sub(rf"{old}\n( +)size: \d+", rf"{new}\n\1size: {size}", clone.read("dvc.lock"))
+    assert lock != clone.read("dvc.lock")
+    clone.write("dvc.lock", lock)
+
+
+def test_a_true_dvc_lock_is_confirmed_whatever_the_surroundings(golden, copy_of: Callable[..., Clone]):
+    clone = copy_of(golden)
+    output, report = verify(clone, "--varied")
+    assert [finding["artifact"] for finding in report["findings"]] == OUTS
+    assert {finding["verdict"] for finding in report["findings"]} == {"identical"}
+    assert report["commit"] == clone.run("git rev-parse HEAD").strip()
+    assert report["environment"]["numerics.threads"] == "2"
+    assert report["environment_differs"] == []
+    assert output.count(" identical") == len(OUTS) + 1
+    assert clone.run("git status --porcelain --untracked-files=no") == ""
+
+    verify(clone, "--layer lock")
+    kept = json.loads(clone.read("reports/verify.json"))
+    assert [entry["layer"] for entry in kept] == ["full, in varied surroundings", "lock"]
+    verify(clone, "--layer lock")
+    assert len(json.loads(clone.read("reports/verify.json"))) == 2
+
+
+def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(golden, copy_of):
+    clone = copy_of(golden)
+    change_training(clone)
+    clone.commit("A change that dvc.lock hides")
+    verify(clone, "--layer lock")  # which cannot see it
+    output, report = verify(clone, check=1)
+    verdicts = {finding["artifact"]: finding["verdict"] for finding in report["findings"]}
+    assert verdicts["data/tokens"] == "identical"
+    assert verdicts["model"] == verdicts["metrics/evaluate.json"] == verdicts["samples"] == "DIVERGED"
+    assert re.search(r"training: first at step 5: lr [\d.e-]+ -> [\d.e-]+ \(\d+ ulps in float32\)", output), output
+    assert re.search(
+        r"weights: \d+ of \d+ tensors differ, the first is h\.0\.\S+: [\d,]+ of [\d,]+ elements, by up to "
+        r"[\d,]+ ulps",
+        output,
+    ), output
+    assert "<failure" in clone.read("reports/junit.xml")
+
+    output, report = verify(clone, "--layer steps", check=1)
+    assert [finding["verdict"] for finding in report["findings"]] == ["DIVERGED"]
+    assert "first at step 5: lr" in output
+    assert "since the golden file was written, code changed; if that is meant: `make golden`" in output
+    output, report = verify(clone, "--layer base --base HEAD~1", check=1)
+    assert "results change and dvc.lock does not" in output
+
+    clone.repro("--force --single-item train && dvc repro")
+    clone.commit("The same change, with its dvc.lock")
+    output, report = verify(clone, "--layer base --base HEAD~2")
+    assert [finding["verdict"] for finding in report["findings"]] == ["changed, as dvc.lock says"]
+
+
+def test_a_change_that_changes_nothing_is_identical(golden, copy_of):
+    clone = copy_of(golden)
+    clone.append("nanogpt/optim.py", "\n# A comment.\n")
+    clone.commit("A refactoring")
+    _, report = verify(clone, "--layer base --base HEAD~1")
+    assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
+    _, report = verify(clone, "--layer steps")
+    assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
+    output, report = verify(clone, "--layer lock", check=1)  # but dvc.lock is of other code
+    assert "nanogpt/optim.py modified" in json.dumps(report["findings"])
+    assert "`dvc repro` and commit dvc.lock with the change" in output
+
+
+def elsewhere(clone: Clone) -> None:
+    """The golden file is of an older torch."""
+    (path,) = (clone.path / "golden").iterdir()
+    content = json.loads(path.read_bytes())
+    content["environment"]["torch"] = "2.0.0"
+    path.unlink()
+    clone.write(
+        "rename.py",
+        "import json, sys\nfrom tools.golden import key\nprint(key(json.load(open(sys.argv[1]))['environment']))\n",
+    )
+    clone.write("new.json", json.dumps(content))
+    name = clone.run("PYTHONPATH=. python rename.py new.json").strip()
+    clone.run(f"mv new.json golden/{name}.json && rm rename.py")
+
+
+def test_in_another_environment_metrics_may_differ_a_little_and_nothing_is_called_diverged_lightly(golden, copy_of):
+    clone = copy_of(golden)
+    elsewhere(clone)
+    clone.commit("As if it were made elsewhere")
+    output, report = verify(clone, "--layer steps")
+    assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
+    assert re.search(r"environment: torch 2\.0\.0 -> 2\.\d+", output)
+
+    change_training(clone)
+    clone.commit("Other bits")
+    output, report = verify(clone)
+    verdicts = {finding["artifact"]: finding["verdict"] for finding in report["findings"]}
+    assert verdicts["data/tokens"] == "identical"
+    assert verdicts["model"] == verdicts["samples"] == "within tolerance"
+    assert re.search(r"val_loss [\d.]+ -> [\d.]+ \(limit 0.02\)", output)
+
+    source = clone.read("nanogpt/optim.py")
+    clone.write("nanogpt/optim.py", source.replace("1e-4 * (step >= 4)", "0.3 * (step >= 4)"))
+    clone.commit("Far from it")
+    output, report = verify(clone, "--layer steps", check=2)
+    assert [finding["verdict"] for finding in report["findings"]] == ["environment changed"]
+    assert "`make golden` writes one" in output
+    assert "DIVERGED" not in output
+
+
+def test_what_cannot_be_checked_is_said_with_code_2(golden, copy_of):
+    clone = copy_of(golden)
+    clone.run("git rm --quiet --cached dvc.lock && git commit --quiet --message gone")
+    output, report = verify(clone, check=2)
+    assert report["findings"] == []
+    assert "dvc.lock" in report["error"]
+    clone.run("git reset --quiet --hard HEAD~1")
+    clone.write("stages/tokenize.py", "raise SystemExit(3)\n")
+    clone.commit("Broken")
+    output, report = verify(clone, check=2)
+    assert "`dvc repro --no-run-cache --single-item tokenize` failed" in output
+    assert "could not be run" in output.splitlines()[-1]
+
+
+def test_a_remote_that_lacks_something_is_found(golden, copy_of):
+    clone = copy_of(golden)
+    clone.run(f"dvc remote add --default store {clone.path.parent}/store && dvc push")
+    clone.commit("A remote")
+    _, report = verify(clone, "--layer lock")
+    assert report["findings"][-1]["verdict"] == "identical"
+    model = clone.lock()["train"]["outs"][-1]["md5"]
+    for path in (clone.path.parent / "store").rglob(model[2:]):
+        path.unlink()
+    _, report = verify(clone, "--layer lock", check=1)
+    assert report["findings"][-1]["verdict"] == "MISSING"

@@ -1,0 +1,69 @@
+"""The workflow of GitHub is valid, and its steps are make targets that work here as well."""
+
+import re
+import subprocess
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.pipeline.clones import REPOSITORY, Clone
+from tests.pipeline.test_verify import golden
+
+__all__ = ["golden"]
+
+WORKFLOW = REPOSITORY / ".github" / "workflows" / "reproduce.yml"
+SUMMARY = ' >> "$GITHUB_STEP_SUMMARY"'
+
+
+def jobs() -> dict[str, Any]:
+    found: dict[str, Any] = YAML(typ="safe").load(WORKFLOW.read_text())["jobs"]
+    return found
+
+
+def commands(job: str) -> list[str]:
+    return [step["run"] for step in jobs()[job]["steps"] if "run" in step]
+
+
+def test_the_workflow_is_valid_by_githubs_schema():
+    command = ["check-jsonschema", "--builtin-schema", "vendor.github-workflows"]
+    subprocess.run([*command, str(WORKFLOW)], check=True, capture_output=True)
+    broken = WORKFLOW.read_text().replace("runs-on:", "runs-at:").encode()
+    done = subprocess.run([*command, "-"], input=broken, capture_output=True)
+    assert done.returncode == 1
+
+
+def test_every_step_is_a_make_target():
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    for job in jobs():
+        for command in commands(job):
+            words = command.removesuffix(SUMMARY).split()
+            assert words[0] == "make"
+            assert words[1] in targets, command
+
+
+def test_the_check_sees_no_cache_and_needs_no_secret():
+    text = WORKFLOW.read_text()
+    assert "secrets." not in text
+    assert "pull_request_target" not in text
+    for job in ("quick", "full"):
+        assert not [step for step in jobs()[job]["steps"] if "cache" in str(step)], job
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("job", ["quick", "full", "diff"])
+def test_the_steps_of_a_job_succeed(golden: Clone, copy_of, job: str):
+    clone = copy_of(golden)
+    clone.run("git commit --quiet --allow-empty --message Next")
+    (clone.path / ".venv").mkdir()
+    (clone.path / ".venv/.ready").touch()  # the set-up is done
+    for command in commands(job):
+        if command != "make setup":
+            clone.run(
+                command.replace("make ", "make --old-file=.venv/.ready ", 1), BASE="HEAD~1", GITHUB_STEP_SUMMARY="s.md"
+            )
+    summary = clone.read("s.md")
+    if job == "diff":
+        assert "| Path" in summary or summary.strip() == ""
+    else:
+        assert summary.count(": identical") == {"quick": 3, "full": 2}[job]

@@ -1,0 +1,63 @@
+"""Does the commit give what its dvc.lock says? `python -m tools.verify` runs all of it anew in a clean clone."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from stages.console import repository
+from tools.clean_clone import CouldNotRun, git
+from tools.verdict import Report, write_reports
+
+
+@click.command()
+@click.option("--layer", type=click.Choice(["lock", "steps", "base", "full"]), default="full", show_default=True)
+@click.option("--base", metavar="COMMIT", help="For --layer base: the commit to compare HEAD with.")
+@click.option("--varied", is_flag=True, help="For --layer full: one core, other locale, threads, folder, hash seed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the reports go.  [default: .runs/verify]")
+def main(layer: str, base: str | None, varied: bool, out: Path | None) -> None:
+    """Reproduces the committed dvc.lock from a clean clone of HEAD, with an empty cache, stage by stage.
+
+    lock: dvc.lock is complete, and the remote too. steps: the first 20 steps against the golden file of this
+    environment. base: the same against another commit, run here too. full: every stage, every artifact.
+
+    Exit code 0: identical, or within the stated tolerance; 1: diverged; 2: could not be run or compared.
+    """
+    if (layer == "base") != (base is not None) or (varied and layer != "full"):
+        raise click.UsageError("--layer base and --base COMMIT belong together, and --varied to --layer full")
+    root = Path(git_top())
+    report = check(root, layer, base or "", varied)
+    click.echo(report.table())
+    write_reports(report, out or repository() / ".runs" / "verify")
+    sys.exit(report.exit_code)
+
+
+def check(root: Path, layer: str, base: str, varied: bool) -> Report:
+    from tools import layers
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    try:
+        if git(root, "status", "--porcelain", "--untracked-files=no"):
+            say("uncommitted changes are not part of what is checked: the commit is")
+        if layer == "lock":
+            return layers.check_lock(root, say)
+        if layer == "steps":
+            return layers.check_steps(root, say)
+        if layer == "base":
+            return layers.check_base(root, base, say)
+        return layers.check_all(root, varied, say)
+    except (CouldNotRun, OSError, ValueError, KeyError) as error:
+        return Report(layer, "", error=str(error) or repr(error))
+
+
+def git_top() -> str:
+    try:
+        return git(Path.cwd(), "rev-parse", "--show-toplevel")
+    except CouldNotRun as error:
+        raise click.UsageError(f"not in a git repository ({error})") from error
+
+
+if __name__ == "__main__":
+    main()
