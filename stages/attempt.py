@@ -20,16 +20,19 @@ from stages.dvcfile import experiment_name, is_cached, locked_md5
 DIFF_LIMIT = 1_000_000  # bytes of uncommitted changes that are kept with a run
 
 
-def choose(console: Console, directory: Path) -> Path:
+def choose(console: Console, directory: Path, fingerprint: str) -> Path:
     """The attempt to go on with, in a run directory whose lock is held. It may be new, unfinished or finished.
 
     A finished one is returned, to be published again, only when DVC lost it: if dvc.lock already holds its model, the
-    user wants to see it reproduced. Raises ValueError for a training that diverged: the same would happen again.
+    user wants to see it reproduced. Raises ValueError for a training that diverged: the same would happen again, and
+    JournalDamaged.
     """
     numbers = sorted(int(path.name.removeprefix("attempt-")) for path in directory.glob("attempt-*"))
     if not numbers:
         return directory / "attempt-1"
     newest, following = directory / f"attempt-{numbers[-1]}", directory / f"attempt-{numbers[-1] + 1}"
+    with Journal(newest / "journal.jsonl") as journal:
+        check_journal(newest, journal, fingerprint)
     ended = state(newest / "journal.jsonl")
     if ended in {"finished", "failed"}:
         result = [record for record, _ in read_records(newest / "journal.jsonl")][-1]["result"]

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Console:
         self.record(f"warning: {line}")
 
     def record(self, line: str) -> None:
-        with self.log.open("a", encoding="utf-8") as log:
+        # Without a copy on a full disk: what is to be told is told on the screen.
+        with suppress(OSError), self.log.open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     @contextmanager

@@ -43,7 +43,7 @@ def main(console: Console) -> None:
         console.say(f"process {pid} is training exactly this; waiting for its result")
 
     with RunLock(directory, tell_wait):
-        attempt = choose(console, directory)
+        attempt = choose(console, directory, fingerprint)
         console.record(f"run directory: {attempt}")
         if state(attempt / "journal.jsonl") == "finished":
             console.say(f"this training is done already ({attempt.relative_to(repository())}): publishing its model")
@@ -67,7 +67,7 @@ def run(
     from nanogpt.data import load_meta
     from nanogpt.journal import Journal
     from nanogpt.train import Diverged, Stopped
-    from stages.attempt import check_journal, describe
+    from stages.attempt import describe
     from stages.training import Training
 
     meta = load_meta(TOKENS)
@@ -79,7 +79,6 @@ def run(
     }
     with Journal(attempt / "journal.jsonl") as journal:
         fingerprint = hashes["fingerprint"]
-        check_journal(attempt, journal, fingerprint)
         training = Training(console, attempt, fingerprint, params, resolved, TOKENS, splits, journal, CURVE)
         training.resume()
         journal.append(
@@ -119,6 +118,7 @@ def publish(console: Console, attempt: Path) -> None:
     """Copies the attempt's result to where DVC expects it. The same bytes each time."""
     from nanogpt.files import replacing, write_text
     from nanogpt.journal import Journal, end_of
+    from nanogpt.provenance import sha256_tree
     from stages.training import loss_curve
 
     with Journal(attempt / "journal.jsonl") as journal:
@@ -126,8 +126,11 @@ def publish(console: Console, attempt: Path) -> None:
         assert end is not None, f"{attempt} is not finished"
         write_text(CURVE, loss_curve(journal))
     result = end["result"]
+    source = attempt / "models" / result["published"]
+    if sha256_tree(source) != result["model_sha256"]:
+        raise ValueError(f"{source} is damaged: it is not what was trained; remove {attempt} to train afresh")
     with replacing(MODEL) as temporary:
-        shutil.copytree(attempt / "models" / result["published"], temporary)
+        shutil.copytree(source, temporary)
     metrics = {name: value for name, value in result.items() if name not in {"published", "model_sha256", "model_md5"}}
     write_text(METRICS, json.dumps(metrics, sort_keys=True, indent=1) + "\n")
     console.say(

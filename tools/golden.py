@@ -22,9 +22,11 @@ def main() -> None:
     from tools.first_steps import first_steps
 
     try:
-        lock = locked_outs(Path("dvc.lock").read_text())
-        content = {**first_steps(), "model": lock["train"]["model"], "metrics": read_metrics(Path())}
-    except (ValueError, OSError, KeyError, CouldNotRun) as error:
+        model = locked_outs(Path("dvc.lock").read_text()).get("train", {}).get("model")
+        if model is None:
+            raise CouldNotRun("dvc.lock has no model")
+        content = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
+    except (ValueError, OSError, CouldNotRun) as error:
         raise click.ClickException(f"{' '.join(str(error).split())}; `dvc repro` comes first") from error
     path = FOLDER / f"{key(content['environment'])}.json"
     path.parent.mkdir(exist_ok=True)

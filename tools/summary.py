@@ -11,8 +11,11 @@ from nanogpt.provenance import git
 @click.command()
 def main() -> None:
     """Sums up the newest result, and says whether dvc.lock is still the committed one."""
-    for line in (*result(), *places(), lock_state()):
-        click.echo(line)
+    try:
+        lines = [*result(), *places(), lock_state()]
+    except FileNotFoundError as error:
+        raise click.ClickException(f"{error.filename} is missing; `dvc repro` or `dvc checkout` makes it") from error
+    click.echo("\n".join(lines))
 
 
 def result() -> list[str]:

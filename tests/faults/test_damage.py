@@ -135,13 +135,23 @@ def test_a_journal(seed: Clone, unfinished: Clone, other: Clone, damage: Damage)
     path = unfinished.attempts()[0] / "journal.jsonl"
     damage(path, other.attempts()[0] / "journal.jsonl")
     output = unfinished.repro("train", check=None)
-    assert re.search(
-        rf"{re.escape(str(path))} .*(delete the run directory|remove) {re.escape(str(path.parents[1]))}", output
+    (remedy,) = re.findall(
+        rf"Error: train: {re.escape(str(path))} .*(?:delete the run directory|remove) (\S+) to train afresh", output
     )
     assert "Traceback" not in output
-    (remedy,) = set(re.findall(r"(?:delete the run directory|remove) (\S+) to train afresh", output))
-    shutil.rmtree(path.parents[1] if Path(remedy) == path.parents[1] else path.parent)
+    shutil.rmtree(remedy)
     unfinished.repro("train")
+    assert unfinished.lock()["train"] == seed.lock()["train"]
+
+
+def test_a_finished_model_that_was_damaged_is_not_published(seed: Clone, copy_of: Callable[..., Clone]) -> None:
+    clone = copy_of(seed)
+    clone.forget("train")
+    attempt = clone.attempts()[0]
+    flipped(attempt / "models/best/weights.safetensors", Path())
+    output = clone.repro("train", check=255)
+    assert f"models/best is damaged: it is not what was trained; remove {attempt} to train afresh" in output
+    assert not (clone.path / "model").exists()
 
 
 def test_a_journal_that_lost_what_mlflow_has(seed: Clone, copy_of: Callable[..., Clone]) -> None:
@@ -165,6 +175,7 @@ def test_a_journal_that_lost_what_mlflow_has(seed: Clone, copy_of: Callable[...,
 )  # fmt: skip
 def test_a_stage_refuses_what_dvc_takes_for_good_and_the_remedy_works(seed, copy_of, name: str, stage: str) -> None:
     clone = copy_of(seed)
+    clone.run("dvc status")  # now DVC knows the files by their size and time
     flipped(clone.path / name, Path())
     clone.forget(stage)
     output = clone.repro(check=255)

@@ -22,7 +22,8 @@ def failed(output: str, stage: str, told: str) -> None:
 
 
 def assert_intact_and_goes_on(clone: Clone, seed: Clone, before: dict[str, str]) -> None:
-    assert clone.outs() == before
+    # The loss curve is kept up to date during a training, for DVC's live plots.
+    assert {name: sha256 for name, sha256 in clone.outs().items() if name != "plots/loss.csv"} == before
     assert clone.leftovers() == []
     clone.repro()
     assert clone.outs() == seed.outs()
@@ -33,15 +34,16 @@ def assert_intact_and_goes_on(clone: Clone, seed: Clone, before: dict[str, str])
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("stage", "kilobytes"), [("download", 16), ("tokenize", 16), ("train", 64), ("evaluate", 0), ("sample", 0)]
-)
-def test_files_cannot_grow(seed: Clone, copy_of: Callable[..., Clone], stage: str, kilobytes: int) -> None:
+SIZES = [("download", 16_000), ("tokenize", 16_000), ("train", 64_000), ("evaluate", 200), ("sample", 200)]
+
+
+@pytest.mark.parametrize(("stage", "size"), SIZES)
+def test_files_cannot_grow(seed: Clone, copy_of: Callable[..., Clone], stage: str, size: int) -> None:
     clone = copy_of(seed)
     clone.set_params(**ENDS)
     clone.forget(stage)
-    before = clone.outs()
-    output = clone.run(f"ulimit -f {kilobytes}; exec python -m stages.{stage}", check=1)
+    before = {name: sha256 for name, sha256 in clone.outs().items() if name != "plots/loss.csv"}
+    output = clone.run(f"exec prlimit --fsize={size} python -m stages.{stage}", check=1)
     failed(output, stage, "(disk is full|No space left|File too large|log cannot be written)")
     assert_intact_and_goes_on(clone, seed, before)
 
@@ -62,7 +64,7 @@ def test_the_disk_is_full(seed: Clone, small_disk: Path) -> None:
     clone = seed.copy(small_disk / "clone", runs=False)
     clone.set_params(**ENDS)
     clone.forget("train")
-    before = clone.outs()
+    before = {name: sha256 for name, sha256 in clone.outs().items() if name != "plots/loss.csv"}
     ballast = small_disk / "ballast"
     with ballast.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - 600_000)
@@ -87,7 +89,7 @@ def test_a_folder_cannot_be_written(seed: Clone, copy_of: Callable[..., Clone], 
     clone = copy_of(seed)
     clone.set_params(**ENDS)
     clone.forget(stage)
-    before = clone.outs()
+    before = {name: sha256 for name, sha256 in clone.outs().items() if name != "plots/loss.csv"}
     paths = [clone.path / folder, *(path for path in (clone.path / folder).rglob("*") if folder == ".runs")]
     folders = {path: path.stat().st_mode for path in paths if path.is_dir()}
     for path in folders:
@@ -109,7 +111,7 @@ def test_no_more_file_handles(seed: Clone, copy_of: Callable[..., Clone], number
     clone = copy_of(seed, runs=False)
     clone.set_params(**ENDS)
     clone.forget("train")
-    before = clone.outs()
+    before = {name: sha256 for name, sha256 in clone.outs().items() if name != "plots/loss.csv"}
     output = clone.run(f"ulimit -n {number}; exec python -m stages.train", check=1)
     failed(output, "train", r"Too many open files.*allow more open files \(`ulimit -n`\)")
     clone.end_processes()

@@ -154,3 +154,18 @@ def test_autocast_acts_for_the_short_types_alone():
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         with numerics.autocast(torch.device("cpu"), name):
             assert torch.mm(x, x).dtype is dtype
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
+def test_one_core_gives_the_bits_of_two(portable):
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})  # children inherit it
+    try:
+        assert bits() == portable
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+@pytest.mark.parametrize(("name", "value"), THREADS_AND_INSTRUCTIONS.items())
+def test_no_single_variable_of_the_caller_changes_the_bits(portable, name, value):
+    assert bits(**{name: value}) == portable

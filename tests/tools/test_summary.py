@@ -57,3 +57,10 @@ def test_a_lock_that_was_never_committed_is_told(repository: Path) -> None:
     git("rm", "-q", "--cached", "dvc.lock")
     git("commit", "-qm", "2")
     assert "dvc.lock is not committed yet" in summary()
+
+
+def test_without_a_result_one_line_says_what_is_missing_and_what_makes_it(repository: Path) -> None:
+    (repository / "metrics/evaluate.json").unlink()
+    result = CliRunner().invoke(main)
+    assert result.exit_code == 1
+    assert result.output == "Error: metrics/evaluate.json is missing; `dvc repro` or `dvc checkout` makes it\n"

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+from tools.clean_clone import CouldNotRun, locked_outs
+from tools.first_steps import bits_environment
+from tools.golden import differences, key, load_goldens, nearest
+
+HERE = {
+    **dict.fromkeys(("torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"), "1"),
+    "python": "3.11.7",
+    "cpu": "A",
+    "system": "Linux 6",
+    "dvc": "3",
+}
+
+
+def environment(determinism="portable", **changes):
+    return bits_environment(HERE | changes, {"determinism": determinism, "threads": 2, "torch": "1"})
+
+
+def test_what_cannot_change_bits_is_no_part_of_the_key():
+    for name, value in {"python": "3.11.9", "cpu": "B", "system": "Linux 7", "dvc": "4"}.items():
+        assert key(environment(**{name: value})) == key(environment()), name
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"])
+def test_what_can_change_bits_is(name):
+    assert key(environment(**{name: "2"})) != key(environment())
+    assert differences(environment(), environment(**{name: "2"})) == [f"{name} 1 -> 2"]
+
+
+def test_the_kind_of_cpu_counts_where_nothing_else_is_promised():
+    assert key(environment("machine", cpu="B")) != key(environment("machine"))
+    assert key(environment("machine")) != key(environment())
+    assert key(environment(python="3.12.0")) != key(environment())
+
+
+def golden(folder, steps=(1,), **changes):
+    content = {"environment": environment(**changes), "steps": list(steps), "metrics": {"val_loss": 1.0}}
+    path = folder / f"{key(content['environment'])}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_golden_file_of_this_environment_is_preferred_and_else_the_nearest(tmp_path):
+    for changes in ({}, {"torch": "2"}, {"torch": "2", "libc": "2"}):
+        golden(tmp_path, **changes)
+    found = load_goldens(tmp_path)
+    assert nearest(found, environment())["environment"] == environment()
+    assert nearest(found, environment(torch="2", libc="2", numpy="2"))["environment"] == environment(
+        torch="2", libc="2"
+    )
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"environment": {}}', '{"environment": {}, "steps": [1], "metrics": {}}']
+)
+def test_a_damaged_golden_file_is_named_with_the_remedy(tmp_path, damage):
+    path = golden(tmp_path)
+    path.write_text(damage)
+    with pytest.raises(CouldNotRun, match=rf"{path} is damaged .*`git checkout {path}`, or `make golden`"):
+        load_goldens(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "schema: '2.0'\n", "}{", "stages: 3"])
+def test_a_damaged_lock_cannot_be_checked(text):
+    with pytest.raises(CouldNotRun, match=r"dvc\.lock"):
+        locked_outs(text)
