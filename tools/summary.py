@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from nanogpt.provenance import git
+from tools.clean_clone import CouldNotRun, locked_outs
 
 
 @click.command()
@@ -13,6 +14,8 @@ def main() -> None:
     """Sums up the newest result, and says whether dvc.lock is still the committed one."""
     try:
         lines = [*result(), *places(), lock_state()]
+    except CouldNotRun as error:
+        raise click.ClickException(str(error)) from error
     except FileNotFoundError as error:
         raise click.ClickException(f"{error.filename} is missing; `dvc repro` or `dvc checkout` makes it") from error
     click.echo("\n".join(lines))
@@ -47,11 +50,15 @@ def places() -> list[str]:
 
 def lock_state() -> str:
     """git's view of dvc.lock: DVC rewrites it without a word when an artifact has other bits than before."""
-    if not git(Path.cwd(), "ls-files", "dvc.lock"):
+    lock = Path("dvc.lock")
+    if not git(Path.cwd(), "ls-files", str(lock)):
         return "dvc.lock is not committed yet: `git add dvc.lock params.yaml && git commit` keeps this result"
     changed = git(Path.cwd(), "diff", "HEAD", "--name-only", "--", "dvc.lock", "params.yaml", "nanogpt", "stages")
     if "dvc.lock" not in changed.splitlines():
         return "dvc.lock is the committed one: this result is bit for bit what the commit says"
+    committed, found = (locked_outs(text) for text in (git(Path.cwd(), "show", "HEAD:dvc.lock"), lock.read_text()))
+    if committed == found:
+        return "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: commit it"
     if changed.splitlines() == ["dvc.lock"]:
         return (
             "dvc.lock DIFFERS from the committed one though code and params are the same: this result has other bits "

@@ -28,6 +28,7 @@ def clone(seed: Clone, copy_of: Callable[..., Clone]) -> Clone:
     """The seed before its training."""
     clone = copy_of(seed, runs=False)
     clone.set_params(**{"tracking.wait_seconds": WAIT})
+    clone.commit()
     clone.forget("train", "evaluate", "sample")
     return clone
 
@@ -107,7 +108,7 @@ def test_a_server_that_is_slow_or_broken_costs_the_stages_a_bounded_wait(server,
     proxy.mode = "pass"
     output = clone.run("python -m tools.sync && dvc repro", MLFLOW_TRACKING_URI=proxy.uri)
     assert "is complete in MLflow" in output
-    assert clone.read("dvc.lock") == seed.read("dvc.lock")
+    assert clone.lock() == seed.lock()
     assert_all_is_there_once(server, clone, seed)
     proxy.close()
 

@@ -16,12 +16,16 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/train.json").write_text(json.dumps(train))
     (tmp_path / "metrics/evaluate.json").write_text(json.dumps(scores))
-    (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
+    (tmp_path / "dvc.lock").write_text(lock("a"))
     (tmp_path / "params.yaml").write_text("train:\n")
     git("init", "-q")
     git("add", "dvc.lock", "params.yaml")
     git("commit", "-qm", "1")
     return tmp_path
+
+
+def lock(model: str, code: str = "0") -> str:
+    return f"stages: {{train: {{deps: [{{path: a.py, md5: {code}}}], outs: [{{path: model, md5: {model}}}]}}}}\n"
 
 
 def git(*arguments: str) -> None:
@@ -43,12 +47,17 @@ def test_a_lock_as_committed_is_told(repository: Path) -> None:
 
 
 def test_other_bits_from_the_same_code_and_params_are_told_as_such(repository: Path) -> None:
-    (repository / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    (repository / "dvc.lock").write_text(lock("b"))
     assert "dvc.lock DIFFERS from the committed one though code and params are the same" in summary()
 
 
+def test_the_same_bits_of_other_code_are_told_as_such(repository: Path) -> None:
+    (repository / "dvc.lock").write_text(lock("a", code="1"))
+    assert "this result is bit for bit the committed one: commit it" in summary()
+
+
 def test_other_params_explain_another_lock(repository: Path) -> None:
-    (repository / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    (repository / "dvc.lock").write_text(lock("b"))
     (repository / "params.yaml").write_text("train: {seed: 2}\n")
     assert "dvc.lock is new, as code or params differ" in summary()
 
