@@ -21,6 +21,8 @@ def golden(seed: Clone, once) -> Clone:
 
     def make(path):
         clone = seed.copy(path)
+        (clone.path / ".venv").mkdir()
+        (clone.path / ".venv/.ready").touch()  # make's set-up is done
         clone.set_params(**{"numerics.threads": 2, "model.n_embd": 64, "train.batch_size": 16})
         clone.repro()
         clone.run("python -m tools.golden")
@@ -52,22 +54,32 @@ def change_training(clone: Clone) -> None:
     clone.write("dvc.lock", lock)
 
 
-def test_a_true_dvc_lock_is_confirmed_whatever_the_surroundings(golden, copy_of: Callable[..., Clone]):
+def test_a_true_dvc_lock_is_confirmed_in_varied_surroundings_too(golden, copy_of: Callable[..., Clone]):
     clone = copy_of(golden)
-    output, report = verify(clone, "--varied")
-    assert [finding["artifact"] for finding in report["findings"]] == OUTS
-    assert {finding["verdict"] for finding in report["findings"]} == {"identical"}
-    assert report["commit"] == clone.run("git rev-parse HEAD").strip()
-    assert report["environment"]["numerics.threads"] == "2"
-    assert report["environment_differs"] == []
-    assert output.count(" identical") == len(OUTS) + 1
+    output = ""
+    for target in ("verify", "verify-varied"):
+        output += clone.run(f"make --old-file=.venv/.ready {target} REPORTS=reports")
+    for folder, layer in (("full", "full"), ("varied", "full, in varied surroundings")):
+        (report,) = json.loads(clone.read(f"reports/{folder}/verify.json"))
+        assert report["layer"] == layer
+        assert [finding["artifact"] for finding in report["findings"]] == OUTS
+        assert {finding["verdict"] for finding in report["findings"]} == {"identical"}
+        assert report["commit"] == clone.run("git rev-parse HEAD").strip()
+        assert report["environment"]["numerics.threads"] == "2"
+        assert report["environment_differs"] == []
+    assert output.count(" identical") == 2 * (len(OUTS) + 1)
     assert clone.run("git status --porcelain --untracked-files=no") == ""
 
+
+def test_verify_json_takes_others_checks_in(golden, copy_of):
+    clone = copy_of(golden)
+    verify(clone, "--layer lock")
+    content = json.loads(clone.read("reports/verify.json"))
+    clone.write("reports/verify.json", json.dumps([{**content[0], "environment": {"torch": "another"}}]))
+    verify(clone, "--layer lock")
     verify(clone, "--layer lock")
     kept = json.loads(clone.read("reports/verify.json"))
-    assert [entry["layer"] for entry in kept] == ["full, in varied surroundings", "lock"]
-    verify(clone, "--layer lock")
-    assert len(json.loads(clone.read("reports/verify.json"))) == 2
+    assert [entry["environment"] for entry in kept] == [{"torch": "another"}, {}]
 
 
 def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(golden, copy_of):
