@@ -101,7 +101,7 @@ class Checkpoints:
             damaged = progress.step != step or sha256_file(checkpoint.state) != checkpoint.sha256
             damaged = damaged or meta.pop("meta_sha256") != sha256_json(meta)
             foreign = meta["run"] != self.run
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
         if damaged:
             raise ValueError(f"checkpoint {directory} is damaged: its content is not what was written")

@@ -19,8 +19,10 @@ def end_with(dvc: int, say: Callable[[str], None]) -> None:
     def watch() -> None:
         while os.getppid() == dvc:
             time.sleep(_TICK)
-        say("dvc is gone")
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            say("dvc is gone")
+        finally:  # also if nobody reads any more what is said
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 

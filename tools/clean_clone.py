@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ VARIED = {
 }
 
 
+# What of DVC, MLflow, git and Python is set outside belongs to another checkout; a git hook sets GIT_DIR.
+_FOREIGN = ("DVC_", "MLFLOW_", "GIT_", "PYTHONPATH", "PYTHONHASHSEED")
+
+
 class CouldNotRun(Exception):
     """The check itself failed, so nothing is known of the result."""
 
@@ -40,11 +44,8 @@ class CleanClone:
 
     def run(self, *command: str) -> str:
         """Runs a command to its end; returns what it printed. Raises CouldNotRun, with the end of that, if it fails."""
-        # Whatever of DVC, MLflow and Python is set outside belongs to another checkout.
-        foreign = ("DVC_", "MLFLOW_", "PYTHONPATH", "PYTHONHASHSEED")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         nowhere = str(self.path / ".dvc" / "tmp" / "nowhere")
-        environment |= {
+        environment = _own_environment() | {
             "DVC_NO_ANALYTICS": "1",
             "DVC_GLOBAL_CONFIG_DIR": nowhere,
             "DVC_SYSTEM_CONFIG_DIR": nowhere,
@@ -70,13 +71,22 @@ class CleanClone:
     def repro(self, stage: str) -> float:
         """Runs one stage, surely and not from any cache; returns the seconds that it took."""
         begin = time.monotonic()
-        self.run("dvc", "repro", "--no-run-cache", "--single-item", stage)
+        # Without --force DVC would take outs that a committed configuration's cache has for those of dvc.lock.
+        self.run("dvc", "repro", "--force", "--no-run-cache", "--single-item", stage)
         return time.monotonic() - begin
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+def _own_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
 
 
 @contextmanager
@@ -97,7 +107,7 @@ def git(root: Path, *arguments: str) -> str:
     """What a git command prints, without the last newline. Raises CouldNotRun."""
     command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=_own_environment(), capture_output=True, text=True, check=False)
     except OSError as error:
         raise CouldNotRun(f"git cannot be run ({error})") from error
     if done.returncode:
@@ -117,10 +127,11 @@ def read_yaml(text: str, name: str) -> dict[str, Any]:
 
 def locked_outs(text: str) -> dict[str, dict[str, str]]:
     """Of a dvc.lock: stage -> artifact -> md5. Raises CouldNotRun."""
-    stages = read_yaml(text, "dvc.lock").get("stages")
-    if not isinstance(stages, dict):
-        raise CouldNotRun("dvc.lock names no stages; `git checkout dvc.lock`, or `dvc repro` and commit it")
-    return {stage: {out["path"]: out["md5"] for out in entry.get("outs", [])} for stage, entry in stages.items()}
+    stages: Any = read_yaml(text, "dvc.lock").get("stages")
+    try:
+        return {stage: {out["path"]: out["md5"] for out in entry.get("outs", [])} for stage, entry in stages.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CouldNotRun("dvc.lock names no stages; `git checkout dvc.lock`, or `dvc repro` and commit it") from error
 
 
 def stage_names(dvc_yaml: str) -> list[str]:

@@ -333,7 +333,7 @@ class Runs:
             if (attempt / "artifacts" / "uncommitted.diff").exists():
                 run.diff = attempt / "artifacts" / "uncommitted.diff"
             return [(told["run_key"], run)]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.warnings.append(f"{attempt} is damaged ({type(error).__name__}: {error}) and was passed over")
             return []
 

@@ -42,8 +42,9 @@ def check_lock(root: Path, say: Say) -> Report:
         stages = stage_names((clone.path / "dvc.yaml").read_text())
         locked = locked_outs((clone.path / "dvc.lock").read_text())
         status = _json_of(clone.run("dvc", "status", "--json"))
+        torn = _torn(clone.path, locked)
     for stage in stages:
-        stale = _stale(status.get(stage, [])) if stage in locked else ["not in dvc.lock"]
+        stale = [*_stale(status.get(stage, [])), *torn[stage]] if stage in locked else ["not in dvc.lock"]
         verdict = IDENTICAL if not stale else MISSING
         report.findings.append(Finding(stage, "dvc.lock", "up to date", ", ".join(stale) or "up to date", verdict))
     if report.exit_code:
@@ -68,10 +69,24 @@ def _stale(changes: list[Any]) -> list[str]:
     return found
 
 
+def _torn(root: Path, locked: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """Inputs of which DVC sees in a clone only that they are absent: those that dvc.lock's own stages did not make."""
+    entries = read_yaml((root / "dvc.lock").read_text(), "dvc.lock")["stages"]
+    made = {path: md5 for outs in locked.values() for path, md5 in outs.items()}
+    found: dict[str, list[str]] = {}
+    for stage in locked:
+        deps = [(dep["path"], dep.get("md5")) for dep in entries[stage].get("deps", [])]
+        found[stage] = [f"{path} is not what its stage made" for path, md5 in deps if made.get(path, md5) != md5]
+        found[stage] += [f"{path} deleted" for path, _ in deps if path not in made and not (root / path).exists()]
+    return found
+
+
 def _remote(root: Path) -> Finding:
     """Whether DVC's remote has all that dvc.lock names. DVC exits with 0 anyway, and tells directories on stderr."""
     if not _dvc(root, "remote", "list").stdout.strip():
         return Finding("remote", "objects", "", "no remote is configured", SKIPPED)
+    if git(root, "diff", "HEAD", "--name-only", "--", "dvc.lock"):
+        return Finding("remote", "objects", "", "the workspace has another dvc.lock", SKIPPED)
     done = _dvc(root, "status", "--cloud", "--json")
     if done.returncode:
         raise CouldNotRun(f"`dvc status --cloud` failed: {' '.join(done.stderr.split())}")
@@ -106,23 +121,31 @@ def check_steps(root: Path, say: Say) -> Report:
     golden = nearest(goldens, report.environment)
     report.environment_differs = differences(golden["environment"], report.environment)
     difference = first_difference(golden["steps"], found["steps"])
-    told = f"{len(golden['steps'])} steps"
-    if difference is None:
-        report.findings.append(Finding("train", "first steps", told, told, IDENTICAL))
+    told, told_found = (f"{len(records)} steps" for records in (golden["steps"], found["steps"]))
+    if not _same_steps(golden["steps"], found["steps"]):
+        report.findings.append(Finding("train", "first steps", told, told_found, DIVERGED))
         return report
+    if difference is None:
+        report.findings.append(Finding("train", "first steps", told, told_found, IDENTICAL))
+        return report
+    changed = [name for name, value in golden["made_of"].items() if found["made_of"].get(name) != value]
+    since = f"since the golden file was written, {', '.join(changed) or 'nothing else'} changed"
     report.notes.append(divergence.first_step(golden["steps"], found["steps"]))
     if report.environment_differs:
         apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(golden["steps"], found["steps"], strict=True))
         report.notes.append(f"the losses differ by {apart:.2g} at most (limit {STEP_LIMIT:g})")
-        report.notes.append("no golden file is of this environment; `make golden` writes one")
+        report.notes.append(f"no golden file is of this environment ({since}); `make golden` writes one")
         verdict = TOLERATED if apart <= STEP_LIMIT else ENVIRONMENT_CHANGED
     else:
-        changed = [name for name, value in golden["made_of"].items() if found["made_of"].get(name) != value]
-        of = ", ".join(changed) or "nothing else"
-        report.notes.append(f"since the golden file was written, {of} changed; if that is meant: `make golden`")
+        report.notes.append(f"{since}; if that is meant: `make golden`")
         verdict = DIVERGED
     report.findings.append(Finding("train", "first steps", told, f"differ at {difference[0]}", verdict))
     return report
+
+
+def _same_steps(first: list[Record], second: list[Record]) -> bool:
+    """Whether both hold the same steps, and any at all."""
+    return [record["step"] for record in first] == [record["step"] for record in second] != []
 
 
 def check_base(root: Path, base: str, say: Say) -> Report:
@@ -139,7 +162,7 @@ def check_base(root: Path, base: str, say: Say) -> Report:
             report.environment = found["environment"]
     difference = first_difference(*results)
     expected, found_steps = (f"{len(steps)} steps" for steps in results)
-    if difference is None and len(results[0]) == len(results[1]):
+    if difference is None and _same_steps(*results):
         report.findings.append(Finding("train", "first steps", expected, found_steps, IDENTICAL))
         return report
     report.notes.append(divergence.first_step(*results))
@@ -181,14 +204,28 @@ def check_all(root: Path, varied: bool, say: Say) -> Report:
             report.notes.append("no golden file tells in which environment this dvc.lock was made; see `make golden`")
         tolerant = golden is not None and (bool(report.environment_differs) or determinism == "off")
         close = tolerant and golden is not None and _metrics_agree(golden, read_metrics(clone.path), report)
-        for stage, outs in expected.items():
-            for artifact, md5 in outs.items():
-                other = found.get(stage, {}).get(artifact, "none")
-                allowed = TOLERATED if close and stage not in TEXT_STAGES else DIVERGED
-                report.findings.append(Finding(stage, artifact, md5, other, IDENTICAL if md5 == other else allowed))
-        if found["train"]["model"] != model:
-            report.notes += _where(root, clone, model, golden, [r for r in records if r["kind"] == "step"])
+        report.findings += _compare(expected, found, close)
+        if found.get("train", {}).get("model") != model:
+            try:
+                report.notes += _where(root, clone, model, golden, [r for r in records if r["kind"] == "step"])
+            except Exception as error:  # what is only told must not hide what was found
+                report.notes.append(f"where they part is not known ({type(error).__name__}: {error})")
     return report
+
+
+def _compare(expected: dict[str, dict[str, str]], found: dict[str, dict[str, str]], close: bool) -> list[Finding]:
+    """Every artifact that either dvc.lock names. `close`: metrics agree where other bits are allowed."""
+    findings = []
+    for stage in {**expected, **found}:
+        for artifact in {**expected.get(stage, {}), **found.get(stage, {})}:
+            md5, other = (side.get(stage, {}).get(artifact, "none") for side in (expected, found))
+            verdict = TOLERATED if close and stage not in TEXT_STAGES else DIVERGED
+            if "none" in (md5, other):
+                verdict = MISSING
+            elif md5 == other:
+                verdict = IDENTICAL
+            findings.append(Finding(stage, artifact, md5, other, verdict))
+    return findings
 
 
 def _metrics_agree(golden: Golden, found: dict[str, float], report: Report) -> bool:

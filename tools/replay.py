@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from nanogpt.checkpoint import Checkpoint
 
 TOKENS = Path("data/tokens")
+ATTEMPT = click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path)
 
 
 @click.command()
 @click.option("--step", type=click.IntRange(1), required=True, help="The step, as the journal and MLflow number it.")
-@click.option("--attempt", type=click.Path(exists=True, file_okay=False, path_type=Path), help="[default: the newest]")
+@click.option("--attempt", type=ATTEMPT, help="[default: the newest]")
 @click.option("--text/--no-text", default=True, show_default=True, help="Show the batch's text.")
 def main(step: int, attempt: Path | None, text: bool) -> None:
     """Recomputes one training step from the nearest checkpoint and compares it with the journal, bit for bit.
@@ -64,7 +65,7 @@ def replay(step: int, attempt: Path, text: bool) -> bool:
         if difference:
             click.echo(f"NOT as in the journal: {difference[1]} of step {difference[0]:,} is the first that differs")
         else:
-            click.echo(f"as in {attempt.relative_to(repository())}/journal.jsonl, bit for bit")
+            click.echo(f"as in {attempt / 'journal.jsonl'}, bit for bit")
         if text:
             show_batch(retrace, params, step, losses)
     return difference is None

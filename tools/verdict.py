@@ -108,6 +108,7 @@ def _joined(report: Report, path: Path) -> list[dict[str, Any]]:
         others = json.loads(path.read_bytes())
     except (OSError, ValueError):
         others = []
+    others = others if isinstance(others, list) else []
     mine = report.as_dict()
     same = {name: mine[name] for name in ("layer", "commit", "environment")}
     kept = [other for other in others if isinstance(other, dict) and not same.items() <= other.items()]

@@ -48,8 +48,10 @@ def check(root: Path, layer: str, base: str, varied: bool) -> Report:
         if layer == "base":
             return layers.check_base(root, base, say)
         return layers.check_all(root, varied, say)
-    except (CouldNotRun, OSError, ValueError, KeyError) as error:
-        return Report(layer, "", error=str(error) or repr(error))
+    except CouldNotRun as error:
+        return Report(layer, "", error=str(error))
+    except Exception as error:  # whatever it was, nothing is known of the result: exit code 2 and a report
+        return Report(layer, "", error=f"{type(error).__name__}: {error}")
 
 
 def git_top() -> str:

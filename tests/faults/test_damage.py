@@ -216,10 +216,11 @@ def test_a_damaged_database_is_told_and_the_journals_fill_a_new_one(seed, copy_o
 def test_a_damaged_dvc_lock_is_told_by_our_tools_and_git_has_the_whole_one(seed, copy_of, content: str) -> None:
     clone = copy_of(seed)
     clone.write("dvc.lock", content)
-    clone.run("python -m tools.summary")
-    output = clone.run("python -m tools.golden", check=1)
-    assert "dvc.lock" in output
-    assert "Traceback" not in output
+    for tool in ("summary", "golden"):
+        output = clone.run(f"python -m tools.{tool}", check=None)
+        assert "dvc.lock" in output
+        assert "Traceback" not in output
     output = clone.repro(check=None)
+    assert "dvc.lock" in output
     clone.run("git checkout --quiet dvc.lock")
     assert "Data and pipelines are up to date." in clone.repro()

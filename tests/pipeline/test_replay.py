@@ -30,8 +30,9 @@ def test_a_step_far_from_any_checkpoint_and_one_beside_it(trained, copy_of):
     assert kept[0] > 7
     before = clone.outs()
     records = {record["step"]: record for record in clone.records("step")}
+    name = clone.attempts()[0].relative_to(clone.path)
     for step, origin, computed in ((7, "the initial weights", 7), (28, "checkpoint step-00000025", 3)):
-        output = clone.run(f"python -m tools.replay --step {step}")
+        output = clone.run(f"python -m tools.replay --step {step}" + (f" --attempt {name}" if step == 7 else ""))
         assert f"step {step} of 30, recomputed from {origin} ({computed} steps)" in output
         for name in ("loss", "grad_norm", "lr"):
             value = re.escape(repr(records[step][name]))

@@ -175,7 +175,7 @@ def test_what_cannot_be_checked_is_said_with_code_2(golden, copy_of):
     clone.write("stages/tokenize.py", "raise SystemExit(3)\n")
     clone.commit("Broken")
     output, report = verify(clone, check=2)
-    assert "`dvc repro --no-run-cache --single-item tokenize` failed" in output
+    assert "`dvc repro --force --no-run-cache --single-item tokenize` failed" in output
     assert "could not be run" in output.splitlines()[-1]
 
 
