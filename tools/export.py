@@ -241,8 +241,11 @@ def _table(rows: dict[str, Any]) -> str:
 # --- the command
 
 
-def export(model: Path, format_name: str, out: Path) -> None:
-    """Writes the directory whole or not at all; the same model gives the same bytes. Raises ValueError, OSError."""
+def export(model: Path, format_name: str, out: Path) -> PublishedModel:
+    """Writes the directory whole or not at all; the same model gives the same bytes. Returns what was exported.
+
+    Raises ValueError, OSError.
+    """
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; remove it, or name another one")
@@ -251,6 +254,7 @@ def export(model: Path, format_name: str, out: Path) -> None:
         temporary.mkdir()
         use = FORMATS[format_name](gpt, temporary)
         (temporary / "README.md").write_text(model_card(gpt, model, format_name, use), encoding="utf-8")
+    return gpt
 
 
 @click.command()
@@ -266,11 +270,16 @@ def main(format_name: str, model: Path, out: Path) -> None:
     sample.py loads.
     """
     try:
-        export(model, format_name, out)
+        gpt = export(model, format_name, out)
     except (ValueError, OSError) as error:
         raise click.ClickException(explain(error)) from error
     files = sorted(path.name for path in out.iterdir())
     click.echo(f"export: {model} -> {out}: {', '.join(files)}")
+    if format_name == "nanogpt" and gpt.tokenizer.name == "bpe":
+        told = (
+            "nanoGPT's sample.py cannot read or write this model's tokens (bpe); --format huggingface exports them too"
+        )
+        click.secho(f"export: warning: {told}", fg="yellow", err=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 
 from nanogpt.complete import complete
 from nanogpt.generate import Sampling, generate
+from nanogpt.pretrained import load_nanogpt
 from nanogpt.provenance import sha256_file, sha256_tree
 from nanogpt.published import load_model, save_model
 from nanogpt.tokenizer import (
@@ -252,6 +253,16 @@ def test_nanogpts_sampler_finds_weights_and_characters(tmp_path):
 def test_gpt2s_tokens_are_what_the_sampler_takes_without_characters(tmp_path):
     export(published(tmp_path, Gpt2Tokenizer(), n_embd=2), "nanogpt", tmp_path / "out")
     assert "config" not in torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+
+
+def test_of_tokens_that_the_sampler_does_not_know_the_command_warns(tmp_path, project, bpe):
+    project()
+    published(tmp_path, bpe[0])
+    result = run("--format", "nanogpt", "out")
+    assert result.exit_code == 0
+    assert "warning: nanoGPT's sample.py cannot read or write this model's tokens (bpe)" in result.stderr
+    assert "means nothing to this model" in Path("out/README.md").read_text()
+    assert load_nanogpt(Path("out/ckpt.pt"))[0].vocab_size == bpe[0].vocab_size
 
 
 # --- the card and the command -----------------------------------------------------------------------------------------
