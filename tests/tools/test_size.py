@@ -1,0 +1,169 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from ruamel.yaml import YAML
+
+from nanogpt.numerics import Numerics
+from nanogpt.params import TrainParams, load_params
+from tests.nanogpt.tiny import config
+from tools import size
+from tools.size import main, measure, time_line
+
+REPOSITORY = Path(__file__).parents[2]
+META = {
+    "corpus": {"documents": 2, "source": "grammar"},
+    "dtype": "uint16",
+    "end_of_text": None,
+    "tokenizer": "bpe",
+    "tokenizer_sha256": "0" * 64,
+    "train": {"bytes": 9, "documents": 1, "first_context": None, "sha256": "0" * 64, "tokens": 358_400},
+    "val": {"bytes": 9, "documents": 1, "first_context": None, "sha256": "0" * 64, "tokens": 9},
+    "vocab_size": 500,
+}
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params.yaml alone, GPT-2's shape aside."""
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change(**values: object) -> None:
+    """Sets `section__key` in params.yaml."""
+    path = Path("params.yaml")
+    content = YAML().load(path)
+    for name, value in values.items():
+        section, key = name.split("__")
+        content[section][key] = value
+    with path.open("w") as file:
+        YAML().dump(content, file)
+
+
+def tokenized(**changes: object) -> None:
+    Path("data/tokens").mkdir(parents=True)
+    Path("data/tokens/meta.json").write_text(json.dumps(META | changes))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def figures(*arguments: str) -> dict:
+    result = run("--json", *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+# --- the vocabulary ---------------------------------------------------------------------------------------------------
+
+
+def test_the_vocabulary_is_that_of_the_tokens() -> None:
+    tokenized()
+    assert figures()["model"]["vocab_size"] == 500
+
+
+def test_without_tokens_it_is_what_the_tokenizer_will_have() -> None:
+    assert figures()["model"]["vocab_size"] == 1024
+    change(tokenize__tokenizer="gpt2")
+    assert figures()["model"]["vocab_size"] == 50_257
+
+
+def test_tokens_of_another_tokenizer_tell_nothing() -> None:
+    tokenized()
+    change(tokenize__tokenizer="gpt2")
+    found = figures()
+    assert found["model"]["vocab_size"] == 50_257
+    assert found["tokens"]["epochs"] is None
+
+
+def test_characters_that_were_not_counted_are_asked_for() -> None:
+    change(tokenize__tokenizer="char")
+    result = run()
+    assert result.exit_code == 1
+    assert "tokenize.tokenizer = char" in result.output
+    assert "--vocab-size" in result.output
+    assert figures("--vocab-size", "65")["model"]["vocab_size"] == 65
+
+
+def test_damaged_tokens_are_told_in_one_line() -> None:
+    tokenized(vocab_size="many")
+    result = run()
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1
+    assert "meta.json is damaged" in result.output
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_as_nanogpt_trains_it() -> None:
+    change(model__n_layer=12, model__n_head=12, model__n_embd=768, model__block_size=1024, model__bias=True)
+    change(train__batch_size=12, train__gradient_accumulation_steps=40, train__max_iters=600_000)
+    change(numerics__determinism="off", numerics__dtype="bfloat16", runtime__device="cuda")
+    found = figures("--vocab-size", "50257", "--mfu", "0.4", "--peak", "2496")
+    assert sum(found["parameters"]["total"].values()) == 124_439_808
+    assert found["tokens"]["total"] == 600_000 * 491_520
+    assert found["tokens"]["chinchilla"] == 20 * 124_439_808
+    assert found["setup"] == {"device": "cuda", "dtype": "bfloat16", "batch_size": 12, "micro_steps": 40}
+    # 8 x A100 at 312 TFLOP/s: nanoGPT's README tells some four days, at what is then an MFU of about 0.4
+    assert found["time"]["seconds"] == pytest.approx(600_000 * 491_520 * 855_166_464 / (0.4 * 2496e12))
+    assert found["bytes"]["checkpoint"] == 12 * 124_439_808
+
+
+def test_epochs_are_of_the_train_split() -> None:
+    tokenized()
+    assert figures()["tokens"]["epochs"] == 700 * 1024 / 358_400
+
+
+def test_the_lines_say_what_the_json_says() -> None:
+    tokenized()
+    found, text = figures("--mfu", "0.5", "--peak", "0.1"), run("--mfu", "0.5", "--peak", "0.1").output
+    total = sum(found["parameters"]["total"].values())
+    assert re.search(rf"^all +[\d,]+ +{total:,}$", text, re.MULTILINE)
+    assert f"{found['flops_per_token']['palm']:,}" in text
+    assert re.search(rf"^peak +{found['bytes']['peak'] / 1e6:,.1f} ", text, re.MULTILINE)
+    assert "2.00 times the train split" in text
+    assert "rule of thumb" in text
+    assert f"{1e3 * found['time']['seconds_per_step']:,.4g} ms a step (as told), MFU 0.500 of 0.1 TFLOP/s" in text
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_known_is_not_told_but_how_to_get_it() -> None:
+    found = figures()["time"]
+    assert (found["seconds"], found["peak_flops"], found["mfu"]) == (None, None, None)
+    assert "time        not known: --measure takes some steps here" in run().output
+
+
+def test_a_share_of_an_unknown_peak_is_no_time() -> None:
+    assert figures("--mfu", "0.3")["time"]["seconds"] is None
+    assert "add --peak" in run("--mfu", "0.3").output
+
+
+@pytest.mark.parametrize("arguments", [("--mfu", "30"), ("--mfu", "0"), ("--peak", "0"), ("--measure", "--mfu", "0.3")])
+def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_a_measured_run_needs_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    change(numerics__determinism="off")  # so that pin comes after torch
+    monkeypatch.setattr(size, "measure", lambda *_: 0.5)
+    monkeypatch.setattr(size, "measured_peak", lambda _: None)
+    found = figures("--measure")["time"]
+    expected = {"measured": True, "peak_flops": None, "mfu": None, "seconds_per_step": 0.5, "seconds": 350.0}
+    assert found == expected
+    assert time_line(found).startswith("5.8 minutes for all steps")
+
+
+def test_real_steps_are_measured() -> None:
+    params = load_params().train.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 2})
+    resolved = Numerics("off", 1, "float32", False, "cpu", "", "", "")
+    assert isinstance(params, TrainParams)
+    assert 0 < measure(config(), params, resolved, steps=3) < 10

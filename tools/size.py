@@ -1,0 +1,292 @@
+"""What the training of params.yaml will cost: `python -m tools.size`. For whoever is about to start a long one."""
+
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nanogpt.data import Meta, load_meta
+from nanogpt.params import Params, TokenizeParams, TrainParams, load_params
+
+if TYPE_CHECKING:
+    from nanogpt.model import GPTConfig
+    from nanogpt.numerics import Numerics
+    from nanogpt.sizing import Setup
+
+TOKENS = Path("data/tokens")
+GPT2_VOCABULARY = 50_257
+WARM_UP, STEPS, BUDGET = 3, 20, 30.0  # steps, steps and seconds of --measure
+
+
+@click.command()
+@click.option("--vocab-size", type=click.IntRange(1, 2**21), help="[default: of data/tokens, else of tokenize.*]")
+@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak to expect, such as 0.3.")
+@click.option(
+    "--peak", type=click.FloatRange(0, min_open=True), help="10^12 FLOP/s. [default: of this device, if known]"
+)
+@click.option("--measure", "measuring", is_flag=True, help="Take some steps of this very model here, on random tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+def main(vocab_size: int | None, mfu: float | None, peak: float | None, measuring: bool, as_json: bool) -> None:
+    """Parameters, FLOPs, memory, tokens and time of the training that params.yaml describes."""
+    if measuring and mfu is not None:
+        raise click.UsageError("--measure finds out what --mfu would tell: give one of them")
+    try:
+        params = load_params()
+        meta = known_meta(params.tokenize)
+        figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, mfu, peak, measuring)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+    click.echo(json.dumps(figures, indent=1) if as_json else table(figures))
+
+
+def known_meta(params: TokenizeParams) -> Meta | None:
+    """What data/tokens says of itself, if it is there and of the tokenizer that params.yaml asks for."""
+    if not (TOKENS / "meta.json").exists():
+        return None
+    meta = load_meta(TOKENS)
+    return meta if meta.tokenizer == params.tokenizer else None
+
+
+def vocabulary(params: TokenizeParams, meta: Meta | None) -> int:
+    if meta is not None:
+        return meta.vocab_size
+    if params.tokenizer == "char":
+        raise ValueError(
+            "tokenize.tokenizer = char has the corpus's characters, not counted yet: give --vocab-size, or run "
+            "`dvc repro tokenize` first"
+        )
+    return GPT2_VOCABULARY if params.tokenizer == "gpt2" else params.vocab_size
+
+
+def size(
+    params: Params, vocab_size: int, meta: Meta | None, share: float | None, peak: float | None, measuring: bool
+) -> dict[str, Any]:
+    """All figures, as --json prints them; None is what is not known."""
+    seconds = None
+    if measuring:
+        from nanogpt import numerics
+
+        resolved = numerics.pin(params.numerics, params.runtime.device)
+    from nanogpt import sizing
+    from nanogpt.model import GPTConfig
+
+    config = GPTConfig(vocab_size=vocab_size, **params.model.model_dump())
+    train, steps = params.train, params.train.max_iters
+    tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
+    if measuring:
+        seconds = measure(config, train, resolved)
+        device, peak = resolved.device, peak * 1e12 if peak else measured_peak(resolved)
+        share = sizing.share_of_peak(config, tokens, seconds, peak)
+    else:
+        device, known = planned_device(params)
+        peak = peak * 1e12 if peak else known
+        if share is not None and peak is not None:
+            seconds = sizing.step_seconds(config, tokens, share, peak)
+    micro_steps, chinchilla = train.gradient_accumulation_steps, sizing.chinchilla_tokens(config)
+    setup = sizing.Setup(train.batch_size, micro_steps > 1, params.numerics.dtype, device, params.numerics.determinism)
+    return {
+        "model": {**params.model.model_dump(), "vocab_size": vocab_size},
+        "setup": {"device": device, "dtype": setup.dtype, "batch_size": setup.batch_size, "micro_steps": micro_steps},
+        **model_figures(config, setup),
+        "tokens": {
+            "per_step": tokens,
+            "steps": steps,
+            "total": steps * tokens,
+            "epochs": steps * tokens / meta.train.tokens if meta else None,
+            "chinchilla": chinchilla,
+            "chinchilla_steps": -(-chinchilla // tokens),
+        },
+        "time": {
+            "measured": measuring,
+            "peak_flops": peak,
+            "mfu": share,
+            "seconds_per_step": seconds,
+            "seconds": None if seconds is None else steps * seconds,
+        },
+    }
+
+
+def model_figures(config: "GPTConfig", setup: "Setup") -> dict[str, Any]:
+    """What model and micro-batch alone tell."""
+    from nanogpt import sizing
+
+    forward = sizing.forward_flops(config)
+    return {
+        "parameters": {"per_layer": sizing.parameters_per_layer(config), "total": sizing.parameters(config)},
+        "flops_per_token": {
+            "forward": forward,
+            "backward": {name: 2 * number for name, number in forward.items()},
+            "palm": sizing.palm_flops(config),
+        },
+        "bytes": {
+            **sizing.memory(config, setup),
+            "activations_by_part": sizing.activations(config, setup),
+            "peak": sizing.peak_bytes(config, setup),
+            "checkpoint": sizing.checkpoint_bytes(config),
+        },
+    }
+
+
+# --- the device and its speed -----------------------------------------------------------------------------------------
+
+
+def planned_device(params: Params) -> tuple[str, float | None]:
+    """The kind of device that runtime.device means, which need not be in this machine; its peak, if that is known."""
+    import torch
+
+    from nanogpt.flops import peak_flops
+
+    device, here = params.runtime.device, torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if here and params.numerics.determinism != "portable" else "cpu"
+    if not device.startswith("cuda") or not here:
+        return device.split(":")[0], None
+    return "cuda", peak_flops(torch.cuda.get_device_name(torch.device(device)), params.numerics.dtype)
+
+
+def measured_peak(resolved: "Numerics") -> float | None:
+    """The peak that a training would tell its MFU of: a CPU's is measured, a GPU's known or not."""
+    import torch
+
+    from nanogpt import flops
+
+    if resolved.device == "cpu":
+        return flops.measured_peak_flops(time.perf_counter, getattr(torch, resolved.dtype))
+    return flops.peak_flops(resolved.device_name, resolved.dtype)
+
+
+def measure(config: "GPTConfig", params: TrainParams, resolved: "Numerics", steps: int = STEPS) -> float:
+    """Seconds of a training step, the median of some after a warm-up: the loop's step on random tokens.
+
+    `numerics.pin` comes first.
+    """
+    import numpy as np
+    import torch
+
+    from nanogpt import numerics
+    from nanogpt.data import batch
+    from nanogpt.model import GPT
+    from nanogpt.optim import adamw
+
+    device = torch.device(resolved.device)
+    text = np.random.default_rng(0).integers(config.vocab_size, size=64 * config.block_size).astype(np.uint32)
+    model = GPT(config).to(device)
+    forward = torch.compile(model) if resolved.compile else model
+    optimizer = adamw(model, params.learning_rate, params.weight_decay, (params.beta1, params.beta2), device.type)
+    scaler = torch.amp.GradScaler(device.type, enabled=resolved.dtype == "float16")
+    autocast = numerics.autocast(device, resolved.dtype)
+    times: list[float] = []
+    while len(times) < WARM_UP + steps and (len(times) <= WARM_UP or sum(times) < BUDGET):
+        begin = time.perf_counter()
+        for micro in range(params.gradient_accumulation_steps):
+            x, y = batch(text, micro, len(times), range(params.batch_size), config.block_size)
+            with autocast:
+                loss = forward(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
+            scaler.scale(loss / params.gradient_accumulation_steps).backward()
+            del loss
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or float("inf")).item()  # waits for a GPU
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[WARM_UP:])
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """All figures but the model's own knobs, as lines."""
+    return "\n".join([*parameter_lines(figures), *flop_lines(figures), *memory_lines(figures), *token_lines(figures)])
+
+
+def parameter_lines(figures: Mapping[str, Any]) -> list[str]:
+    per_layer, total = figures["parameters"]["per_layer"], figures["parameters"]["total"]
+    rows = [line(name, per_layer.get(name), number) for name, number in total.items()]
+    rows[0] += "   also the head"
+    return [line("parameters", "per layer", "total"), *rows, line("all", sum(per_layer.values()), sum(total.values()))]
+
+
+def flop_lines(figures: Mapping[str, Any]) -> list[str]:
+    forward, backward = (figures["flops_per_token"][name] for name in ("forward", "backward"))
+    both = sum(forward.values()) + sum(backward.values())
+    palm = figures["flops_per_token"]["palm"]
+    return [
+        "",
+        line("FLOPs per token", "forward", "backward"),
+        *(line(name, number, backward[name]) for name, number in forward.items()),
+        line("all", sum(forward.values()), sum(backward.values())),
+        f"both {both:,}; by 6N + 12LHQT, of which MFU is told, {palm:,}",
+    ]
+
+
+def memory_lines(figures: Mapping[str, Any]) -> list[str]:
+    amount, setup = figures["bytes"], figures["setup"]
+    names = ["weights", "gradients", "moments", "autocast", "activations", "backward"]
+    said = {
+        "moments": "AdamW's two",
+        "autocast": "the matrices in half precision",
+        "backward": "gradients of the logits, or of a block",
+    }
+    rows = [line(name, megabytes(amount[name])) + (f"   {said[name]}" if name in said else "") for name in names]
+    parts = [line(f"  {name}", megabytes(number)) for name, number in amount["activations_by_part"].items()]
+    where = f"{setup['batch_size']} sequences at a time, {setup['dtype']} on {setup['device']}"
+    return [
+        "",
+        f"{line('memory', 'MB')}   {where}",
+        *rows[:5],
+        *parts,
+        rows[5],
+        line("peak", megabytes(amount["peak"])) + "   not all is there at once; the process itself comes on top",
+        line("checkpoint", megabytes(amount["checkpoint"])) + "   on disk; the two newest and the best are kept",
+    ]
+
+
+def token_lines(figures: Mapping[str, Any]) -> list[str]:
+    tokens, speed = figures["tokens"], figures["time"]
+    epochs = "" if tokens["epochs"] is None else f", {tokens['epochs']:.2f} times the train split"
+    return [
+        "",
+        f"tokens      {tokens['per_step']:,} a step x {tokens['steps']:,} steps = {tokens['total']:,}{epochs}",
+        f"Chinchilla  {tokens['chinchilla']:,} tokens, {tokens['chinchilla_steps']:,} steps: some 20 per parameter are "
+        "best for a given compute, a rule of thumb (Hoffmann et al. 2022)",
+        f"time        {time_line(speed)}",
+    ]
+
+
+def time_line(speed: Mapping[str, Any]) -> str:
+    if speed["seconds"] is None:
+        if speed["mfu"] is not None:
+            return "not known: --mfu is a share of a peak, and this device's is not known; add --peak, or use --measure"
+        return "not known: --measure takes some steps here; or tell --mfu, and --peak if it is not this device's"
+    share = "" if speed["mfu"] is None else f", MFU {speed['mfu']:.3f} of {speed['peak_flops'] / 1e12:,.3g} TFLOP/s"
+    how = "measured here" if speed["measured"] else "as told"
+    return (
+        f"{duration(speed['seconds'])} for all steps, without evaluations and checkpoints: "
+        f"{1e3 * speed['seconds_per_step']:,.4g} ms a step ({how}){share}"
+    )
+
+
+def line(name: str, *cells: int | str | None) -> str:
+    texts = ["" if cell is None else cell if isinstance(cell, str) else f"{cell:,}" for cell in cells]
+    return " ".join([f"{name.replace('_', ' '):24}", *(f"{text:>20}" for text in texts)]).rstrip()
+
+
+def megabytes(number: int) -> str:
+    return f"{number / 1e6:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.1f} seconds"
+
+
+if __name__ == "__main__":
+    main()
