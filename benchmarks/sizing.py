@@ -1,0 +1,159 @@
+"""What nanogpt/sizing.py and `python -m tools.size --measure` predict, beside training runs: peak memory, step time.
+
+Each run is a process of its own: the loop of nanogpt/train.py on random tokens, with a checkpoint and a journal in a
+temporary folder. Its memory is what ru_maxrss grows by after the imports. The smallest shape needs next to nothing, so
+it shows what a process needs beside any model: workspaces of MKL and oneDNN, threads' stacks, code that is first used.
+That is added to the other predictions before the ratio, predicted / measured, is taken.
+"""
+
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nanogpt.params import NumericsParams, Params, load_params
+
+WARM_UP = 3
+COLUMNS = ["mb", "predicted_mb", "with_process_mb", "memory_ratio", "ms", "predicted_ms", "time_ratio", "mfu"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    n_layer: int
+    n_embd: int
+    n_head: int
+    block_size: int
+    vocab_size: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.n_layer}x{self.n_embd} T{self.block_size} V{self.vocab_size} B{self.batch_size}"
+
+
+SHAPES = [
+    Shape(1, 16, 1, 8, 64, 1),
+    Shape(2, 64, 2, 64, 1024, 8),
+    Shape(4, 128, 4, 128, 1024, 8),
+    Shape(6, 384, 6, 256, 65, 2),  # activations of the blocks
+    Shape(2, 128, 2, 128, 50257, 4),  # logits
+    Shape(6, 512, 8, 64, 4096, 1),  # weights, gradients, moments
+]
+
+
+@click.command()
+@click.option("--steps", type=click.IntRange(WARM_UP + 1), default=8, show_default=True, help="Steps of each run.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--determinism", type=click.Choice(["portable", "machine", "off"]), default="portable", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--only", hidden=True, help="Measure in this process what this JSON says.")
+def main(steps: int, threads: int, determinism: str, dtype: str, out: Path | None, only: str | None) -> None:
+    """Trains a few small models on the CPU for some steps and compares with what was predicted of them."""
+    if only:
+        work = json.loads(only)
+        numerics = NumericsParams(determinism=work["determinism"], threads=threads, dtype=work["dtype"], compile=False)
+        click.echo(json.dumps(child(work["task"], Shape(**work["shape"]), numerics, steps)))
+        return
+    rows: list[dict[str, Any]] = []
+    heads = ("MB", "predicted", "+ process", "ratio", "ms/step", "predicted", "ratio", "MFU")
+    click.echo(f"{'shape':28} " + " ".join(f"{head:>9}" for head in heads))
+    for shape in SHAPES:
+        row: dict[str, Any] = {"shape": asdict(shape)}
+        for task in ("measure", "train"):
+            work = {"task": task, "shape": asdict(shape), "determinism": determinism, "dtype": dtype}
+            command = [sys.executable, "-m", "benchmarks.sizing", "--only", json.dumps(work)]
+            command += ["--threads", str(threads), "--steps", str(steps)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            row |= json.loads(output.splitlines()[-1])
+        rows.append(row)
+        row["with_process_mb"] = row["predicted_mb"] + rows[0]["mb"] - rows[0]["predicted_mb"]
+        row["memory_ratio"], row["time_ratio"] = row["with_process_mb"] / row["mb"], row["predicted_ms"] / row["ms"]
+        cells = [f"{row[name]:9.1f}" if name[-2:] in {"mb", "ms"} else f"{row[name]:9.2f}" for name in COLUMNS]
+        click.echo(f"{shape!s:28} " + " ".join(cells))
+    if out:
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def child(task: str, shape: Shape, numerics_params: NumericsParams, steps: int) -> dict[str, float]:
+    """One process's part: `measure`, as `tools.size --measure` predicts the time, or `train`, the run itself."""
+    from nanogpt import numerics
+
+    resolved = numerics.pin(numerics_params, "cpu")
+    from nanogpt import sizing
+    from nanogpt.model import GPTConfig
+    from tools.size import measure, measured_peak
+
+    params = params_of(shape, numerics_params, steps)
+    config = GPTConfig(vocab_size=shape.vocab_size, **params.model.model_dump())
+    if task == "measure":
+        seconds = measure(config, params.train, resolved, steps - WARM_UP)
+        tokens = shape.batch_size * shape.block_size
+        share = sizing.share_of_peak(config, tokens, seconds, measured_peak(resolved))
+        return {"predicted_ms": 1e3 * seconds, "mfu": share or 0.0}
+    setup = sizing.Setup(shape.batch_size, False, resolved.dtype, "cpu", resolved.determinism)
+    return {"predicted_mb": sizing.peak_bytes(config, setup) / 1e6, **training(config, params, resolved)}
+
+
+def params_of(shape: Shape, numerics: NumericsParams, steps: int) -> Params:
+    """params.yaml with this shape, for so many steps."""
+    params = load_params()
+    sizes = {name: getattr(shape, name) for name in ("n_layer", "n_embd", "n_head", "block_size")}
+    run = {"max_iters": steps, "warmup_iters": 1, "eval_interval": steps, "lr_decay_iters": None}
+    run |= {"batch_size": shape.batch_size, "gradient_accumulation_steps": 1}
+    model = params.model.model_copy(update={**sizes, "dropout": 0.0, "vocab_multiple": 1})
+    return params.model_copy(
+        update={"model": model, "train": params.train.model_copy(update=run), "numerics": numerics}
+    )
+
+
+def training(config: Any, params: Params, resolved: Any) -> dict[str, float]:
+    """MB that the process grew by, and milliseconds per step, of a run of the loop with its checkpoint."""
+    import numpy as np
+    import torch
+
+    from nanogpt import numerics
+    from nanogpt.checkpoint import Checkpoints, Progress
+    from nanogpt.evaluate import Score
+    from nanogpt.journal import Journal
+    from nanogpt.model import GPT
+    from nanogpt.optim import adamw
+    from nanogpt.train import Intervals, train
+
+    text = np.random.default_rng(0).integers(config.vocab_size, size=64 * config.block_size).astype(np.uint32)
+    times: list[float] = []
+    score = Score(math.log(config.vocab_size), 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder, closing(Journal(Path(folder) / "journal.jsonl")) as journal:
+        model = GPT(config)
+        train(
+            model,
+            model,
+            adamw(model, 1e-3, 0.1, (0.9, 0.99), "cpu"),
+            torch.amp.GradScaler("cpu", enabled=False),
+            numerics.autocast(torch.device("cpu"), resolved.dtype),
+            params.train,
+            text,
+            lambda: (score, score),
+            Progress(),
+            Checkpoints(Path(folder) / "checkpoints", "benchmark"),
+            journal,
+            Intervals(1, params.train.max_iters),
+            lambda progress, loss, seconds: times.append(seconds),
+            lambda progress: None,
+            lambda: None,
+        )
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"mb": grown * 1024 / 1e6, "ms": 1e3 * statistics.median(times[WARM_UP:])}
+
+
+if __name__ == "__main__":
+    main()
