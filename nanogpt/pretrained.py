@@ -201,6 +201,8 @@ def _check_archive(path: Path) -> None:
         pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > _LARGEST_PICKLE:
             raise ValueError("it has no data.pkl of a possible size")
+        if damaged := archive.testzip():  # mapped, torch does not compare the checksums
+            raise ValueError(f"{damaged} in it is damaged")
         program = archive.read(pickles[0])
     for operation, argument, _ in pickletools.genops(program):
         name = operation.name

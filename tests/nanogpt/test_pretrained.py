@@ -1,5 +1,6 @@
 """Weights of other programs: the same logits there and here, and files of strangers that harm nobody."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nanogpt.model import GPT, GPTConfig
@@ -315,6 +318,31 @@ def rewritten(path: Path, old: bytes, new: bytes) -> Path:
                 data = data.replace(old, new)
             archive.writestr(name, data)
     return path
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = checkpoint_file(tmp_path / "ckpt.pt")
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    tiny.flip_bit(path, largest.header_offset + 1000)
+    with pytest.raises(ValueError, match="in it is damaged"):
+        load_nanogpt(path)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=3))
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_changed_pickle_is_read_or_refused(tmp_path, changes):
+    path = checkpoint_file(tmp_path / "ckpt.pt")
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        data = bytearray(archive.read(name))
+    original = bytes(data)
+    for position, byte in changes:
+        data[position % len(data)] = byte
+    with contextlib.suppress(ValueError):
+        config, weights = load_nanogpt(rewritten(path, original, bytes(data)))
+        assert sum(tensor.numel() for tensor in weights.values()) == GPT(config).parameter_count()
 
 
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
