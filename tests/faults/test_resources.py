@@ -105,7 +105,7 @@ def test_a_folder_cannot_be_written(seed: Clone, copy_of: Callable[..., Clone], 
 # --- file handles -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [6, 8, 10])
+@pytest.mark.parametrize("number", [6, 10])
 def test_no_more_file_handles(seed: Clone, copy_of: Callable[..., Clone], number: int) -> None:
     clone = copy_of(seed, runs=False)
     clone.set_params(**ENDS)
