@@ -23,7 +23,7 @@ setup: $(READY)  ## only the set-up
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),pip install --quiet --constraint constraints.txt torch --index-url $(TORCH_INDEX))
+	$(if $(TORCH_INDEX),pip install --quiet $$(grep ^torch== constraints.txt) --index-url $(TORCH_INDEX))
 	pip install --quiet --constraint constraints.txt '.[dev]'
 	@touch $(READY)
 
