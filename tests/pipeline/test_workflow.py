@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def commands(job: str) -> list[str]:
 
 
 def test_the_workflow_is_valid_by_githubs_schema():
-    command = ["check-jsonschema", "--builtin-schema", "vendor.github-workflows"]
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
     subprocess.run([*command, str(WORKFLOW)], check=True, capture_output=True)
     broken = WORKFLOW.read_text().replace("runs-on:", "runs-at:").encode()
     done = subprocess.run([*command, "-"], input=broken, capture_output=True)
