@@ -11,15 +11,7 @@ GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True, "gelu": "tanh"}
 TOKENS = torch.from_numpy(tiny.tokens(3 * 8).reshape(3, 8).astype("int64"))  # (B, T)
 
 
-@pytest.mark.parametrize(
-    ("n_layer", "n_head", "n_embd", "count"),
-    [
-        (12, 12, 768, 124_439_808),
-        (24, 16, 1024, 354_823_168),
-        (36, 20, 1280, 774_030_080),
-        (48, 25, 1600, 1_557_611_200),
-    ],
-)
+@pytest.mark.parametrize(("n_layer", "n_head", "n_embd", "count"), tiny.GPT2_SIZES)
 def test_the_four_sizes_of_gpt2_have_their_published_number_of_parameters(n_layer, n_head, n_embd, count):
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **GPT2))

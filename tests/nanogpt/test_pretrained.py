@@ -26,12 +26,6 @@ from nanogpt.pretrained import (
 )
 from tests.nanogpt import tiny
 
-GPT2_SIZES = {  # layers, heads, channels: parameters
-    (12, 12, 768): 124_439_808,
-    (24, 16, 1024): 354_823_168,
-    (36, 20, 1280): 774_030_080,
-    (48, 25, 1600): 1_557_611_200,
-}
 STD = 0.5  # of the weights: with 0.2 the two GELUs are only 1e-5 apart
 TOKENS = torch.from_numpy(tiny.tokens(24).astype("int64")).view(3, 8)
 
@@ -180,11 +174,10 @@ def test_wrong_tensors_are_refused_by_name():
         from_huggingface(config, {})
 
 
-@pytest.mark.parametrize(("shape", "parameters"), GPT2_SIZES.items())
-def test_the_four_sizes_of_gpt2_are_what_is_published(shape, parameters):
+@pytest.mark.parametrize(("n_layer", "n_head", "n_embd", "parameters"), tiny.GPT2_SIZES)
+def test_the_four_sizes_of_gpt2_are_what_is_published(n_layer, n_head, n_embd, parameters):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    n_layer, n_head, n_embd = shape
     config = GPTConfig(n_layer, n_head, n_embd, block_size=1024, vocab_size=50257, bias=True, gelu="tanh")
     with torch.device("meta"):
         model = GPT(config)

@@ -11,7 +11,7 @@ from nanogpt.checkpoint import Checkpoints, Progress
 from nanogpt.journal import Journal
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
-from tests.nanogpt.tiny import config
+from tests.nanogpt.tiny import GPT2_SIZES, config
 
 WIDE = config(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=257)
 
@@ -30,15 +30,7 @@ def parameter_count(shape):
 # --- parameters and FLOPs ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("n_layer", "n_head", "n_embd", "count"),
-    [
-        (12, 12, 768, 124_439_808),
-        (24, 16, 1024, 354_823_168),
-        (36, 20, 1280, 774_030_080),
-        (48, 25, 1600, 1_557_611_200),
-    ],
-)
+@pytest.mark.parametrize(("n_layer", "n_head", "n_embd", "count"), GPT2_SIZES)
 def test_the_four_gpt2(n_layer, n_head, n_embd, count):
     assert sum(sizing.parameters(gpt2(n_layer, n_head, n_embd)).values()) == count
 

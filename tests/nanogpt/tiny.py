@@ -19,6 +19,12 @@ from nanogpt.tokenizer import CharTokenizer
 # Two workers of pytest share two cores; for models of this size a second thread is only overhead.
 torch.set_num_threads(1)
 
+GPT2_SIZES = [  # n_layer, n_head, n_embd, the published number of parameters
+    (12, 12, 768, 124_439_808),
+    (24, 16, 1024, 354_823_168),
+    (36, 20, 1280, 774_030_080),
+    (48, 25, 1600, 1_557_611_200),
+]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 13, "bias": True, "gelu": "exact"}
 
 
