@@ -60,7 +60,8 @@ def main(steps: int, threads: int, determinism: str, dtype: str, out: Path | Non
     """Trains a few small models on the CPU for some steps and compares with what was predicted of them."""
     if only:
         work = json.loads(only)
-        numerics = NumericsParams(determinism=work["determinism"], threads=threads, dtype=work["dtype"], compile=False)
+        chosen = {"determinism": work["determinism"], "threads": threads, "dtype": work["dtype"]}
+        numerics = load_params().numerics.model_copy(update=chosen)
         click.echo(json.dumps(child(work["task"], Shape(**work["shape"]), numerics, steps)))
         return
     rows: list[dict[str, Any]] = []
@@ -125,7 +126,7 @@ def training(config: Any, params: Params, resolved: Any) -> dict[str, float]:
     from nanogpt.evaluate import Score
     from nanogpt.journal import Journal
     from nanogpt.model import GPT
-    from nanogpt.optim import adamw
+    from nanogpt.optim import make_optimizer
     from nanogpt.train import Intervals, train
 
     text = np.random.default_rng(0).integers(config.vocab_size, size=64 * config.block_size).astype(np.uint32)
@@ -137,7 +138,7 @@ def training(config: Any, params: Params, resolved: Any) -> dict[str, float]:
         train(
             model,
             model,
-            adamw(model, 1e-3, 0.1, (0.9, 0.99), "cpu"),
+            make_optimizer(model, params.train, "cpu", resolved.dtype),
             torch.amp.GradScaler("cpu", enabled=False),
             numerics.autocast(torch.device("cpu"), resolved.dtype),
             params.train,

@@ -61,24 +61,24 @@ def measure(step: Callable[[], None]) -> float:
 
 def our_step(determinism: str, threads: int) -> Callable[[], None]:
     from nanogpt import numerics
-    from nanogpt.params import NumericsParams
+    from nanogpt.params import load_params
 
-    numerics.pin(NumericsParams(determinism=determinism, threads=threads, dtype="float32", compile=False), "cpu")  # type: ignore[arg-type]
+    numerics.pin(load_params().numerics.model_copy(update={"determinism": determinism, "threads": threads}), "cpu")
     import numpy as np
     import torch
 
     from nanogpt.data import batch
     from nanogpt.model import GPT, GPTConfig
-    from nanogpt.optim import adamw
+    from nanogpt.optim import make_optimizer
 
     tokens = np.random.default_rng(0).integers(SHAPE["vocab_size"], size=1_000_000).astype(np.uint16)
-    model = GPT(GPTConfig(gelu="exact", **SHAPE))  # type: ignore[arg-type]
-    optimizer = adamw(model, 1e-3, 0.1, (0.9, 0.99), "cpu")
+    model = GPT(GPTConfig(**SHAPE))  # type: ignore[arg-type]
+    optimizer = make_optimizer(model, load_params().train, "cpu", "float32")
     done = 0
 
     def step() -> None:
         nonlocal done
-        x, y = batch(tokens, 1337, done, range(BATCH), SHAPE["block_size"])
+        x, y = batch(tokens, "random", 1337, done, BATCH, range(BATCH), SHAPE["block_size"])
         model(torch.from_numpy(x), torch.from_numpy(y)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

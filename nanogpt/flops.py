@@ -26,9 +26,12 @@ _PEAKS = [
 def flops_per_token(config: GPTConfig, parameters: int) -> int:
     """FLOPs to train on one token, forward and backward: 6N + 12·L·H·Q·T (Chowdhery et al. 2022, PaLM, appendix B).
 
-    N leaves out the position embedding, which is looked up and not multiplied, as nanoGPT counts it.
+    N leaves out what is looked up and not multiplied: learned positions, as nanoGPT counts it, embeddings of previous
+    tokens, and the token embedding where it is not the head too.
     """
-    n = parameters - config.block_size * config.n_embd
+    tables = config.previous_tokens + (not config.tie_embeddings)
+    looked_up = tables * config.padded_vocab_size + (config.block_size if config.position == "learned" else 0)
+    n = parameters - looked_up * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
 
 

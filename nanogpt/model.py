@@ -1,5 +1,8 @@
 """GPT-2's architecture (Radford et al. 2019): learned positions, pre-LayerNorm, GELU, the head tied to the embedding.
 
+And what came after it, each a field of GPTConfig that is off in GPT-2: RMSNorm, rotary positions, QK-norm, squared
+ReLU, a head of its own, projections that begin at zero, embeddings of previous tokens.
+
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary (padded).
 """
 
@@ -10,6 +13,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Attention = Literal["fused", "plain"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,13 @@ class GPTConfig:
     block_size: int
     vocab_size: int  # tokens of the tokenizer
     bias: bool
-    gelu: Literal["exact", "tanh"]
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    activation: Literal["gelu", "gelu_tanh", "relu_squared"] = "gelu"
+    position: Literal["learned", "rotary"] = "learned"
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    zero_init: bool = False
+    previous_tokens: int = 0
     dropout: float = 0.0
     vocab_multiple: int = 1
 
@@ -33,12 +44,13 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for one batch of sequences that grow together."""
+    """Keys, values and tokens seen so far, for one batch of sequences that grow together."""
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = torch.zeros((batch, config.block_size), device=device, dtype=torch.long)
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +62,7 @@ class KVCache:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias."""
+    """LayerNorm (Ba et al. 2016) with an optional bias."""
 
     def __init__(self, n_embd: int, bias: bool):
         super().__init__()
@@ -61,32 +73,71 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
+class RMSNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) without weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=1e-5)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    return LayerNorm(config.n_embd, config.bias) if config.norm == "layernorm" else RMSNorm()
+
+
+def rotation(start: int, length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, D / 2) of rotary positions start ... start + length - 1 (RoFormer, Su et al. 2021)."""
+    frequencies = 10_000.0 ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    angles = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, T, D) with its two halves turned against each other by the position's angles."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig, layer: int, attention: Attention):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
         self.layer = layer
         self.dropout = config.dropout
+        self.attend = fused_attention if attention == "fused" else plain_attention
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
+        if self.qk_norm:  # Henry et al. 2020; as RMSNorm, so that logits of attention cannot grow
+            q, k = F.rms_norm(q, q.shape[-1:], eps=1e-5), F.rms_norm(k, k.shape[-1:], eps=1e-5)
+        if positions is not None:
+            q, k = rotate(q, *positions), rotate(k, *positions)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=T > 1,  # a single new token sees all that the cache holds
-        )
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention of q (B, H, T, D) to k and v by torch's kernel; a single query sees all of k and v."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """The same written out: on CPUs that multiply bfloat16 matrices the faster form, with T x T scores in memory."""
+    scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(q.size(-1)))  # (B, H, T, T)
+    if (T := q.size(2)) > 1:
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    return F.dropout(weights, dropout) @ v
 
 
 class MLP(nn.Module):
@@ -94,46 +145,67 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        # GPT-2's published weights were trained with the tanh approximation; nanoGPT trains with the exact GELU.
-        self.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self.activation = config.activation
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
-        return F.dropout(x, self.dropout, self.training)
+        x = self.c_fc(x)
+        if self.activation == "relu_squared":  # So et al. 2021, Primer
+            x = F.relu(x).square()
+        else:  # GPT-2's published weights were trained with the tanh approximation; nanoGPT trains with the exact GELU.
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig, layer: int, attention: Attention):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
-        self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer, attention)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), positions, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class GPT(nn.Module):
-    """`model(tokens)` gives logits, `model(tokens, targets)` the mean loss. torch's generator draws the weights."""
+    """`model(tokens)` gives logits, `model(tokens, targets)` the mean loss. torch's generator draws the weights.
 
-    def __init__(self, config: GPTConfig):
+    attention: how it is computed, `fused` or `plain`; the same function, other rounding.
+    """
+
+    def __init__(self, config: GPTConfig, attention: Attention = "fused"):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # also the head
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.h = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        # One table for each of the previous tokens: a causal convolution over the tokens, as a sum of embeddings.
+        self.previous = nn.ModuleList(
+            nn.Embedding(config.padded_vocab_size, config.n_embd) for _ in range(config.previous_tokens)
+        )
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.init_weights()
+
+    @property
+    def head(self) -> Tensor:
+        """The head's weight (V, C): the embedding's, if they are tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02); residual projections by 1/sqrt(2 n_layer) less, as each block adds two of them (GPT-2)."""
+        """Normal(0, 0.02); residual projections by 1/sqrt(2 n_layer) less, as each block adds two of them (GPT-2).
+
+        With zero_init these and an untied head are zero: every block begins as the identity, every token as likely.
+        """
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+            if self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
+                parameter.zero_()
+            elif name.endswith("c_proj.weight"):
                 parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() >= 2:
                 parameter.normal_(std=0.02)
@@ -149,16 +221,33 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         assert start + T <= self.config.block_size, f"{start + T} tokens do not exceed block_size"
         assert start == 0 or T == 1, "a filled cache is continued token by token"
-        x = self.wte(tokens) + self.wpe.weight[start : start + T]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(self.embed(tokens, start, cache), self.config.dropout, self.training)  # (B, T, C)
+        positions = None
+        if self.wpe is None:
+            positions = rotation(start, T, self.config.n_embd // self.config.n_head, tokens.device)
         for block in self.h:
-            x = block(x, cache)
+            x = block(x, positions, cache)
         if cache is not None:
             cache.length += T
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        logits = F.linear(self.ln_f(x), self.head)  # (B, T, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def embed(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
+        """(B, T) -> (B, T, C): the tokens', the positions' and the previous tokens' embeddings, added."""
+        T = tokens.size(1)
+        x: Tensor = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start : start + T]
+        if self.previous:
+            if cache is not None:
+                cache.tokens[:, start : start + T] = tokens
+                tokens = cache.tokens[:, max(0, start - len(self.previous)) : start + T]
+            for distance, table in enumerate(self.previous, start=1):
+                earlier = table(tokens[:, :-distance])[:, -T:]  # (B, ≤ T, C): the first tokens of a text have none
+                x = x + F.pad(earlier, (0, 0, T - earlier.size(1), 0))
+        return x
 
     def parameter_count(self) -> int:
         """Parameters, the tied head once and positions included."""

@@ -51,32 +51,57 @@ class TokenizeParams(Section):
 
 
 class ModelParams(Section):
-    n_layer: Annotated[int, Field(ge=1, le=2**12)]  # beyond, building the model alone takes minutes
-    n_head: Natural
-    n_embd: Natural
-    block_size: Natural
-    bias: bool
-    gelu: Literal["exact", "tanh"]
-    dropout: BelowOne
-    vocab_multiple: Natural
+    """The shape of the model; null: that of train.init_from."""
+
+    n_layer: Annotated[int, Field(ge=1, le=2**12)] | None  # beyond, building the model alone takes minutes
+    n_head: Natural | None
+    n_embd: Natural | None
+    block_size: Natural | None
+    bias: bool | None
+    norm: Literal["layernorm", "rmsnorm"] | None
+    activation: Literal["gelu", "gelu_tanh", "relu_squared"] | None
+    position: Literal["learned", "rotary"] | None
+    qk_norm: bool | None
+    tie_embeddings: bool | None
+    zero_init: bool | None
+    previous_tokens: Annotated[int, Field(ge=0, le=64)] | None
+    dropout: BelowOne | None
+    vocab_multiple: Natural | None
 
 
 class TrainParams(Section):
+    init_from: Annotated[
+        str, Field(pattern=r"^(scratch|gpt2|gpt2-medium|gpt2-large|gpt2-xl|hf:.+|nanogpt:.+|model:.+)$")
+    ]
+    pretrained: Text
+    eval_only: bool
     seed: Seed
     max_iters: Natural
     batch_size: Natural
     gradient_accumulation_steps: Natural
+    data_order: Literal["random", "epochs"]
+    optimizer: Literal["adamw", "muon"]
     learning_rate: Positive
     min_lr: NonNegative
     warmup_iters: Annotated[int, Field(ge=0, lt=2**63)]
+    lr_decay: Literal["cosine", "linear"]
     lr_decay_iters: Natural | None
     weight_decay: NonNegative
     beta1: BelowOne
     beta2: BelowOne
+    embedding_lr_multiplier: Positive
+    muon_learning_rate: Positive
+    muon_momentum: BelowOne
+    muon_weight_decay: NonNegative
     grad_clip: NonNegative
     eval_interval: Natural
     eval_iters: Natural
     publish: Literal["best", "last"]
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the training ends: with eval_only the one at which it begins."""
+        return 0 if self.eval_only else self.max_iters
 
 
 class EvaluateParams(Section):
@@ -102,6 +127,7 @@ class NumericsParams(Section):
     threads: Natural
     dtype: Literal["float32", "bfloat16", "float16"]
     compile: bool
+    attention: Literal["fused", "plain"]
 
 
 class RuntimeParams(Section):
@@ -220,12 +246,7 @@ def check_combinations(params: Params, path: Path) -> None:
 
 def _conflicts(params: Params) -> Iterator[str]:
     download, model, train, stride = params.download, params.model, params.train, params.evaluate.stride
-    if model.n_embd % model.n_head:
-        nearest = model.n_head * max(1, round(model.n_embd / model.n_head))
-        yield (
-            f"model.n_embd = {model.n_embd} is not divisible by model.n_head = {model.n_head}; "
-            f"set model.n_embd to {nearest}"
-        )
+    yield from _model_conflicts(model, train)
     if train.warmup_iters >= train.max_iters:
         yield (
             f"train.warmup_iters = {train.warmup_iters} is not below train.max_iters = {train.max_iters}; "
@@ -240,7 +261,7 @@ def _conflicts(params: Params) -> Iterator[str]:
         yield (
             f"train.min_lr = {train.min_lr} is above train.learning_rate = {train.learning_rate}; lower train.min_lr"
         )
-    if stride is not None and stride > model.block_size:
+    if stride is not None and model.block_size is not None and stride > model.block_size:
         yield (
             f"evaluate.stride = {stride} is above model.block_size = {model.block_size}, so tokens would be skipped; "
             "lower it or set it to null"
@@ -249,6 +270,32 @@ def _conflicts(params: Params) -> Iterator[str]:
         yield (
             f"download.source = {download.source} does not lie in download.texts = {download.texts}, so DVC would not "
             "see it change; set download.texts to its folder"
+        )
+
+
+def _model_conflicts(model: ModelParams, train: TrainParams) -> Iterator[str]:
+    if train.init_from == "scratch":
+        for name, value in model.model_dump().items():
+            if value is None:
+                yield f"model.{name} = null takes train.init_from's, which is scratch; set it to a value"
+    if model.n_embd is not None and model.n_head is not None:
+        if model.n_embd % model.n_head:
+            nearest = model.n_head * max(1, round(model.n_embd / model.n_head))
+            yield (
+                f"model.n_embd = {model.n_embd} is not divisible by model.n_head = {model.n_head}; "
+                f"set model.n_embd to {nearest}"
+            )
+        elif model.position == "rotary" and model.n_embd // model.n_head % 2:
+            yield (
+                f"model.position = rotary needs an even head size, and model.n_embd / model.n_head is "
+                f"{model.n_embd // model.n_head}; set model.n_embd to {2 * model.n_embd}"
+            )
+    kind, _, name = train.init_from.partition(":")
+    local = kind in {"nanogpt", "model"} or (kind == "hf" and Path(name).exists())
+    if local and not _lies_in(name, train.pretrained):
+        yield (
+            f"train.init_from = {train.init_from} does not lie in train.pretrained = {train.pretrained}, so DVC would "
+            "not see it change; move it there, or set train.pretrained to its folder"
         )
 
 

@@ -7,9 +7,9 @@ import json
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,11 @@ Weights = dict[str, Tensor]
 # Hugging Face's GPT-2 keeps these as (in, out), a Linear as (out, in).
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which older versions kept as if they were weights
-_GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+_GELUS: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 # What our GPT has built in; an absent key means the same to Hugging Face.
 _FIXED = {
     "n_inner": None,
@@ -73,12 +77,14 @@ def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise ValueError(
             "resid_pdrop, embd_pdrop and attn_pdrop differ, and our GPT has one dropout; set them the same"
         )
-    sizes = {name: _integer(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     ours = GPTConfig(
-        **sizes,
+        n_layer=_integer(config, "n_layer"),
+        n_head=_integer(config, "n_head"),
+        n_embd=_integer(config, "n_embd"),
+        vocab_size=_integer(config, "vocab_size"),
         block_size=_integer(config, "n_positions"),
         bias=True,
-        gelu="exact" if _GELUS[activation] == "exact" else "tanh",
+        activation=_GELUS[activation],
         dropout=dropouts.pop(),
     )
     return ours, _checked(ours, {name: t.t() if _is_conv1d(name, t) else t for name, t in tensors.items()})
@@ -88,10 +94,11 @@ def to_huggingface(config: GPTConfig, weights: Weights, end_of_text: int | None)
     """Our weights as a GPT2LMHeadModel's config and state dict.
 
     Padding of the vocabulary is cut off, as no token is ever drawn from it; a model without biases gets zeros, which
-    compute the same.
+    compute the same. Raises ValueError for what GPT-2 has not.
     """
+    _check_gpt2(config, ["gelu", "gelu_tanh"], "Hugging Face's GPT-2")
     theirs: dict[str, Any] = {
-        "activation_function": {"exact": "gelu", "tanh": "gelu_new"}[config.gelu],
+        "activation_function": "gelu" if config.activation == "gelu" else "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
         "attn_pdrop": config.dropout,
         "bos_token_id": end_of_text,
@@ -159,10 +166,13 @@ def from_nanogpt(checkpoint: Any, vocab_size: int | None = None) -> tuple[GPTCon
     if not 1 <= wanted <= rows or rows >= 2**32:
         raise ValueError(f"its vocabulary has {rows} tokens, the tokenizer {wanted}")
     config = GPTConfig(
-        **{name: _integer(arguments, name) for name in ("n_layer", "n_head", "n_embd", "block_size")},
+        n_layer=_integer(arguments, "n_layer"),
+        n_head=_integer(arguments, "n_head"),
+        n_embd=_integer(arguments, "n_embd"),
+        block_size=_integer(arguments, "block_size"),
         vocab_size=wanted,
         bias=arguments.get("bias", True),
-        gelu="exact",
+        activation="gelu",
         dropout=_dropout(arguments.get("dropout", 0.0)),
         # 64 is nanoGPT's own; `rows` fits whatever the padding is.
         vocab_multiple=next(m for m in (1, 64, rows) if -(-wanted // m) * m == rows),
@@ -171,12 +181,8 @@ def from_nanogpt(checkpoint: Any, vocab_size: int | None = None) -> tuple[GPTCon
 
 
 def to_nanogpt(config: GPTConfig, weights: Weights) -> dict[str, Any]:
-    """Our weights as nanoGPT's ckpt.pt, without the padding. Raises ValueError for a GELU that nanoGPT has not."""
-    if config.gelu != "exact":
-        raise ValueError(
-            f"nanoGPT knows the exact GELU alone, and this model was trained with model.gelu={config.gelu}; "
-            "export it with --format huggingface, or train with model.gelu=exact"
-        )
+    """Our weights as nanoGPT's ckpt.pt, without the padding. Raises ValueError for what nanoGPT has not."""
+    _check_gpt2(config, ["gelu"], "nanoGPT")
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     tensors = {f"transformer.{name}": tensor for name, tensor in _without_padding(config, weights).items()}
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # one tensor, as there
@@ -213,6 +219,24 @@ def _check_archive(path: Path) -> None:
 
 
 # --- what both have ---------------------------------------------------------------------------------------------------
+
+
+def _check_gpt2(config: GPTConfig, activations: Collection[str], where: str) -> None:
+    """Raises ValueError for an option of the model that is not GPT-2's."""
+    known: dict[str, Collection[Any]] = {
+        "norm": ["layernorm"],
+        "activation": activations,
+        "position": ["learned"],
+        "qk_norm": [False],
+        "tie_embeddings": [True],
+        "previous_tokens": [0],
+    }
+    for name, values in known.items():
+        if (value := getattr(config, name)) not in values:
+            one = " or ".join(str(value) for value in values)
+            raise ValueError(
+                f"{where} has no model.{name} = {value}; train with model.{name} = {one} to export the model"
+            )
 
 
 def _integer(values: Mapping[str, Any], name: str) -> int:

@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt.files import read_bytes, replacing
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, Attention, GPTConfig
 from nanogpt.provenance import sha256_file, sha256_json
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
 
 FILES = ("weights.safetensors", "model.json", "tokenizer.json")
 _LARGEST_META = 2**22  # bytes of model.json
 _MOST_LAYERS = 2**12  # as in params.py
+_MOST_TABLES = 64  # as in params.py
 _LARGEST_CACHE = 64  # times the weights: what one sequence's keys and values may take
 
 
@@ -49,7 +50,9 @@ def save_model(
         (temporary / "model.json").write_text(json.dumps(meta, sort_keys=True, indent=1) + "\n")
 
 
-def load_model(directory: str | Path, device: str | torch.device = "cpu") -> PublishedModel:
+def load_model(
+    directory: str | Path, device: str | torch.device = "cpu", attention: Attention = "fused"
+) -> PublishedModel:
     """Loads a model directory. Raises ValueError that names the file and the remedy if one is missing or damaged."""
     directory = Path(directory)
     for name in FILES:
@@ -80,7 +83,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Pub
     try:
         _check_fit(config, weights)
         with torch.device("meta"):
-            model = GPT(config)
+            model = GPT(config, attention)
         model.load_state_dict(load_file(weights), assign=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -90,14 +93,18 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> Pub
 
 def _checked(config: GPTConfig) -> GPTConfig:
     """The config, if a GPT can have it. Raises ValueError."""
-    sizes = {name: value for name, value in asdict(config).items() if name not in {"bias", "gelu", "dropout"}}
-    for name, value in sizes.items():
-        if type(value) is not int or not 1 <= value < 2**63:
+    for name, hint in get_type_hints(GPTConfig).items():
+        value, least = getattr(config, name), 0 if name == "previous_tokens" else 1
+        if hint is int and (type(value) is not int or not least <= value < 2**63):
             raise ValueError(f"{name} is no possible number")
+        if hint is bool and type(value) is not bool:
+            raise ValueError(f"{name} is neither true nor false")
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name} is not known")
+    if config.previous_tokens > _MOST_TABLES or (config.position == "rotary" and config.n_embd // config.n_head % 2):
+        raise ValueError("previous_tokens, n_embd and n_head are no model's")
     if config.n_layer > _MOST_LAYERS or config.n_embd % config.n_head:
         raise ValueError("n_layer, n_embd and n_head are no model's")
-    if type(config.bias) is not bool or config.gelu not in ("exact", "tanh"):
-        raise ValueError("bias or gelu is not known")
     if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
         raise ValueError("dropout is no possible number")
     return config
@@ -109,8 +116,10 @@ def _check_fit(config: GPTConfig, weights: Path) -> None:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
         found = {name: tuple(part.get_shape()) for name, part in slices.items()}
         dtypes = {part.get_dtype() for part in slices.values()}
-    # These two hold every size of the config, so that the file is as large as what is made of it.
-    first = {"wte.weight": (config.padded_vocab_size, config.n_embd), "wpe.weight": (config.block_size, config.n_embd)}
+    # First what holds the sizes of the config, so that the file is as large as what is made of it.
+    first = {"wte.weight": (config.padded_vocab_size, config.n_embd)}
+    if config.position == "learned":
+        first["wpe.weight"] = (config.block_size, config.n_embd)
     if any(found.get(name) != shape for name, shape in first.items()):
         raise ValueError("wte.weight or wpe.weight has another size")
     with torch.device("meta"):

@@ -1,7 +1,8 @@
 """What a training costs, computed before it runs: parameters, FLOPs, memory, tokens and time, each by its parts.
 
 Shapes as in model.py: B batch, T time, C channels, H heads, V vocabulary (padded), L layers. `bytes` are of a training
-step as train.py takes it, eager; a compiled model saves fewer activations.
+step as train.py takes it, eager, with AdamW and GPT-2's options; a compiled model saves fewer activations, Muon keeps
+one moment of a matrix instead of two, and rotary positions, QK-norm and plain attention save more.
 """
 
 from dataclasses import dataclass
@@ -45,22 +46,25 @@ class Setup:
 
 
 def parameters_per_layer(config: GPTConfig) -> Parts:
-    c, b = config.n_embd, int(config.bias)
+    c, b, norms = config.n_embd, int(config.bias), int(config.norm == "layernorm")
     return {
         "attention": 4 * c * c + b * 4 * c,  # C x 3C for queries, keys and values, C x C for the projection
         "mlp": 8 * c * c + b * 5 * c,  # C x 4C and 4C x C
-        "norms": 2 * c * (1 + b),
+        "norms": norms * 2 * c * (1 + b),
     }
 
 
 def parameters(config: GPTConfig) -> Parts:
     """Parameters by part; their sum is GPT(config).parameter_count()."""
     layers = {name: config.n_layer * number for name, number in parameters_per_layer(config).items()}
+    table = config.padded_vocab_size * config.n_embd
     return {
-        "token_embedding": config.padded_vocab_size * config.n_embd,  # also the head
-        "positions": config.block_size * config.n_embd,
+        "token_embedding": table,
+        "previous_tokens": config.previous_tokens * table,
+        "positions": config.block_size * config.n_embd if config.position == "learned" else 0,
         **layers,
-        "norms": layers["norms"] + config.n_embd * (1 + config.bias),  # and the final one
+        "norms": layers["norms"] * (2 * config.n_layer + 1) // (2 * config.n_layer),  # and the final one
+        "head": 0 if config.tie_embeddings else table,
     }
 
 
@@ -148,8 +152,8 @@ def memory(config: GPTConfig, setup: Setup) -> Parts:
         "autocast": 0 if setup.dtype == "float32" else setup.size * matrices,  # the matrices' copies, kept for backward
         "activations": sum(activations(config, setup).values()),
         "backward": backward_bytes(config, setup),
-        # wte is used twice: its gradient as input, and the sum of that and of its gradient as head, a third tensor.
-        "embedding_gradient": 2 * FLOAT32 * count["token_embedding"],
+        # A tied wte is used twice: its gradient as input, and the sum of that and of its gradient as head, a third.
+        "embedding_gradient": 2 * FLOAT32 * count["token_embedding"] * config.tie_embeddings,
     }
 
 

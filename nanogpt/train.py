@@ -58,26 +58,26 @@ def train(
     on_evaluation: Callable[[Progress], None],
     stop: Callable[[], str | None],
 ) -> None:
-    """Trains from `progress` to params.max_iters, or raises Stopped or Diverged.
+    """Trains from `progress` to params.last_step, or raises Stopped or Diverged.
 
     `forward` is the model or its compiled form; `evaluate` gives the scores on train and validation; `on_report` gets
     progress, loss and seconds per step; `stop` gives a reason to stop, asked once a step. What resumes at any step
     continues exactly: batch and dropout are functions of the step, and the rest is in the checkpoint.
     """
     device = next(model.parameters()).device
-    decay_iters = params.lr_decay_iters or params.max_iters
+    data_seed, decay_iters = counter.derived_seed(params.seed, DATA), params.lr_decay_iters or params.max_iters
     batch_size, micro_steps = params.batch_size, params.gradient_accumulation_steps
-    tokens_per_step = batch_size * micro_steps * model.config.block_size
+    samples_per_step, block_size = batch_size * micro_steps, model.config.block_size
     pending: list[tuple[int, int, Tensor, Tensor, float]] = []  # steps that the journal does not hold yet
     busy = 0.0  # seconds spent on them
     model.train()
     while True:
-        step, last = progress.step, progress.step == params.max_iters
+        step, last = progress.step, progress.step == params.last_step
         reason = stop()
         evaluating = (step % params.eval_interval == 0 or last) and progress.evaluated != step
         saving = step > 0 and (step % intervals.checkpoint == 0 or last or reason is not None)
         if pending and (evaluating or saving or step % intervals.log == 0):
-            newest = record_steps(journal, pending, tokens_per_step, exact=not scaler.is_enabled())
+            newest = record_steps(journal, pending, samples_per_step * block_size, exact=not scaler.is_enabled())
             on_report(progress, newest, busy / len(pending))
             pending, busy = [], 0.0
         if evaluating:
@@ -87,7 +87,7 @@ def train(
             if val_score.loss < progress.best_val_loss:
                 progress.best_step, progress.best_val_loss, saving = step, val_score.loss, True
             losses = {"train_loss": train_score.loss, "val_loss": val_score.loss}
-            journal.append("eval", step=step, tokens=step * tokens_per_step, **losses)
+            journal.append("eval", step=step, tokens=step * samples_per_step * block_size, **losses)
             on_evaluation(progress)
         if saving:
             journal.sync()
@@ -100,13 +100,13 @@ def train(
             raise Stopped(reason)
 
         begin = time.perf_counter()
-        lr = lr_at(step, params.learning_rate, params.min_lr, params.warmup_iters, decay_iters)
+        lr = lr_at(step, params.learning_rate, params.min_lr, params.warmup_iters, decay_iters, params.lr_decay)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiplier"]
         loss_sum = torch.zeros((), device=device)
         for micro in range(micro_steps):
             samples = range(micro * batch_size, (micro + 1) * batch_size)
-            x, y = batch(tokens, counter.derived_seed(params.seed, DATA), step, samples, model.config.block_size)
+            x, y = batch(tokens, params.data_order, data_seed, step, samples_per_step, samples, block_size)
             if model.config.dropout > 0:
                 torch.manual_seed(counter.derived_seed(params.seed, DROPOUT, step, micro))
             with autocast:

@@ -104,7 +104,7 @@ def describe(attempt: Path, params: Params, hashes: dict[str, str], dataset: dic
         "tags": tags,
         "dataset": dataset,
         "started": time.time_ns() // 1_000_000,
-        "max_iters": params.train.max_iters,
+        "max_iters": params.train.last_step,
         "repository": str(repository()),
     }
     write_text(attempt / "run.json", json.dumps(run, sort_keys=True, indent=1) + "\n")

@@ -30,7 +30,7 @@ def main(console: Console) -> None:
     from nanogpt.published import load_model
     from stages.report import report
 
-    gpt = load_model(MODEL, resolved.device)
+    gpt = load_model(MODEL, resolved.device, params.numerics.attention)
     meta = load_meta(TOKENS)
     if sha256_file(MODEL / "tokenizer.json") != meta.tokenizer_sha256:
         raise ValueError(f"{MODEL} has another tokenizer than {TOKENS} was made with; `dvc repro` makes them fit")

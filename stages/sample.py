@@ -38,7 +38,7 @@ def main(console: Console, directory: str, stream: bool, prompts: tuple[str, ...
     from nanogpt.complete import encode_prompt
     from nanogpt.published import load_model
 
-    gpt = load_model(directory, resolved.device)
+    gpt = load_model(directory, resolved.device, params.numerics.attention)
     given = {name: value for name, value in overrides.items() if value is not None}
     if prompts:
         given["prompts"] = list(prompts)

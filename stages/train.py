@@ -12,6 +12,7 @@ from stages.stop import StopRequest
 
 if TYPE_CHECKING:
     from nanogpt.data import Split, SplitName
+    from nanogpt.initial import Initial
     from nanogpt.numerics import Numerics
 
 TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metrics/train.json"), Path("plots/loss.csv")
@@ -24,15 +25,19 @@ def main(console: Console) -> None:
     from nanogpt import numerics, provenance
 
     resolved = numerics.pin(params.numerics, params.runtime.device)
-    from nanogpt.data import SplitName, check_block_size, load_split
+    from nanogpt.data import SplitName, check_block_size, load_meta, load_split
+    from nanogpt.initial import load_initial
     from nanogpt.journal import RunLock, state
+    from nanogpt.tokenizer import load_tokenizer
     from stages.attempt import choose
 
     names: tuple[SplitName, ...] = ("train", "val")
     splits = {name: load_split(TOKENS, name) for name in names}
+    tokenizer = load_tokenizer(TOKENS / "tokenizer.json", load_meta(TOKENS).tokenizer_sha256)
+    initial = load_initial(params.train.init_from, params.model, tokenizer)
     for split in splits.values():
-        check_block_size(split, params.model.block_size)
-    inputs = {"tokens": provenance.sha256_tree(TOKENS)}
+        check_block_size(split, initial.config.block_size)
+    inputs = {"tokens": provenance.sha256_tree(TOKENS), "initial": initial.sha256}
     code = provenance.code_hash(Path.cwd(), "stages.train")
     read = flatten(params.model, "model.") | flatten(params.train, "train.")
     fingerprint = provenance.fingerprint(read, inputs, code, resolved.as_dict())
@@ -50,7 +55,9 @@ def main(console: Console) -> None:
             publish(console, attempt)
         else:
             hashes = {"fingerprint": fingerprint, "tokens.sha256": inputs["tokens"], "code.sha256": code}
-            run(console, attempt, params, resolved, splits, hashes, StopRequest())
+            if initial.weights is not None:
+                hashes["initial.sha256"] = initial.sha256
+            run(console, attempt, params, resolved, splits, initial, hashes, StopRequest())
 
 
 def run(
@@ -59,6 +66,7 @@ def run(
     params: Params,
     resolved: "Numerics",
     splits: "dict[SplitName, Split]",
+    initial: "Initial",
     hashes: dict[str, str],
     stop: StopRequest,
 ) -> None:
@@ -79,7 +87,7 @@ def run(
     }
     with Journal(attempt / "journal.jsonl") as journal:
         fingerprint = hashes["fingerprint"]
-        training = Training(console, attempt, fingerprint, params, resolved, TOKENS, splits, journal, CURVE)
+        training = Training(console, attempt, fingerprint, params, resolved, TOKENS, splits, initial, journal, CURVE)
         training.resume()
         journal.append(
             "start",

@@ -15,10 +15,10 @@ from nanogpt.checkpoint import Checkpoint, Checkpoints, Progress, load_weights, 
 from nanogpt.data import Split, SplitName, load_meta
 from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.files import write_text
+from nanogpt.initial import Initial
 from nanogpt.journal import Journal
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import adamw
-from nanogpt.params import ModelParams, Params, flatten
+from nanogpt.optim import make_optimizer
+from nanogpt.params import Params, flatten
 from nanogpt.provenance import sha256_tree
 from nanogpt.published import PublishedModel, save_model
 from nanogpt.tokenizer import load_tokenizer
@@ -40,6 +40,7 @@ class Training:
         resolved: numerics.Numerics,
         tokens: Path,
         splits: dict[SplitName, Split],
+        initial: Initial,
         journal: Journal,
         curve: Path,
     ):
@@ -51,11 +52,8 @@ class Training:
         tokenizer = load_tokenizer(self.tokenizer_path, load_meta(tokens).tokenizer_sha256)
         check_prompts(tokenizer, params.tracking.prompts)
         torch.manual_seed(counter.derived_seed(params.train.seed, WEIGHTS))
-        self.model = GPT(gpt_config(params.model, tokenizer.vocab_size)).to(self.device)
-        betas = (params.train.beta1, params.train.beta2)
-        self.optimizer = adamw(
-            self.model, params.train.learning_rate, params.train.weight_decay, betas, self.device.type
-        )
+        self.model = initial.build(params.numerics.attention, self.device)
+        self.optimizer = make_optimizer(self.model, params.train, self.device.type, resolved.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=resolved.dtype == "float16")
         self.checkpoints = Checkpoints(attempt / "checkpoints", fingerprint)
         self.progress = Progress()
@@ -73,7 +71,7 @@ class Training:
                 f"remove {self.attempt} to train afresh"
             )
         self.restore(checkpoint)
-        self.console.say(f"resuming at step {checkpoint.progress.step:,} of {self.params.train.max_iters:,}")
+        self.console.say(f"resuming at step {checkpoint.progress.step:,} of {self.params.train.last_step:,}")
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from that checkpoint."""
@@ -89,7 +87,7 @@ class Training:
         """Trains to the end. Raises what the loop raises."""
         params = self.params
         forward = torch.compile(self.model) if params.numerics.compile else self.model
-        with self.console.progress("step", params.train.max_iters, self.progress.step) as update:
+        with self.console.progress("step", params.train.last_step, self.progress.step) as update:
             train(
                 self.model,
                 forward,
@@ -113,7 +111,7 @@ class Training:
         return self._estimate(self.splits["train"]), self._estimate(self.splits["val"])
 
     def _estimate(self, split: Split) -> Score:
-        block_size, batch_size = self.params.model.block_size, self.params.train.batch_size
+        block_size, batch_size = self.model.config.block_size, self.params.train.batch_size
         targets = len(split.tokens) - (split.meta.first_context is None)
         chosen = spread(windows(targets, block_size, block_size), self.params.train.eval_iters * batch_size)
         return score(self.model, split.tokens, chosen, batch_size, split.meta.first_context, self.autocast)
@@ -174,10 +172,6 @@ class Training:
             "model_sha256": sha256_tree(model),
             "model_md5": directory_md5(model),
         }
-
-
-def gpt_config(params: ModelParams, vocab_size: int) -> GPTConfig:
-    return GPTConfig(vocab_size=vocab_size, **params.model_dump())
 
 
 def loss_curve(journal: Journal) -> str:

@@ -39,7 +39,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "sizing": {"flops", "model"},
     },
     {
-        "optim": set(),
+        "optim": {"params"},
         "evaluate": {"model"},
         "generate": {"counter", "model"},
         "pretrained": {"files", "model"},
@@ -48,6 +48,7 @@ LEVELS: list[dict[str, set[str]]] = [
     {
         "checkpoint": {"files", "journal", "provenance"},
         "complete": {"generate", "published", "tokenizer"},
+        "initial": {"model", "params", "pretrained", "published", "tokenizer"},
     },
     {
         "train": {"checkpoint", "counter", "data", "evaluate", "journal", "model", "optim", "params"},

@@ -37,7 +37,7 @@ def first_steps() -> dict[str, Any]:
         "code": provenance.code_hash(Path.cwd(), "stages.train"),
     }
     with Retrace(Console("first-steps"), params, resolved, TOKENS, made_of["code"]) as retrace:
-        records = retrace.to(min(STEPS, params.train.max_iters))
+        records = retrace.to(min(STEPS, params.train.last_step))
     steps = [{name: record[name] for name in ("step", "loss", "grad_norm", "lr")} for record in records]
     environment = bits_environment(provenance.environment(), resolved.as_dict())
     return {"environment": environment, "made_of": made_of, "steps": steps}

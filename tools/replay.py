@@ -59,7 +59,7 @@ def replay(step: int, attempt: Path, text: bool) -> bool:
         losses = sample_losses(retrace, params, step)
         found = retrace.to(step)
         where = f"checkpoint {checkpoint.directory.name}" if checkpoint else "the initial weights"
-        click.echo(f"step {step:,} of {params.train.max_iters:,}, recomputed from {where} ({len(found)} steps)")
+        click.echo(f"step {step:,} of {params.train.last_step:,}, recomputed from {where} ({len(found)} steps)")
         difference = first_difference(known, found)
         show_values(found[-1], next(record for record in known if record["step"] == step))
         if difference:
@@ -105,7 +105,8 @@ def batch_of(retrace: Retrace, params: Params, step: int) -> tuple[Any, Any]:
 
     samples = range(params.train.batch_size * params.train.gradient_accumulation_steps)
     tokens = retrace.training.splits["train"].tokens
-    return batch(tokens, counter.derived_seed(params.train.seed, DATA), step - 1, samples, params.model.block_size)
+    seed, block_size = counter.derived_seed(params.train.seed, DATA), retrace.training.model.config.block_size
+    return batch(tokens, params.train.data_order, seed, step - 1, len(samples), samples, block_size)
 
 
 def sample_losses(retrace: Retrace, params: Params, step: int) -> list[float]:

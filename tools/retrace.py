@@ -30,16 +30,29 @@ class Retrace:
         fingerprint: str,
         checkpoint: "Checkpoint | None" = None,
     ):
-        from nanogpt.data import SplitName, load_split
+        from nanogpt.data import SplitName, load_meta, load_split
+        from nanogpt.initial import load_initial
+        from nanogpt.tokenizer import load_tokenizer
         from stages.training import Training
 
         names: tuple[SplitName, ...] = ("train", "val")
         splits = {name: load_split(tokens, name) for name in names}
+        tokenizer = load_tokenizer(tokens / "tokenizer.json", load_meta(tokens).tokenizer_sha256)
+        initial = load_initial(params.train.init_from, params.model, tokenizer)
         self._folder = tempfile.TemporaryDirectory()
         attempt = Path(self._folder.name)
         self.journal = Journal(attempt / "journal.jsonl")
         self.training = Training(
-            console, attempt, fingerprint, _quiet(params), resolved, tokens, splits, self.journal, attempt / "loss.csv"
+            console,
+            attempt,
+            fingerprint,
+            _quiet(params),
+            resolved,
+            tokens,
+            splits,
+            initial,
+            self.journal,
+            attempt / "loss.csv",
         )
         if checkpoint is not None:
             self.training.restore(checkpoint)

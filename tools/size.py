@@ -170,20 +170,20 @@ def measure(config: "GPTConfig", params: TrainParams, resolved: "Numerics", step
     from nanogpt import numerics
     from nanogpt.data import batch
     from nanogpt.model import GPT
-    from nanogpt.optim import adamw
+    from nanogpt.optim import make_optimizer
 
     device = torch.device(resolved.device)
     text = np.random.default_rng(0).integers(config.vocab_size, size=64 * config.block_size).astype(np.uint32)
     model = GPT(config).to(device)
     forward = torch.compile(model) if resolved.compile else model
-    optimizer = adamw(model, params.learning_rate, params.weight_decay, (params.beta1, params.beta2), device.type)
+    optimizer = make_optimizer(model, params, device.type, resolved.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=resolved.dtype == "float16")
     autocast = numerics.autocast(device, resolved.dtype)
     times: list[float] = []
     while len(times) < WARM_UP + steps and (len(times) <= WARM_UP or sum(times) < BUDGET):
         begin = time.perf_counter()
         for micro in range(params.gradient_accumulation_steps):
-            x, y = batch(text, micro, len(times), range(params.batch_size), config.block_size)
+            x, y = batch(text, "random", micro, len(times), 1, range(params.batch_size), config.block_size)
             with autocast:
                 loss = forward(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
             scaler.scale(loss / params.gradient_accumulation_steps).backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
-from nanogpt.optim import adamw
+from nanogpt.optim import make_optimizer
 from tests.nanogpt import tiny
 
 JOURNAL = {"bytes": 123, "crc": "0a1b2c3d"}
@@ -15,9 +15,9 @@ JOURNAL = {"bytes": 123, "crc": "0a1b2c3d"}
 class Trained:
     """A model with its optimizer and scaler, some steps on."""
 
-    def __init__(self, seed=0, steps=3, scaled=False):
+    def __init__(self, seed=0, steps=3, scaled=False, optimizer="adamw"):
         self.model = tiny.gpt(seed=seed)
-        self.optimizer = adamw(self.model, 1e-2, 0.1, (0.9, 0.99), "cpu")
+        self.optimizer = make_optimizer(self.model, tiny.train_params(optimizer=optimizer), "cpu", "float32")
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0, growth_interval=2)
         for _ in range(steps):
             self.step()

@@ -6,7 +6,9 @@ import torch
 from nanogpt import flops
 from nanogpt.model import GPTConfig
 
-GPT2 = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True, gelu="tanh")
+GPT2 = GPTConfig(
+    n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True, activation="gelu_tanh"
+)
 
 
 def test_flops_of_gpt2_124m():

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogpt.model import GPT, GPTConfig, KVCache
+from nanogpt.model import GPT, GPTConfig, KVCache, RMSNorm, rotate, rotation
 from tests.nanogpt import tiny
 
-GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True, "gelu": "tanh"}
+GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True, "activation": "gelu_tanh"}
 TOKENS = torch.from_numpy(tiny.tokens(3 * 8).reshape(3, 8).astype("int64"))  # (B, T)
 
 
@@ -50,8 +50,8 @@ def copy_weights(ours, theirs, to_theirs):
 )
 def test_logits_equal_those_of_hugging_face_and_with_the_other_gelu_do_not(hugging_face, to_theirs, dtype, tolerance):
     theirs = hugging_face.to(dtype)
-    ours = tiny.gpt(seed=1, std=0.4, gelu="tanh", **PARITY).to(dtype)
-    wrong = tiny.gpt(gelu="exact", **PARITY).to(dtype)
+    ours = tiny.gpt(seed=1, std=0.4, activation="gelu_tanh", **PARITY).to(dtype)
+    wrong = tiny.gpt(activation="gelu", **PARITY).to(dtype)
     if not to_theirs:
         torch.manual_seed(2)
         for parameter in theirs.parameters():
@@ -70,14 +70,27 @@ def test_logits_equal_those_of_hugging_face_and_with_the_other_gelu_do_not(huggi
 
 def test_the_names_are_those_of_gpt2_and_the_head_is_the_embedding(hugging_face):
     theirs = {name.removeprefix("transformer.") for name, _ in hugging_face.named_parameters()}
-    assert {name for name, _ in tiny.gpt(**PARITY, gelu="tanh").named_parameters()} == theirs
+    assert {name for name, _ in tiny.gpt(**PARITY, activation="gelu_tanh").named_parameters()} == theirs
+
+
+MODERN = {
+    "norm": "rmsnorm",
+    "activation": "relu_squared",
+    "position": "rotary",
+    "qk_norm": True,
+    "tie_embeddings": False,
+    "previous_tokens": 3,
+}
+OPTIONS = [{}, MODERN, *({name: value} for name, value in MODERN.items())]
 
 
 # --- one model against itself -----------------------------------------------------------------------------------------
 
 
-def test_a_token_changes_no_logits_before_it_and_all_from_it_on():
-    model = tiny.gpt(std=0.2)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("attention", ["fused", "plain"])
+def test_a_token_changes_no_logits_before_it_and_all_from_it_on(options, attention):
+    model = tiny.gpt(std=0.2, attention=attention, **options)
     changed = TOKENS.clone()
     changed[:, 4] = (changed[:, 4] + 1) % 13
     with torch.no_grad():
@@ -94,8 +107,9 @@ def test_the_position_of_a_token_matters():
 
 
 @pytest.mark.parametrize("prefill", [1, 3, 8])
-def test_with_a_cache_the_logits_are_those_without(prefill):
-    model = tiny.gpt(std=0.2)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_with_a_cache_the_logits_are_those_without(prefill, options):
+    model = tiny.gpt(std=0.2, **options)
     cache = KVCache(model.config, 3, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         steps = [TOKENS[:, :prefill], *(TOKENS[:, i : i + 1] for i in range(prefill, 8))]
@@ -192,3 +206,95 @@ def test_dropout_acts_on_embeddings_attention_and_both_residuals(monkeypatch):
     )
     tiny.gpt(dropout=0.3).train()(TOKENS)
     assert (dropped, attended) == ([0.3] * 5, [0.3] * 2)
+
+
+# --- what came after GPT-2 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, MODERN])
+@pytest.mark.parametrize("length", [1, 5, 8])
+def test_attention_written_out_is_the_fused_one(options, length):
+    fused, plain = (tiny.gpt(std=0.3, attention=attention, **options) for attention in ("fused", "plain"))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(TOKENS[:, :length]), fused(TOKENS[:, :length]), rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm_divides_by_the_root_of_the_mean_square():
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(RMSNorm()(x), expected)
+
+
+def test_rotary_positions_turn_each_pair_by_its_own_angle():
+    x = torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    turned = rotate(x, *rotation(2, 6, 8, torch.device("cpu")))
+    for t in range(6):
+        for i in range(4):  # as complex numbers: channel i with channel i + 4
+            angle = (2 + t) * 10_000 ** (-2 * i / 8)
+            expected = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(math.cos(angle), -math.sin(angle))
+            found = complex(turned[0, 0, t, i], turned[0, 0, t, i + 4])
+            assert abs(found - expected) < 1e-6
+
+
+def test_rotary_attention_sees_distances_and_not_places():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def score(place, other):
+        cpu = torch.device("cpu")
+        return float((rotate(q, *rotation(place, 1, 8, cpu)) * rotate(k, *rotation(other, 1, 8, cpu))).sum())
+
+    assert score(5, 3) == pytest.approx(score(105, 103), abs=1e-4)
+    assert abs(score(5, 3) - score(5, 4)) > 1e-2
+
+
+def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys():
+    model = tiny.gpt(std=0.3, qk_norm=True, bias=False)
+    with torch.no_grad():
+        before = model(TOKENS)
+        for block in model.h:
+            block.attn.c_attn.weight[:32] *= 10  # queries and keys
+        torch.testing.assert_close(model(TOKENS), before, rtol=1e-3, atol=1e-3)
+
+
+def test_squared_relu():
+    mlp = tiny.gpt(std=0.3, activation="relu_squared").h[0].mlp
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    hidden = F.linear(x, mlp.c_fc.weight, mlp.c_fc.bias)
+    hidden = torch.where(hidden > 0, hidden * hidden, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), F.linear(hidden, mlp.c_proj.weight, mlp.c_proj.bias))
+
+
+def test_an_untied_head_has_weights_of_its_own():
+    tied, untied = tiny.gpt(), tiny.gpt(tie_embeddings=False)
+    assert untied.parameter_count() - tied.parameter_count() == 13 * 16
+    assert untied.head is untied.lm_head.weight
+    assert tied.head is tied.wte.weight
+
+
+def test_with_zero_init_the_first_loss_is_that_of_a_guess_and_gradients_flow():
+    torch.manual_seed(0)
+    model = GPT(tiny.config(zero_init=True, tie_embeddings=False))
+    assert model(TOKENS, TOKENS.roll(-1, 1)).item() == pytest.approx(math.log(13), rel=1e-6)
+    assert not model.lm_head.weight.any()
+    assert not model.h[1].mlp.c_proj.weight.any()
+    model(TOKENS, TOKENS.roll(-1, 1)).backward()
+    assert model.lm_head.weight.grad.any()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8])
+def test_embeddings_of_previous_tokens_are_added(length):
+    model = tiny.gpt(std=0.3, previous_tokens=3)
+    tokens = TOKENS[:, :length]
+    expected = model.wte(tokens) + model.wpe.weight[:length]
+    for t in range(length):
+        for distance in range(1, min(t, 3) + 1):
+            expected[:, t] = expected[:, t] + model.previous[distance - 1](tokens[:, t - distance])
+    torch.testing.assert_close(model.embed(tokens, 0, None), expected)
+
+
+def test_all_of_it_compiles_to_the_same():
+    model = tiny.gpt(std=0.3, attention="plain", **MODERN)
+    expected = model(TOKENS, TOKENS.roll(-1, 1))
+    found = torch.compile(model)(TOKENS, TOKENS.roll(-1, 1))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

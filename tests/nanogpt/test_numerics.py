@@ -10,7 +10,7 @@ from nanogpt.params import NumericsParams
 
 
 def settings(determinism="portable", threads=2):
-    return NumericsParams(determinism=determinism, threads=threads, dtype="float32", compile=False)
+    return NumericsParams(determinism=determinism, threads=threads, dtype="float32", compile=False, attention="fused")
 
 
 # Large enough for two threads and for other instructions to sum in another order.
@@ -18,14 +18,14 @@ TRAINING = """
 import hashlib, sys
 from nanogpt import numerics
 from nanogpt.params import NumericsParams
-params = NumericsParams(determinism=sys.argv[1], threads=int(sys.argv[2]), dtype="float32", compile=False)
+chosen = {"determinism": sys.argv[1], "threads": int(sys.argv[2])}
+params = NumericsParams(**chosen, dtype="float32", compile=False, attention="fused")
 resolved = numerics.pin(params, "auto")
 import torch
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.optim import adamw
 torch.manual_seed(1)
-model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=65, bias=True, gelu="exact"))
-optimizer = adamw(model, 1e-3, 0.1, (0.9, 0.99), "cpu")
+model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=65, bias=True, activation="gelu"))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
 for step in range(3):
     x = torch.randint(65, (16, 65), generator=torch.Generator().manual_seed(step))
     model(x[:, :-1], x[:, 1:]).backward()

@@ -184,7 +184,7 @@ def test_what_dvc_writes_for_a_small_number_is_read_back(load):
         ),
         ("download__source", '"hf:"', "download.source = 'hf:' is refused: .*hf:…"),
         ("tokenize__tokenizer", "gpt-2", "tokenize.tokenizer = 'gpt-2' is refused: .*'char', 'gpt2' or 'bpe'"),
-        ("model__gelu", "relu", "model.gelu = 'relu' is refused: .*'exact' or 'tanh'"),
+        ("model__activation", "relu", "model.activation = 'relu' is refused: .*'gelu', 'gelu_tanh' or 'relu_squared'"),
         ("train__publish", "first", "train.publish = 'first' is refused: .*'best' or 'last'"),
         ("numerics__dtype", "fp16", "numerics.dtype = 'fp16' is refused: .*'float32', 'bfloat16' or 'float16'"),
         ("numerics__determinism", "full", "numerics.determinism = 'full' is refused: .*'portable', 'machine' or 'off'"),
@@ -218,12 +218,12 @@ def test_a_misspelt_key_is_told_with_the_nearest_one(key, misspelt, nearest, ref
     assert message.endswith(f"is not a known parameter; did you mean {nearest}?")
 
 
-@pytest.mark.parametrize("name", ["zzz", "int", "str"])  # the last two are no names of types here
+@pytest.mark.parametrize("name", ["zzz", "dict", "str"])  # the last two are no names of types here
 def test_a_key_that_resembles_none_is_told_with_all_of_its_section(name, refused):
     message = refused(TEXT.replace("  n_layer:", f"  {name}: 1\n  n_layer:"))
     assert message == (
-        f"model.{name} = 1 is not a known parameter; known here: n_layer, n_head, n_embd, block_size, bias, gelu, "
-        "dropout, vocab_multiple"
+        f"model.{name} = 1 is not a known parameter; known here: n_layer, n_head, n_embd, block_size, bias, norm, "
+        "activation, position, qk_norm, tie_embeddings, zero_init, previous_tokens, dropout, vocab_multiple"
     )
 
 

@@ -71,7 +71,9 @@ def apart(model, other) -> float:
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"gelu": "tanh"}, {"bias": False}, {"vocab_multiple": 8}, {"dropout": 0.2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation": "gelu_tanh"}, {"bias": False}, {"vocab_multiple": 8}, {"dropout": 0.2}]
+)
 def test_our_logits_are_hugging_faces(changes):
     model = tiny.gpt(std=STD, **changes)
     config, tensors = to_huggingface(model.config, tiny.weights(model), 12)
@@ -87,15 +89,15 @@ def test_our_logits_are_hugging_faces(changes):
 def test_hugging_faces_logits_are_ours(activation):
     other = random_theirs(activation_function=activation)
     config, weights = from_huggingface(other.config.to_dict(), other.state_dict())
-    assert config == tiny.config(gelu={"gelu_new": "tanh", "gelu": "exact"}[activation], dropout=0.1)
+    assert config == tiny.config(activation={"gelu_new": "gelu_tanh", "gelu": "gelu"}[activation], dropout=0.1)
     assert apart(ours(config, weights), other) < 1e-5
-    wrong = replace(config, gelu={"tanh": "exact", "exact": "tanh"}[config.gelu])
+    wrong = replace(config, activation={"gelu_tanh": "gelu", "gelu": "gelu_tanh"}[config.activation])
     assert apart(ours(wrong, weights), other) > 1e-4
 
 
-@pytest.mark.parametrize("gelu", ["exact", "tanh"])
-def test_there_and_back_is_the_same_model(gelu):
-    model = tiny.gpt(std=0.2, gelu=gelu, dropout=0.3)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_there_and_back_is_the_same_model(activation):
+    model = tiny.gpt(std=0.2, activation=activation, dropout=0.3)
     config, weights = from_huggingface(*to_huggingface(model.config, tiny.weights(model), None)[:2])
     assert config == model.config
     assert tiny.same(weights, tiny.weights(model))
@@ -178,7 +180,7 @@ def test_wrong_tensors_are_refused_by_name():
 def test_the_four_sizes_of_gpt2_are_what_is_published(n_layer, n_head, n_embd, parameters):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPTConfig(n_layer, n_head, n_embd, block_size=1024, vocab_size=50257, bias=True, gelu="tanh")
+    config = GPTConfig(n_layer, n_head, n_embd, block_size=1024, vocab_size=50257, bias=True, activation="gelu_tanh")
     with torch.device("meta"):
         model = GPT(config)
         exported, tensors = to_huggingface(config, dict(model.named_parameters()), 50256)
@@ -240,8 +242,10 @@ def test_nanogpts_padding_is_kept_apart_from_the_tokens():
 
 
 def test_a_gelu_that_nanogpt_has_not_is_refused():
-    model = tiny.gpt(gelu="tanh")
-    with pytest.raises(ValueError, match=r"model.gelu=tanh; export it with --format huggingface"):
+    model = tiny.gpt(activation="gelu_tanh")
+    with pytest.raises(
+        ValueError, match=r"nanoGPT has no model.activation = gelu_tanh; train with model.activation = gelu"
+    ):
         to_nanogpt(model.config, tiny.weights(model))
 
 

@@ -32,7 +32,7 @@ def directory(tmp_path):
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path):
-    model = publish(tmp_path / "model", tiny.gpt(std=0.5, dropout=0.1, gelu="tanh", vocab_multiple=16))
+    model = publish(tmp_path / "model", tiny.gpt(std=0.5, dropout=0.1, activation="gelu_tanh", vocab_multiple=16))
     loaded = load_model(str(tmp_path / "model"))
     assert loaded.model.config == model.config
     assert tiny.same(tiny.weights(loaded.model), tiny.weights(model))

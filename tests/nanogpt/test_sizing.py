@@ -10,15 +10,21 @@ from nanogpt import flops, sizing
 from nanogpt.checkpoint import Checkpoints, Progress
 from nanogpt.journal import Journal
 from nanogpt.model import GPT
-from nanogpt.optim import adamw
-from tests.nanogpt.tiny import GPT2_SIZES, config
+from nanogpt.optim import make_optimizer
+from tests.nanogpt.tiny import GPT2_SIZES, config, train_params
 
 WIDE = config(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=257)
 
 
 def gpt2(n_layer, n_head, n_embd, **changes):
     return config(
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=1024, vocab_size=50257, gelu="tanh", **changes
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        block_size=1024,
+        vocab_size=50257,
+        activation="gelu_tanh",
+        **changes,
     )
 
 
@@ -107,12 +113,12 @@ def saved_bytes(model, batch, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dropout", "bias", "gelu"),
+    ("dtype", "dropout", "bias", "activation"),
     [*itertools.product(("float32", "bfloat16"), (0.0, 0.1), (True, False), ("exact", "tanh"))],
 )
 @pytest.mark.parametrize("shape", [config(), WIDE], ids=["narrow", "wide"])
-def test_activations_are_what_autograd_saves(shape, dtype, dropout, bias, gelu):
-    shape = config(**{**vars(shape), "dropout": dropout, "bias": bias, "gelu": gelu})
+def test_activations_are_what_autograd_saves(shape, dtype, dropout, bias, activation):
+    shape = config(**{**vars(shape), "dropout": dropout, "bias": bias, "activation": activation})
     part = sizing.memory(shape, sizing.Setup(3, False, dtype))
     weight_of_loss = 4  # a number that cross_entropy keeps
     assert part["activations"] + part["autocast"] + weight_of_loss == saved_bytes(GPT(shape), 3, dtype)
@@ -143,7 +149,7 @@ def test_where_attention_is_fused(device, dtype, determinism, dropout, fused):
 def peak_of_a_step(shape, batch, micro_steps):
     """The most bytes that the CPU allocator had given out during a second training step, parameters included."""
     model = GPT(shape)
-    optimizer = adamw(model, 1e-3, 0.1, (0.9, 0.99), "cpu")
+    optimizer = make_optimizer(model, train_params(), "cpu", "float32")
     tokens = torch.zeros(batch, shape.block_size, dtype=torch.long)
 
     def step():
@@ -180,7 +186,7 @@ def test_the_peak_is_what_the_allocator_gave_out(what, shape, batch, micro_steps
 
 def test_a_checkpoint_has_the_size_that_was_told(tmp_path):
     model = GPT(WIDE)
-    optimizer = adamw(model, 1e-3, 0.1, (0.9, 0.99), "cpu")
+    optimizer = make_optimizer(model, train_params(), "cpu", "float32")
     tokens = torch.zeros(2, WIDE.block_size, dtype=torch.long)
     model(tokens, tokens).backward()
     optimizer.step()

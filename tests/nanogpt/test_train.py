@@ -15,7 +15,7 @@ from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.generate import Sampling, generate
 from nanogpt.journal import Journal
 from nanogpt.numerics import autocast
-from nanogpt.optim import adamw, lr_at
+from nanogpt.optim import lr_at, make_optimizer
 from nanogpt.params import TrainParams
 from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Stopped, train
 from tests.nanogpt import tiny
@@ -23,27 +23,6 @@ from tests.nanogpt import tiny
 TOKENS = tiny.tokens(200)
 ITERS = 7
 CPU = torch.device("cpu")
-
-
-def train_params(**changes) -> TrainParams:
-    defaults = {
-        "seed": 1337,
-        "max_iters": ITERS,
-        "batch_size": 3,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-2,
-        "min_lr": 1e-3,
-        "warmup_iters": 2,
-        "lr_decay_iters": None,
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.99,
-        "grad_clip": 1.0,
-        "eval_interval": 3,
-        "eval_iters": 2,
-        "publish": "best",
-    }
-    return TrainParams(**{**defaults, **changes})
 
 
 class Killed(BaseException):
@@ -55,7 +34,7 @@ class Run:
     """A training in a directory: started, interrupted and resumed as the train stage does it."""
 
     directory: Any
-    params: TrainParams = field(default_factory=train_params)
+    params: TrainParams = field(default_factory=tiny.train_params)
     config: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     intervals: Intervals = field(default_factory=lambda: Intervals(log=2, checkpoint=2))
@@ -72,7 +51,7 @@ class Run:
         torch.manual_seed(counter.derived_seed(self.params.seed, WEIGHTS))
         model = self.model = tiny.gpt(**self.config)
         params, scaler = self.params, torch.amp.GradScaler("cpu", enabled=self.dtype == "float16")
-        optimizer = adamw(model, params.learning_rate, params.weight_decay, (params.beta1, params.beta2), "cpu")
+        optimizer = make_optimizer(model, params, "cpu", self.dtype)
         checkpoint = self.checkpoints.newest(lambda message: None)
         progress = self.progress = checkpoint.progress if checkpoint else Progress()
         if checkpoint:
@@ -135,7 +114,8 @@ class Run:
 SETTINGS = {
     "float32": {},
     "dropout": {"config": {"dropout": 0.3}},
-    "accumulation": {"params": train_params(gradient_accumulation_steps=3), "config": {"dropout": 0.3}},
+    "accumulation": {"params": tiny.train_params(gradient_accumulation_steps=3), "config": {"dropout": 0.3}},
+    "muon": {"params": tiny.train_params(optimizer="muon", data_order="epochs", lr_decay="linear")},
     "bfloat16": {"dtype": "bfloat16", "config": {"dropout": 0.3}},
     "float16": {"dtype": "float16", "config": {"dropout": 0.3}},
 }
@@ -204,6 +184,16 @@ def test_a_stop_is_raised_with_its_reason_after_the_state_is_saved(tmp_path):
     assert [record["step"] for record in Run(tmp_path).records("step")] == [1, 2, 3, 4, 5]
 
 
+def test_with_eval_only_it_evaluates_the_initial_weights_and_ends(tmp_path):
+    run = Run(tmp_path, params=tiny.train_params(eval_only=True)).go()
+    assert (run.progress.step, run.progress.evaluated, run.progress.best_step) == (0, 0, 0)
+    assert run.records("step") == []
+    assert [record["step"] for record in run.records("eval")] == [0]
+    torch.manual_seed(counter.derived_seed(run.params.seed, WEIGHTS))
+    assert tiny.same(tiny.weights(run.model), tiny.weights(tiny.gpt()))
+    assert run.checkpoints.read(0).progress == run.progress
+
+
 # --- the steps themselves ---------------------------------------------------------------------------------------------
 
 
@@ -211,11 +201,11 @@ def reference(params, steps):
     """The same training without anything around it."""
     torch.manual_seed(counter.derived_seed(params.seed, WEIGHTS))
     model = tiny.gpt()
-    optimizer = adamw(model, 123.0, params.weight_decay, (params.beta1, params.beta2), "cpu")
+    optimizer = make_optimizer(model, params.model_copy(update={"learning_rate": 123.0}), "cpu", "float32")
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, params.learning_rate, params.min_lr, params.warmup_iters, params.max_iters)
-        x, y = batch(TOKENS, counter.derived_seed(params.seed, DATA), step, range(params.batch_size), 8)
+        x, y = batch(TOKENS, "random", counter.derived_seed(params.seed, DATA), step, 3, range(params.batch_size), 8)
         model(torch.from_numpy(x), torch.from_numpy(y)).backward()
         if params.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
@@ -226,21 +216,21 @@ def reference(params, steps):
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.05, 1e9])
 def test_a_training_is_forward_backward_clip_and_step(grad_clip, tmp_path):
-    run = Run(tmp_path, params=train_params(grad_clip=grad_clip)).go()
+    run = Run(tmp_path, params=tiny.train_params(grad_clip=grad_clip)).go()
     assert tiny.same(tiny.weights(run.model), reference(run.params, ITERS))
     assert all(record["grad_norm"] > 0.05 for record in run.records("step"))  # what is told is the norm before clipping
 
 
 def test_clipping_at_zero_is_no_clipping_and_below_the_norm_it_acts(tmp_path):
     none, far, near = (
-        Run(tmp_path / name, params=train_params(grad_clip=clip)).go().weights()
+        Run(tmp_path / name, params=tiny.train_params(grad_clip=clip)).go().weights()
         for name, clip in (("a", 0.0), ("b", 1e9), ("c", 0.05))
     )
     assert none == far != near
 
 
 def test_the_journal_holds_the_learning_rate_and_tokens_of_each_step(tmp_path):
-    params = train_params(gradient_accumulation_steps=2)
+    params = tiny.train_params(gradient_accumulation_steps=2)
     run = Run(tmp_path, params=params).go()
     assert [(r["step"], r["lr"], r["tokens"]) for r in run.records("step")] == [
         (step + 1, lr_at(step, 1e-2, 1e-3, 2, ITERS), (step + 1) * 2 * 3 * 8) for step in range(ITERS)
@@ -249,7 +239,7 @@ def test_the_journal_holds_the_learning_rate_and_tokens_of_each_step(tmp_path):
 
 
 def test_the_decay_ends_where_it_is_said_to(tmp_path):
-    run = Run(tmp_path, params=train_params(lr_decay_iters=4)).go()
+    run = Run(tmp_path, params=tiny.train_params(lr_decay_iters=4)).go()
     assert [record["lr"] for record in run.records("step")] == [lr_at(step, 1e-2, 1e-3, 2, 4) for step in range(ITERS)]
     assert run.records("step")[-1]["lr"] == 1e-3
 
@@ -263,10 +253,14 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(tmp_path):
     # The first three steps: after that Adam, which divides by the size of a gradient, has made rounding visible.
     both = {"max_iters": 3, "grad_clip": 0.0}
     split = Run(
-        tmp_path / "a", params=train_params(batch_size=4, gradient_accumulation_steps=2, **both), poison=capture("a")
+        tmp_path / "a",
+        params=tiny.train_params(batch_size=4, gradient_accumulation_steps=2, **both),
+        poison=capture("a"),
     ).go()
     whole = Run(
-        tmp_path / "b", params=train_params(batch_size=8, gradient_accumulation_steps=1, **both), poison=capture("b")
+        tmp_path / "b",
+        params=tiny.train_params(batch_size=8, gradient_accumulation_steps=1, **both),
+        poison=capture("b"),
     ).go()
     assert (len(seen["a"]), len(seen["b"])) == (6, 3)
     for i in range(3):
@@ -281,7 +275,7 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight(tmp_path):
 def test_how_often_it_evaluates_reports_and_saves_changes_no_bit(tmp_path):
     def run(name, every, log, checkpoint):
         settings = {"config": {"dropout": 0.3}, "intervals": Intervals(log, checkpoint)}
-        done = Run(tmp_path / name, params=train_params(eval_interval=every), **settings).go()
+        done = Run(tmp_path / name, params=tiny.train_params(eval_interval=every), **settings).go()
         return done.weights(), done.records("step")
 
     assert run("a", 1, 1, 1) == run("b", 100, 100, 100) == run("c", 2, 3, 5)
@@ -299,7 +293,7 @@ def test_text_written_at_an_evaluation_changes_no_bit_even_if_it_ends_early(tmp_
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_seed_decides_all(dropout, tmp_path):
     first, again, other = (
-        Run(tmp_path / name, config={"dropout": dropout}, params=train_params(seed=seed)).go().weights()
+        Run(tmp_path / name, config={"dropout": dropout}, params=tiny.train_params(seed=seed)).go().weights()
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert first == again != other
@@ -307,7 +301,7 @@ def test_the_seed_decides_all(dropout, tmp_path):
 
 def test_every_micro_batch_of_every_step_drops_something_else(tmp_path):
     # One sample, and a learning rate at which no weight moves: only the dropout can make two losses differ.
-    params = train_params(learning_rate=1e-30, min_lr=0.0, batch_size=1, gradient_accumulation_steps=2)
+    params = tiny.train_params(learning_rate=1e-30, min_lr=0.0, batch_size=1, gradient_accumulation_steps=2)
     losses = []
     Run(
         tmp_path,
@@ -321,7 +315,7 @@ def test_every_micro_batch_of_every_step_drops_something_else(tmp_path):
 
 def test_a_batch_that_it_sees_again_and_again_is_learnt_by_heart(tmp_path):
     # Nine tokens hold one sample of a context of eight.
-    params = train_params(max_iters=60, warmup_iters=0, batch_size=1, weight_decay=0.0, eval_interval=60)
+    params = tiny.train_params(max_iters=60, warmup_iters=0, batch_size=1, weight_decay=0.0, eval_interval=60)
     run = Run(tmp_path, params=params, tokens=tiny.tokens(9)).go()
     losses = [record["loss"] for record in run.records("step")]
     assert losses[0] == pytest.approx(math.log(13), abs=0.05)
@@ -349,7 +343,7 @@ def test_the_scale_of_float16_is_part_of_the_checkpoint(tmp_path):
 
 def test_the_best_is_the_first_of_the_lowest_validation_losses_and_is_kept(tmp_path):
     losses = {0: 5.0, 1: 4.0, 2: 3.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 9.0, 7: 8.0}
-    run = Run(tmp_path, params=train_params(eval_interval=1), val_losses=losses, intervals=Intervals(1, 1)).go()
+    run = Run(tmp_path, params=tiny.train_params(eval_interval=1), val_losses=losses, intervals=Intervals(1, 1)).go()
     assert (run.progress.best_step, run.progress.best_val_loss) == (2, 3.0)
     kept = sorted(path.name for path in run.checkpoints.directory.iterdir())
     assert kept == ["step-00000002", "step-00000006", "step-00000007"]
@@ -393,7 +387,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
 
 
 def test_an_absurd_learning_rate_stops_the_run(tmp_path):
-    params = train_params(learning_rate=1e30, warmup_iters=0, max_iters=50, eval_interval=50)
+    params = tiny.train_params(learning_rate=1e30, warmup_iters=0, max_iters=50, eval_interval=50)
     assert 1 < diverged(Run(tmp_path, params=params, intervals=Intervals(1, 1000))) < 50
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.params import TrainParams
 from nanogpt.provenance import sha256_json
 from nanogpt.tokenizer import CharTokenizer
 
@@ -25,17 +26,49 @@ GPT2_SIZES = [  # n_layer, n_head, n_embd, the published number of parameters
     (36, 20, 1280, 774_030_080),
     (48, 25, 1600, 1_557_611_200),
 ]
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 13, "bias": True, "gelu": "exact"}
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 13, "bias": True, "activation": "gelu"}
 
 
 def config(**changes: Any) -> GPTConfig:
     return GPTConfig(**{**SHAPE, **changes})
 
 
-def gpt(seed: int = 0, std: float | None = None, **changes: Any) -> GPT:
+def train_params(**changes: Any) -> TrainParams:
+    """A few steps of nanoGPT's recipe."""
+    defaults = {
+        "init_from": "scratch",
+        "pretrained": "pretrained",
+        "eval_only": False,
+        "seed": 1337,
+        "max_iters": 7,
+        "batch_size": 3,
+        "gradient_accumulation_steps": 1,
+        "data_order": "random",
+        "optimizer": "adamw",
+        "learning_rate": 1e-2,
+        "min_lr": 1e-3,
+        "warmup_iters": 2,
+        "lr_decay": "cosine",
+        "lr_decay_iters": None,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "embedding_lr_multiplier": 1.0,
+        "muon_learning_rate": 2e-2,
+        "muon_momentum": 0.95,
+        "muon_weight_decay": 0.0,
+        "grad_clip": 1.0,
+        "eval_interval": 3,
+        "eval_iters": 2,
+        "publish": "best",
+    }
+    return TrainParams(**{**defaults, **changes})
+
+
+def gpt(seed: int = 0, std: float | None = None, attention: str = "fused", **changes: Any) -> GPT:
     """A GPT in evaluation mode; with `std` all its weights are drawn anew, large enough for every part to matter."""
     torch.manual_seed(seed)
-    model = GPT(config(**changes))
+    model = GPT(config(**changes), attention)
     if std is not None:
         with torch.no_grad():
             for parameter in model.parameters():

@@ -74,7 +74,7 @@ CONFIGS: list[dict[str, Any]] = [
     *({"vocab_size": value} for value in (2**40, 0, -13, True)),
     *({"vocab_multiple": value} for value in (2**40, 0, -1, 0.1, "1")),
     *({"dropout": value} for value in (1, -0.1, "0", None, float("nan"), True)),
-    *({"bias": 0}, {"gelu": "relu"}, {"gelu": []}),
+    *({"bias": 0}, {"activation": "relu"}, {"activation": []}),
 ]
 LOAD = ("from nanogpt.published import load_model", "load_model(path)")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 
 from nanogpt.checkpoint import Checkpoints, Progress
 from nanogpt.journal import Journal, read_records
-from nanogpt.optim import adamw
+from nanogpt.optim import make_optimizer
 from nanogpt.provenance import sha256_json
 from stages.dvcfile import locked_md5
 from tests.nanogpt import tiny
@@ -66,7 +66,7 @@ def test_journal(folder: Path) -> None:
 
 def saved(folder: Path) -> Path:
     model = tiny.gpt(n_layer=1)
-    optimizer = adamw(model, 1e-3, 0.1, (0.9, 0.99), "cpu")
+    optimizer = make_optimizer(model, tiny.train_params(), "cpu", "float32")
     model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
     optimizer.step()
     position = {"bytes": 0, "crc": "00000000"}

@@ -35,7 +35,7 @@ from tools.export import export, main, tokenizer_files
 
 CORPUS = ["Once upon a time it's 1234 o'clock,\n\n  and the café's cat sat.\n"] * 3
 CHARACTERS = "".join(sorted(set("\n\t  .,!?'\"<|>abcdefghijklmnopqrstuvwxyzÄéß中文🙂\u0301")))
-INFO = {"params": {"train.seed": 7, "model.gelu": "exact"}, "step": 40, "train_loss": 1.25, "val_loss": 1.5}
+INFO = {"params": {"train.seed": 7, "model.activation": "gelu"}, "step": 40, "train_loss": 1.25, "val_loss": 1.5}
 
 
 def published(folder: Path, tokenizer: Tokenizer, **changes) -> Path:
@@ -171,7 +171,7 @@ def test_an_unknown_character_is_an_error_there_too(char):
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"gelu": "tanh"}, {"bias": False, "vocab_multiple": 64}])
+@pytest.mark.parametrize("changes", [{}, {"activation": "gelu_tanh"}, {"bias": False, "vocab_multiple": 64}])
 def test_from_pretrained_gives_the_same_logits_and_the_same_greedy_tokens(tmp_path, changes):
     from transformers import GPT2LMHeadModel
 
@@ -328,11 +328,11 @@ def test_nothing_is_overwritten(tmp_path, project):
 
 def test_what_nanogpt_cannot_express_is_refused_and_nothing_is_left(tmp_path, project):
     project()
-    published(tmp_path, CharTokenizer("\n abcdefgh", True), gelu="tanh")
+    published(tmp_path, CharTokenizer("\n abcdefgh", True), activation="gelu_tanh")
     before = tiny.contents(tmp_path)
     result = run("--format", "nanogpt", "out")
     assert result.exit_code == 1
-    assert "nanoGPT knows the exact GELU alone" in result.output
+    assert "nanoGPT has no model.activation = gelu_tanh" in result.output
     assert "Traceback" not in result.output
     assert tiny.contents(tmp_path) == before
     assert run("--format", "huggingface", "out").exit_code == 0

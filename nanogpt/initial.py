@@ -1,0 +1,127 @@
+"""What a training begins with: a new model, or the weights that train.init_from names, checked against params.yaml."""
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nanogpt.model import GPT, Attention, GPTConfig
+from nanogpt.params import ModelParams
+from nanogpt.pretrained import Weights, from_huggingface, load_huggingface, load_nanogpt
+from nanogpt.published import load_model
+from nanogpt.tokenizer import Tokenizer
+
+# Commits of the hub's repositories, so that the same name always gives the same weights.
+GPT2_REVISIONS = {
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A model's shape and, unless it is new, its weights and their sha256."""
+
+    config: GPTConfig
+    weights: Weights | None = None
+    sha256: str = "none"
+
+    def build(self, attention: Attention, device: torch.device) -> GPT:
+        """The model; torch's generator draws the weights of a new one."""
+        if self.weights is None:
+            return GPT(self.config, attention).to(device)
+        with torch.device("meta"):
+            model = GPT(self.config, attention)
+        model.load_state_dict(self.weights, assign=True)
+        return model.requires_grad_(True).to(device)
+
+
+def load_initial(init_from: str, params: ModelParams, tokenizer: Tokenizer) -> Initial:
+    """What train.init_from names, for text of that tokenizer.
+
+    A model of fewer positions than the source is cropped, and dropout may be another; all else that params name must
+    be the source's. Raises ValueError, naming key, value and remedy, if it is not, or if the source cannot be read.
+    """
+    kind, _, name = init_from.partition(":")
+    if kind == "scratch":
+        return Initial(GPTConfig(vocab_size=tokenizer.vocab_size, **params.model_dump()))
+    if kind == "model":
+        published = load_model(name)
+        if published.tokenizer.sha256 != tokenizer.sha256:
+            raise ValueError(
+                f"train.init_from = {init_from} has another tokenizer than the tokens; "
+                f"set tokenize.tokenizer to file:{name}/tokenizer.json"
+            )
+        config = published.model.config
+        weights: Weights = {name: p.detach() for name, p in published.model.named_parameters()}
+    elif kind == "nanogpt":
+        config, weights = load_nanogpt(Path(name), tokenizer.vocab_size)
+    else:
+        config, weights = load_gpt2(name if kind == "hf" else kind)
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"train.init_from = {init_from} has a vocabulary of {config.vocab_size:,}, the tokens one of "
+            f"{tokenizer.vocab_size:,}; set tokenize.tokenizer to the source's (GPT-2's: gpt2)"
+        )
+    config, weights = _fitted(init_from, config, weights, params)
+    return Initial(config, weights, sha256_weights(weights))
+
+
+def load_gpt2(name: str) -> tuple[GPTConfig, Weights]:
+    """A GPT-2 of Hugging Face: a directory here, one of GPT-2's four sizes, or the name of a model on the hub.
+
+    `name@revision` names a commit of the hub. Raises ValueError if there is no such model.
+    """
+    if Path(name).exists():
+        return load_huggingface(Path(name))
+    repository, _, revision = name.partition("@")
+    if name in GPT2_REVISIONS:
+        repository, revision = f"openai-community/{name}", GPT2_REVISIONS[name]
+    from transformers import GPT2LMHeadModel
+
+    try:
+        model = GPT2LMHeadModel.from_pretrained(repository, revision=revision or None, use_safetensors=True)
+        return from_huggingface(model.config.to_dict(), model.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name} is neither a directory here nor a GPT-2 that the hub gives ({reason}); "
+            "correct train.init_from, or check the network"
+        ) from error
+
+
+def crop_block_size(config: GPTConfig, weights: Weights, block_size: int) -> tuple[GPTConfig, Weights]:
+    """The same model for shorter contexts: learned positions beyond are dropped."""
+    if "wpe.weight" in weights:
+        weights = {**weights, "wpe.weight": weights["wpe.weight"][:block_size].clone()}
+    return replace(config, block_size=block_size), weights
+
+
+def sha256_weights(weights: Weights) -> str:
+    """The sha256 of names, dtypes, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _fitted(init_from: str, config: GPTConfig, weights: Weights, params: ModelParams) -> tuple[GPTConfig, Weights]:
+    """The source with what params change of it. Raises ValueError for what cannot be changed."""
+    given = {name: value for name, value in params.model_dump().items() if value is not None}
+    changed = {name: value for name, value in given.items() if getattr(config, name) != value}
+    if "dropout" in changed:
+        config = replace(config, dropout=changed.pop("dropout"))
+    if changed.get("block_size", config.block_size) < config.block_size:
+        config, weights = crop_block_size(config, weights, changed.pop("block_size"))
+    changed.pop("zero_init", None)  # how a new model begins, which this one does not
+    for name, value in changed.items():
+        theirs = asdict(config)[name]
+        raise ValueError(
+            f"model.{name} = {value} is not that of train.init_from = {init_from}, {theirs}; set it to {theirs} or null"
+        )
+    return config, weights

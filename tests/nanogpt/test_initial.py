@@ -1,0 +1,183 @@
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt.initial import GPT2_REVISIONS, crop_block_size, load_initial, sha256_weights
+from nanogpt.model import GPT
+from nanogpt.params import ModelParams
+from nanogpt.pretrained import save_nanogpt, to_nanogpt
+from nanogpt.published import save_model
+from nanogpt.tokenizer import CharTokenizer
+from tests.nanogpt import tiny
+
+NOTHING = ModelParams(**dict.fromkeys(ModelParams.model_fields))  # all as the source has it
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
+CPU = torch.device("cpu")
+
+
+def params(**given) -> ModelParams:
+    return NOTHING.model_copy(update=given)
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> CharTokenizer:
+    return tiny.char_tokenizer(tmp_path / "tokenizer.json")
+
+
+def hugging_face(directory: Path, seed: int = 0, vocab_size: int = 13) -> torch.nn.Module:
+    """A GPT-2 of transformers in that directory, its weights large enough for every part to matter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=vocab_size)
+    model = GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory)
+    return model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    tokens = torch.from_numpy(tiny.tokens(16).reshape(2, 8).astype("int64"))
+    with torch.no_grad():
+        found = model.eval()(tokens)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+def test_from_scratch_the_model_is_that_of_params(tokenizer):
+    given = replace(tiny.config(zero_init=True), vocab_size=13)
+    fields = {name: value for name, value in vars(given).items() if name != "vocab_size"}
+    initial = load_initial("scratch", ModelParams(**fields), tokenizer)
+    assert (initial.config, initial.weights, initial.sha256) == (given, None, "none")
+    torch.manual_seed(3)
+    built = initial.build("fused", CPU)
+    torch.manual_seed(3)
+    assert tiny.same(tiny.weights(built), tiny.weights(GPT(given)))
+
+
+def test_a_directory_of_hugging_faces(tmp_path, tokenizer):
+    theirs = hugging_face(tmp_path / "gpt2")
+    initial = load_initial(f"hf:{tmp_path / 'gpt2'}", params(n_layer=2, bias=True), tokenizer)
+    ours = initial.build("fused", CPU)
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
+    assert all(parameter.requires_grad for parameter in ours.parameters())
+    assert initial.sha256 == sha256_weights(tiny.weights(ours))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Places a model where transformers looks for one that it has downloaded: no network is needed then."""
+    home = Path(os.environ["HF_HOME"]) / "hub"
+
+    def place(name: str, revision: str) -> torch.nn.Module:
+        return hugging_face(home / f"models--{name.replace('/', '--')}" / "snapshots" / revision)
+
+    yield place
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
+def test_gpt2_of_the_hub_is_taken_at_its_pinned_commit(hub, tokenizer, name):
+    theirs = hub(f"openai-community/{name}", GPT2_REVISIONS[name])
+    initial = load_initial(name, NOTHING, tokenizer)
+    assert initial.config.activation == "gelu_tanh"
+    assert (logits(initial.build("fused", CPU)) - logits(theirs)).abs().max() < 1e-5
+
+
+def test_a_model_of_the_hub_at_a_commit(hub, tokenizer):
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    theirs = hub("someone/small", revision)
+    found = load_initial(f"hf:someone/small@{revision}", NOTHING, tokenizer).build("fused", CPU)
+    assert (logits(found) - logits(theirs)).abs().max() < 1e-5
+
+
+def test_a_name_that_nobody_knows_is_told_in_one_line(tokenizer):
+    with pytest.raises(ValueError, match=r"nobody/nothing is neither a directory here nor a GPT-2 that the hub gives"):
+        load_initial("hf:nobody/nothing", NOTHING, tokenizer)
+
+
+def test_a_checkpoint_of_nanogpt_with_its_padded_vocabulary(tmp_path, tokenizer):
+    model = tiny.gpt(std=0.3, vocab_multiple=64)
+    checkpoint = to_nanogpt(replace(model.config, vocab_size=64, vocab_multiple=1), tiny.weights(model))
+    checkpoint["model"] = {f"_orig_mod.{name}": tensor for name, tensor in checkpoint["model"].items()}
+    save_nanogpt(checkpoint, tmp_path / "ckpt.pt")
+    initial = load_initial(f"nanogpt:{tmp_path / 'ckpt.pt'}", NOTHING, tokenizer)
+    assert (initial.config.vocab_size, initial.config.padded_vocab_size) == (13, 64)
+    assert torch.equal(logits(initial.build("fused", CPU)), logits(model))
+
+
+@pytest.fixture
+def published(tmp_path, tokenizer):
+    """One of ours, with options that GPT-2 has not."""
+    model = tiny.gpt(std=0.3, position="rotary", qk_norm=True, tie_embeddings=False, previous_tokens=2, bias=False)
+    save_model(tmp_path / "ours", model.config, tiny.weights(model), tmp_path / "tokenizer.json", {})
+    return model
+
+
+def test_one_of_ours(tmp_path, tokenizer, published):
+    initial = load_initial(f"model:{tmp_path / 'ours'}", NOTHING, tokenizer)
+    assert initial.config == published.config
+    assert torch.equal(logits(initial.build("fused", CPU)), logits(published))
+    assert initial.sha256 == sha256_weights(tiny.weights(published))
+
+
+def test_one_of_ours_with_another_tokenizer_is_refused_with_the_remedy(tmp_path, published):
+    other = CharTokenizer("\n ABCDEFGHIJ", end_of_text=True)
+    with pytest.raises(
+        ValueError, match=r"another tokenizer than the tokens; set tokenize.tokenizer to file:.*ours/tok"
+    ):
+        load_initial(f"model:{tmp_path / 'ours'}", NOTHING, other)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"n_layer": 3}, "model.n_layer = 3 is not that of train.init_from = hf:.*, 2; set it to 2 or null"),
+        ({"bias": False}, "model.bias = False is not that"),
+        ({"activation": "gelu"}, "model.activation = gelu is not that .* gelu_tanh; set it to gelu_tanh or null"),
+        ({"block_size": 9}, "model.block_size = 9 is not that"),
+        ({"vocab_multiple": 64}, "model.vocab_multiple = 64 is not that"),
+    ],
+)
+def test_what_params_say_of_the_model_must_be_the_sources(tmp_path, tokenizer, given, told):
+    hugging_face(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=told):
+        load_initial(f"hf:{tmp_path / 'gpt2'}", params(**given), tokenizer)
+
+
+def test_dropout_may_be_another_and_the_context_shorter(tmp_path, tokenizer):
+    theirs = hugging_face(tmp_path / "gpt2")
+    initial = load_initial(f"hf:{tmp_path / 'gpt2'}", params(dropout=0.25, block_size=5), tokenizer)
+    assert (initial.config.dropout, initial.config.block_size) == (0.25, 5)
+    model = initial.build("fused", CPU).eval()
+    assert model.wpe.weight.shape == (5, 16)
+    tokens = torch.from_numpy(tiny.tokens(10).reshape(2, 5).astype("int64"))
+    with torch.no_grad():
+        assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+
+
+def test_rotary_positions_are_cropped_by_the_config_alone(published):
+    config, weights = crop_block_size(published.config, tiny.weights(published), 4)
+    assert config.block_size == 4
+    assert tiny.same(weights, tiny.weights(published))
+
+
+def test_another_vocabulary_is_refused(tmp_path, tokenizer):
+    hugging_face(tmp_path / "gpt2", vocab_size=14)
+    with pytest.raises(ValueError, match="has a vocabulary of 14, the tokens one of 13; set tokenize.tokenizer"):
+        load_initial(f"hf:{tmp_path / 'gpt2'}", NOTHING, tokenizer)
+
+
+def test_the_hash_sees_every_bit(published):
+    weights = tiny.weights(published)
+    name = "h.0.attn.c_attn.weight"
+    changed = {**weights, name: weights[name].clone()}
+    changed[name].view(torch.int32)[0, 0] ^= 1
+    assert sha256_weights(weights) == sha256_weights(dict(reversed(weights.items())))
+    assert sha256_weights(changed) != sha256_weights(weights)
+    assert math.isclose(changed[name][0, 0], weights[name][0, 0], rel_tol=1e-6)
