@@ -169,7 +169,7 @@ def test_rotary_positions_are_cropped_by_the_config_alone(published):
 
 def test_another_vocabulary_is_refused(tmp_path, tokenizer):
     hugging_face(tmp_path / "gpt2", vocab_size=14)
-    with pytest.raises(ValueError, match="has a vocabulary of 14, the tokens one of 13; set tokenize.tokenizer"):
+    with pytest.raises(ValueError, match=r"has a vocabulary of 14, the tokens one of 13; set tokenize.tokenizer"):
         load_initial(f"hf:{tmp_path / 'gpt2'}", NOTHING, tokenizer)
 
 
