@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt.loss import cross_entropy
+
 Attention = Literal["fused", "plain"]
 
 
@@ -229,10 +231,10 @@ class GPT(nn.Module):
             x = block(x, positions, cache)
         if cache is not None:
             cache.length += T
-        logits = F.linear(self.ln_f(x), self.head)  # (B, T, V)
+        x = self.ln_f(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return F.linear(x, self.head)  # (B, T, V)
+        return cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
 
     def embed(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
         """(B, T) -> (B, T, C): the tokens', the positions' and the previous tokens' embeddings, added."""

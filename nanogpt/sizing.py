@@ -7,6 +7,7 @@ one moment of a matrix instead of two, and rotary positions, QK-norm and plain a
 
 from dataclasses import dataclass
 
+from nanogpt import loss
 from nanogpt.flops import flops_per_token, mfu
 from nanogpt.model import GPTConfig
 
@@ -120,7 +121,18 @@ def activations(config: GPTConfig, setup: Setup) -> Parts:
         "head": norm + s * c,  # the final LayerNorm; its output, the input of the head
         "loss": FLOAT32 * v + INT64,  # log-probabilities, B x T x V in float32 whatever the type; the targets
     }
-    return {name: setup.batch_size * config.block_size * number for name, number in per_token.items()}
+    gradient = 0
+    if chunked(config, setup):
+        per_token["head"] = norm
+        per_token["loss"] = FLOAT32 * c  # the gradient of the head's input
+        gradient = FLOAT32 * v * c  # and of the head's weight
+    parts = {name: setup.batch_size * config.block_size * number for name, number in per_token.items()}
+    return {**parts, "loss": parts["loss"] + gradient}
+
+
+def chunked(config: GPTConfig, setup: Setup) -> bool:
+    """Whether the loss is computed in chunks (loss.py)."""
+    return setup.batch_size * config.block_size * config.padded_vocab_size > loss.CHUNK
 
 
 def backward_bytes(config: GPTConfig, setup: Setup) -> int:
@@ -129,14 +141,18 @@ def backward_bytes(config: GPTConfig, setup: Setup) -> int:
     Either at its first step, the gradients of the log-probabilities and of the logits, both B x T x V in float32; or in
     the last block, when what the head saved is gone: the gradients of the residual stream and of GELU's input, as its
     output gave way to that one's gradient, or, where attention is not fused, those of two T x T matrices, as GELU's
-    input and output are gone too; and the gradients of the two weights that come first.
+    input and output are gone too; and the gradients of the two weights that come first. A loss in chunks has its own
+    peak before, when one chunk's logits are there.
     """
     c, s, v = config.n_embd, setup.size, config.padded_vocab_size
     block = FLOAT32 * c + s * 4 * c
     if not setup.fused(config.dropout):
         block = max(block, 2 * FLOAT32 * config.n_head * config.block_size - s * 8 * c)
-    head = FLOAT32 * (c + 2) + s * c + FLOAT32 * v  # of activations()
     positions = setup.batch_size * config.block_size
+    if chunked(config, setup):
+        one_chunk = loss.CHUNK * (FLOAT32 + (s if s < FLOAT32 else 0)) + FLOAT32 * v * c  # its share of the gradient
+        return max(one_chunk, positions * (block - FLOAT32 * (c + 2)) + FLOAT32 * 4 * c * c)
+    head = FLOAT32 * (c + 2) + s * c + FLOAT32 * v  # of activations()
     return max(positions * 2 * FLOAT32 * v, positions * (block - head) + FLOAT32 * (v * c + 4 * c * c))
 
 
@@ -145,6 +161,8 @@ def memory(config: GPTConfig, setup: Setup) -> Parts:
     count = parameters(config)
     total = sum(count.values())
     matrices = sum(forward_flops(config).values()) // 2 - 2 * config.n_layer * config.block_size * config.n_embd
+    if chunked(config, setup):
+        matrices -= config.padded_vocab_size * config.n_embd  # the head's gradient is there already
     return {
         "weights": FLOAT32 * total,
         "gradients": FLOAT32 * total,

@@ -34,9 +34,10 @@ LEVELS: list[dict[str, set[str]]] = [
         "data": {"counter", "files"},
         "prepare": {"counter", "data", "files", "params", "raw", "tokenizer"},
         "floor": {"grammar", "tokenizer"},
-        "model": set(),
+        "loss": set(),
+        "model": {"loss"},
         "flops": {"model"},
-        "sizing": {"flops", "model"},
+        "sizing": {"flops", "loss", "model"},
     },
     {
         "optim": {"params"},

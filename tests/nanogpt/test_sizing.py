@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt import flops, sizing
+from nanogpt import flops, loss, sizing
 from nanogpt.checkpoint import Checkpoints, Progress
 from nanogpt.journal import Journal
 from nanogpt.model import GPT
@@ -114,7 +114,7 @@ def saved_bytes(model, batch, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "dropout", "bias", "activation"),
-    [*itertools.product(("float32", "bfloat16"), (0.0, 0.1), (True, False), ("exact", "tanh"))],
+    [*itertools.product(("float32", "bfloat16"), (0.0, 0.1), (True, False), ("gelu", "gelu_tanh"))],
 )
 @pytest.mark.parametrize("shape", [config(), WIDE], ids=["narrow", "wide"])
 def test_activations_are_what_autograd_saves(shape, dtype, dropout, bias, activation):
@@ -182,6 +182,22 @@ def peak_of_a_step(shape, batch, micro_steps):
 def test_the_peak_is_what_the_allocator_gave_out(what, shape, batch, micro_steps):
     predicted = sizing.peak_bytes(shape, sizing.Setup(batch, micro_steps > 1))
     assert predicted == pytest.approx(peak_of_a_step(shape, batch, micro_steps), rel=0.05), what
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_in_chunks_keeps_gradients_and_no_logits(monkeypatch, dtype):
+    monkeypatch.setattr(loss, "CHUNK", 5000)
+    part = sizing.memory(WIDE, sizing.Setup(3, False, dtype))
+    assert part["activations"] + part["autocast"] == saved_bytes(GPT(WIDE), 3, dtype)
+
+
+def test_the_peak_with_a_loss_in_chunks(monkeypatch):
+    shape = config(n_embd=32, block_size=64, vocab_size=4000)
+    plain = sizing.peak_bytes(shape, sizing.Setup(4, False))
+    monkeypatch.setattr(loss, "CHUNK", 200_000)
+    predicted = sizing.peak_bytes(shape, sizing.Setup(4, False))
+    assert predicted == pytest.approx(peak_of_a_step(shape, 4, 1), rel=0.08)
+    assert predicted < 0.6 * plain
 
 
 def test_a_checkpoint_has_the_size_that_was_told(tmp_path):
