@@ -75,6 +75,11 @@ def score_split(
     tokens = split.tokens[:limit]
     targets = len(tokens) - (split.meta.first_context is None)
     block_size = gpt.model.config.block_size
+    if params.stride is not None and params.stride > block_size:  # of a model.block_size that is null
+        raise ValueError(
+            f"evaluate.stride = {params.stride} is above the model's block_size, {block_size}, so tokens would be "
+            "skipped; lower it or set it to null"
+        )
     cut = windows(targets, block_size, params.stride or block_size)
     autocast = numerics.autocast(gpt.model.wte.weight.device, dtype)
     with console.progress(f"{split.name} windows", len(cut)) as update:
