@@ -1,0 +1,121 @@
+"""Seconds until a preset reaches a validation loss: the whole pipeline, cold, in a clean clone of the commit.
+
+Cold: no cache of DVC, none of torch.compile. Only the installation is done.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from ruamel.yaml import YAML
+
+from nanogpt.journal import attempts, read_records
+from tools.clean_clone import CleanClone, CouldNotRun, clean_clone
+
+FIGURES = ("val_loss", "train_seconds", "total_seconds", "tokens", "parameters", "steps")
+
+
+@click.command()
+@click.option("--preset", required=True, help="A file of presets/, without .yaml.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Instead of its source.")
+@click.option("--target", type=float, default=1.4697, show_default=True, help="Validation loss, nats per token.")
+@click.option("--seed", "seeds", type=int, multiple=True, default=[1337], help="train.seed; give several for a mean.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw the loss over seconds here (.png, .svg).")
+def main(
+    preset: str, text: Path | None, target: float, seeds: tuple[int, ...], out: Path | None, picture: Path | None
+) -> None:
+    """Runs the pipeline once per seed; fails if the mean loss over the whole validation split is above the target.
+
+    `train_seconds` are those of the training loop with its evaluations, checkpoints and compilation; `total_seconds`
+    those of `dvc repro`, all stages.
+    """
+    click.echo(
+        f"{'seed':>6} {'val loss':>9} {'train s':>8} {'total s':>8} {'tokens':>12} {'parameters':>12} {'steps':>7}"
+    )
+    runs = []
+    for seed in seeds:
+        try:
+            runs.append(run(preset, text, seed))
+        except CouldNotRun as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(row(str(seed), runs[-1]))
+    mean = {name: statistics.mean(found[name] for found in runs) for name in FIGURES}
+    if len(runs) > 1:
+        click.echo(row("mean", mean))
+        click.echo(row("± sd", {name: statistics.stdev(found[name] for found in runs) for name in FIGURES}))
+    if out:
+        out.write_text(json.dumps({**mean, "target": target, "runs": runs}, indent=1) + "\n")
+    if picture:
+        draw({preset: runs}, target, picture)
+    if mean["val_loss"] > target:
+        raise click.ClickException(f"the validation loss {mean['val_loss']:.4f} is above the target {target}")
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    return (
+        f"{name:>6} {found['val_loss']:9.4f} {found['train_seconds']:8.1f} {found['total_seconds']:8.1f} "
+        f"{found['tokens']:12,.0f} {found['parameters']:12,.0f} {found['steps']:7,.0f}"
+    )
+
+
+def run(preset: str, text: Path | None, seed: int) -> dict[str, Any]:
+    """The figures of one run, and its curve: seconds of training and validation loss of each evaluation."""
+    with clean_clone(Path.cwd(), "HEAD") as clone, tempfile.TemporaryDirectory() as compiled:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
+        clone.run("python", "-m", "tools.preset", preset)
+        set_params(clone, {"train": {"seed": seed}})
+        if text is not None:
+            shutil.copyfile(text, clone.path / "texts" / "text.txt")
+            set_params(clone, {"download": {"source": "file:texts/text.txt", "texts": "texts"}})
+        begin = time.perf_counter()
+        clone.run("dvc", "repro")
+        total = time.perf_counter() - begin
+        metrics = {
+            name: json.loads((clone.path / f"metrics/{name}.json").read_text()) for name in ("train", "evaluate")
+        }
+        records = [record for record, _ in read_records(attempts(clone.path / ".runs")[-1] / "journal.jsonl")]
+    start = next(record["t"] for record in records if record["kind"] == "start")
+    return {
+        "seed": seed,
+        "val_loss": evaluate["val_loss"],
+        "train_seconds": (next(r["t"] for r in reversed(records) if r["kind"] == "checkpoint") - start) / 1e3,
+        "total_seconds": total,
+        **{name: train[name] for name in ("tokens", "parameters", "steps")},
+        "curve": [((r["t"] - start) / 1e3, r["val_loss"]) for r in records if r["kind"] == "eval"],
+    }
+
+
+def set_params(clone: CleanClone, sections: dict[str, dict[str, Any]]) -> None:
+    yaml = YAML()
+    params = yaml.load((clone.path / "params.yaml").read_text(encoding="utf-8"))
+    for section, values in sections.items():
+        params[section].update(values)
+    with (clone.path / "params.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(params, file)
+
+
+def draw(curves: dict[str, list[dict[str, Any]]], target: float, path: Path) -> None:
+    """A line per run: validation loss, as it is estimated in training, over seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, runs in curves.items():
+        for number, found in enumerate(runs):
+            seconds, losses = zip(*found["curve"], strict=True)
+            axes.plot(seconds, losses, color="C0", alpha=0.7, label=name if number == 0 else None)
+    axes.axhline(target, color="grey", linestyle="--", label=f"{target}")
+    axes.set(xlabel="seconds of training", ylabel="validation loss, nats per token")
+    axes.legend()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
