@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,14 @@ GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, end of text
 _LARGEST_VOCABULARY = 2**21  # more than Unicode has characters
 _LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
 _LONGEST_TOKEN = 2**16  # bytes
+_REMEDY = "restore it with `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
 _ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
 
 
 class Tokenizer(abc.ABC):
     """What every tokenizer offers. Ids are 0 ... vocab_size - 1; `end_of_text` is one of them, or None."""
 
-    name: str
+    name: Literal["char", "gpt2", "bpe"]
     vocab_size: int
     end_of_text: int | None
 
@@ -146,7 +147,7 @@ class CharTokenizer(Tokenizer):
         position, character = next((i, c) for i, c in enumerate(text) if c not in known)
         return ValueError(
             f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the "
-            f"{len(self.characters)} characters of the corpus; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
+            f"{len(self.characters)} characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
         )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -313,9 +314,8 @@ def byte_characters() -> list[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
+def load_tokenizer(path: Path, sha256: str | None = None, remedy: str = _REMEDY) -> Tokenizer:
     """Reads a tokenizer.json. Raises ValueError if it is missing, damaged, or not the one with the given sha256."""
-    remedy = "restore it with `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
     try:
         data = read_bytes(path, _LARGEST_FILE)
     except OSError as error:
