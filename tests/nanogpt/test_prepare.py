@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from nanogpt import prepare as prepare_module
 from nanogpt import raw as raw_module
 from nanogpt.corpus import write_corpus
 from nanogpt.data import Meta, load_meta, load_split
-from nanogpt.params import TokenizeParams, load_params
+from nanogpt.params import DownloadParams, TokenizeParams, load_params
 from nanogpt.prepare import prepare, shuffled
 from nanogpt.raw import Writer, read_text
 from nanogpt.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer
@@ -39,9 +41,13 @@ def write(raw: Path, documents: Iterable[str]) -> Path:
     return raw
 
 
-def params(tokenizer: Kind, **changes: Any) -> TokenizeParams:
+def params(tokenizer: str, **changes: Any) -> TokenizeParams:
     values = {"tokenizer": tokenizer, "vocab_size": 320, "val_fraction": 0.1, "split_seed": 2357}
     return TokenizeParams(**(values | changes))
+
+
+def given_source(source: str) -> DownloadParams:
+    return load_params(REPOSITORY / "params.yaml").download.model_copy(update={"source": source})
 
 
 def run(
@@ -283,12 +289,153 @@ def test_openwebtexts_files_are_nanogpts(
     monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
     monkeypatch.setattr(prepare_module, "PIECE", 1000)
     monkeypatch.setattr(raw_module, "SHARD", 2000)
-    source = load_params(REPOSITORY / "params.yaml").download.model_copy(update={"source": f"hf:{hub}"})
-    write_corpus(source, tmp_path / "raw")
+    write_corpus(given_source(f"hf:{hub}"), tmp_path / "raw")
     section = params("gpt2", val_fraction=val_fraction, split_seed=seed)
     prepare(tmp_path / "raw", tmp_path / "tokens", section, processes)
     expected = nanogpts_files(hub, val_fraction, seed)
     assert {name: (tmp_path / "tokens" / name).read_bytes() for name in expected} == expected
+
+
+# --- token files of nanoGPT -------------------------------------------------------------------------------------------
+
+
+def pair(folder: Path, train: Iterable[int], val: Iterable[int], characters: str = "") -> Path:
+    """A folder as nanoGPT's prepare.py leaves it, with a meta.pkl if there are characters; its source is data/raw."""
+    folder.mkdir()
+    for name, ids in (("train.bin", train), ("val.bin", val)):
+        np.array(list(ids), dtype=np.uint16).tofile(folder / name)
+    if characters:
+        itos = dict(enumerate(characters))
+        stoi = {character: number for number, character in itos.items()}
+        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi}))
+    write_corpus(given_source(f"bin:{folder}"), raw := folder.with_name(f"{folder.name}-raw"))
+    return raw
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
+def test_token_files_are_taken_as_they_are(tmp_path: Path, gpt2_files: Path, kind: Kind, documents: list[str]):
+    """What is known of them is what we would know had we made them of the text."""
+    if kind == "char":
+        documents = ["".join(documents)]
+    meta, tokenizer, splits = run(tmp_path, documents, params(kind), name="ours")
+    characters = tokenizer.characters if isinstance(tokenizer, CharTokenizer) else ""
+    raw = pair(tmp_path / "pair", splits["train"], splits["val"], characters)
+    told: list[int] = []
+    found = prepare(raw, tmp_path / "theirs", params(kind), 1, told.append)
+    assert found == meta.model_copy(update={"corpus": meta.corpus.model_copy(update={"source": "bin:pair"})})
+    ours, theirs = files(tmp_path / "ours"), files(tmp_path / "theirs")
+    assert ours.pop("meta.json") != theirs.pop("meta.json")
+    assert theirs == ours
+    assert told[-1] == meta.train.bytes + meta.val.bytes
+    for name in ("train.bin", "val.bin"):
+        assert theirs[name] == (tmp_path / "pair" / name).read_bytes()
+    load_split(tmp_path / "theirs", "val")
+
+
+@pytest.mark.parametrize(
+    ("kind", "characters", "right"),
+    [("gpt2", "ab", "char"), ("bpe", "ab", "char"), ("char", "", "gpt2"), ("bpe", "", "gpt2")],
+)
+def test_another_tokenizer_than_that_of_the_token_files_is_refused(
+    tmp_path: Path, kind: Kind, characters: str, right: str
+):
+    raw = pair(tmp_path / "pair", [0, 1], [0], characters)
+    message = rf"tokenize\.tokenizer = {kind} did not make token files with(out)? a meta\.pkl; set it to {right}$"
+    with pytest.raises(ValueError, match=message):
+        prepare(raw, tmp_path / "tokens", params(kind), 1)
+
+
+@pytest.mark.parametrize("train", [[0, 1, 2], [65535]])
+def test_a_token_that_the_vocabulary_lacks_is_refused(tmp_path: Path, gpt2_files: Path, train: list[int]):
+    for kind, characters in (("char", "ab"), ("gpt2", "")):
+        raw = pair(tmp_path / kind, [*train, 50_257], [0], characters)
+        with pytest.raises(
+            ValueError, match=rf"train\.bin has token .* with a vocabulary of .* \({kind}\); make it anew"
+        ):
+            prepare(raw, tmp_path / f"{kind}-tokens", params(kind), 1)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00\x00\x00"])
+def test_files_that_hold_no_tokens_of_two_bytes_are_refused(tmp_path: Path, data: bytes):
+    raw = pair(tmp_path / "pair", [0, 1], [0], "ab")
+    (tmp_path / "pair/val.bin").write_bytes(data)
+    shutil.rmtree(raw)
+    write_corpus(given_source(f"bin:{tmp_path}/pair"), raw)
+    with pytest.raises(
+        ValueError, match=rf"val\.bin has {len(data)} bytes, which are no tokens of two bytes; make it an"
+    ):
+        prepare(raw, tmp_path / "tokens", params("char"), 1)
+
+
+def test_a_hostile_vocabulary_is_refused_unexecuted(tmp_path: Path):
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    raw = pair(tmp_path / "pair", [0, 1], [0], "ab")
+    (tmp_path / "pair/meta.pkl").write_bytes(pickle.dumps(Hostile()))
+    shutil.rmtree(raw)
+    write_corpus(given_source(f"bin:{tmp_path}/pair"), raw)
+    message = (
+        r"raw/meta\.pkl is no vocabulary of nanoGPT's character datasets \(its instruction STACK_GLOBAL makes more"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(raw, tmp_path / "tokens", params("char"), 1)
+    assert not (tmp_path / "executed").exists()
+
+
+# --- an existing tokenizer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
+def test_an_existing_tokenizer_gives_other_text_its_tokens(
+    tmp_path: Path, gpt2_files: Path, kind: Kind, documents: list[str]
+):
+    first, tokenizer, _ = run(tmp_path, documents, params(kind), name="first")
+    other = [text[3:] for text in documents]
+    raw = write(tmp_path / "other", other)
+    section = params(f"file:{tmp_path}/first/tokenizer.json")
+    meta = prepare(raw, tmp_path / "tokens", section, 1)
+    assert (meta.tokenizer, meta.tokenizer_sha256, meta.vocab_size) == (kind, first.tokenizer_sha256, first.vocab_size)
+    assert (tmp_path / "tokens/tokenizer.json").read_bytes() == (tmp_path / "first/tokenizer.json").read_bytes()
+    text = tokenizer.decode(load_split(tmp_path / "tokens", "train").tokens)
+    if len(documents) == 1:
+        assert text == other[0][: int(len(other[0]) * 0.9)]
+    else:
+        assert text == "".join(f"{other[i]}<|endoftext|>" for i in shuffled(len(other), 0.1, 2357)[0])
+
+
+def test_a_character_that_an_existing_tokenizer_lacks_is_named(tmp_path: Path):
+    run(tmp_path, ["abcabc"], params("char"), name="first")
+    raw = write(tmp_path / "other", ["abcabcü"])
+    message = (
+        r"other/text\.txt, text at byte \d: character 'ü' \(U\+00FC\) at position \d is not among the 3 characters "
+        r"known; leave it out, or set tokenize\.tokenizer to gpt2 or bpe"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
+
+
+def test_documents_need_an_existing_tokenizer_with_an_end_of_text(tmp_path: Path):
+    run(tmp_path, ["abcabc"], params("char"), name="first")
+    raw = write(tmp_path / "other", ["ab", "c"])
+    message = (
+        r"tokenize\.tokenizer = file:.* has no end-of-text token to put between the documents .*; name another one"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str | None):
+    if content:
+        (tmp_path / "tokenizer.json").write_text(content)
+    raw = write(tmp_path / "raw", ["ab"])
+    message = r"tokenizer\.json (cannot be read|is damaged) \(.*\); name another in tokenize\.tokenizer$"
+    with pytest.raises(ValueError, match=message):
+        prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/tokenizer.json"), 1)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -345,7 +492,7 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, gpt2_files:
     import itertools
     from pathlib import Path
     from nanogpt import prepare
-    from nanogpt.params import TokenizeParams, load_params
+    from nanogpt.params import DownloadParams, TokenizeParams, load_params
     prepare.POOL_BYTES = 0
     prepare.read_text = lambda raw: itertools.repeat("a few words")
     params = TokenizeParams(tokenizer="gpt2", vocab_size=320, val_fraction=0.1, split_seed=1)
