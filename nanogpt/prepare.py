@@ -230,11 +230,11 @@ def _text_spans(
     start = position = 0  # bytes: where the next span begins, and where the next piece of text does
     for name, text, ends in _split_by_position(read_text(raw), info, val_fraction):
         cut = len(text) if ends else last_cut(text)
-        stop = position + utf8_bytes(text[:cut])
+        position += utf8_bytes(text)
+        stop = position - utf8_bytes(text[cut:])
         if cut or (ends and stop > start):
             yield name, Span("text.txt", start, stop)
             start = stop
-        position += utf8_bytes(text)
 
 
 def _split_by_position(

@@ -121,10 +121,10 @@ class CharTokenizer(Tokenizer):
         return known, bytes(table)
 
     @functools.cached_property
-    def _table(self) -> npt.NDArray[np.uint32]:
+    def _table(self) -> Ids:
         """From code point to id; vocab_size for a character that is unknown, and last for all beyond the table."""
         codes = np.array([ord(c) for c in self.characters])
-        table = np.full(codes[-1] + 2, self.vocab_size, dtype=np.uint32)
+        table = np.full(codes[-1] + 2, self.vocab_size, dtype="<u2" if self.vocab_size < 2**16 else "<u4")
         table[codes] = np.arange(len(codes))
         return table
 
@@ -137,10 +137,10 @@ class CharTokenizer(Tokenizer):
                 raise self._unknown(text)
             return np.frombuffer(data.translate(table), dtype=np.uint8).astype(self.dtype)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids: npt.NDArray[np.uint32] = self._table[np.minimum(codes, len(self._table) - 1)]
+        ids: Ids = self._table.take(codes, mode="clip")
         if ids.max() == self.vocab_size:
             raise self._unknown(text)
-        return ids.astype(self.dtype)
+        return ids.astype(self.dtype, copy=False)
 
     def _unknown(self, text: str) -> ValueError:
         known = set(self.characters)
@@ -168,14 +168,13 @@ class Alphabet:
         self._seen = np.zeros(0x110000, dtype=bool)
 
     def add(self, text: str) -> None:
-        if text.isascii():
-            self._ascii += bytes(set(text.encode("ascii").translate(None, delete=self._ascii)))
-        else:
-            self._seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+        # Most characters of most texts are ASCII and known: bytes.translate leaves little for numpy.
+        if rest := text.encode().translate(None, delete=self._ascii):
+            self._seen[np.frombuffer(rest.decode().encode("utf-32-le"), dtype="<u4")] = True
+            self._ascii = bytes(np.flatnonzero(self._seen[:128]).tolist())
 
     def characters(self) -> str:
-        codes = {*self._ascii, *np.flatnonzero(self._seen).tolist()}
-        return "".join(map(chr, sorted(codes)))
+        return "".join(map(chr, np.flatnonzero(self._seen).tolist()))
 
 
 # --- byte pairs -------------------------------------------------------------------------------------------------------
