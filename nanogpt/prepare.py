@@ -53,11 +53,12 @@ from nanogpt.tokenizer import (
     Gpt2Tokenizer,
     Ids,
     Tokenizer,
+    UnknownCharacter,
     load_tokenizer,
     train_bpe,
 )
 
-POOL_BYTES = 8_000_000  # a smaller corpus is encoded before other processes have started
+POOL_BYTES = 24_000_000  # a smaller corpus is encoded before other processes have started
 _WORDS = 2**16  # characters that a tokenizer is trained on at once; the library gathers 256 such texts
 
 
@@ -218,7 +219,7 @@ def _tasks(
 
 def _documents(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Iterator[tuple[SplitName, Span]]:
     train, val = shuffled(info.documents, params.val_fraction, params.split_seed)
-    spans = document_spans(raw, np.concatenate([train, val]))
+    spans = document_spans(raw, itertools.chain(train, val))
     yield from (("train", span) for span in itertools.islice(spans, len(train)))
     yield from (("val", span) for span in spans)
 
@@ -268,7 +269,7 @@ def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) 
         size += utf8_bytes(text)
         try:
             parts += [tokenizer.encode(part) for part in _parts(text, tokenizer.last_cut)]
-        except ValueError as error:
+        except UnknownCharacter as error:
             raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error}") from error
         parts.append(end)
     return Encoded(np.concatenate(parts), size, len(spans) * mark_ends)

@@ -97,6 +97,10 @@ class Tokenizer(abc.ABC):
 # --- characters -------------------------------------------------------------------------------------------------------
 
 
+class UnknownCharacter(ValueError):
+    """A text has a character that the vocabulary lacks."""
+
+
 class CharTokenizer(Tokenizer):
     """One token per character, numbered in code point order (as nanoGPT's), then end of text if there is one."""
 
@@ -142,10 +146,10 @@ class CharTokenizer(Tokenizer):
             raise self._unknown(text)
         return ids.astype(self.dtype, copy=False)
 
-    def _unknown(self, text: str) -> ValueError:
+    def _unknown(self, text: str) -> UnknownCharacter:
         known = set(self.characters)
         position, character = next((i, c) for i, c in enumerate(text) if c not in known)
-        return ValueError(
+        return UnknownCharacter(
             f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the "
             f"{len(self.characters)} characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
         )
