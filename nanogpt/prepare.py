@@ -29,20 +29,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nanogpt import meta_pickle
 from nanogpt.data import CorpusMeta, Meta, SplitMeta, SplitName
 from nanogpt.files import write_text
+from nanogpt.given import given_tokens, tokenizer_of_given
 from nanogpt.params import TokenizeParams
 from nanogpt.raw import (
-    PAIR,
     PIECE,
-    VOCABULARY,
     CorpusInfo,
     Span,
     document_spans,
     load_info,
     read_documents,
-    read_file,
     read_span,
     read_text,
     utf8_bytes,
@@ -91,7 +88,7 @@ def prepare(
     tokenizer.save(directory / "tokenizer.json")
     writers: dict[SplitName, _Writer] = {name: _Writer(directory / f"{name}.bin") for name in ("train", "val")}
     if info.kind == "tokens":
-        encoded_parts = _given_tokens(raw, tokenizer)
+        encoded_parts = _counted(raw, tokenizer)
     else:
         tasks = _tasks(raw, info, params, tokenizer.last_cut)
         encoded_parts = _encode_all(tasks, raw, info, directory / "tokenizer.json", tokenizer, processes)
@@ -126,7 +123,7 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Token
     """
     several = info.kind == "documents"
     if info.kind == "tokens":
-        return _tokenizer_of_given(raw, info, params.tokenizer)
+        return tokenizer_of_given(raw, info, params.tokenizer)
     if params.tokenizer.startswith("file:"):
         return _existing_tokenizer(params.tokenizer, several)
     if params.tokenizer == "gpt2":
@@ -152,27 +149,6 @@ def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
             "name another one, or give one text (download.source)"
         )
     return tokenizer
-
-
-def _tokenizer_of_given(raw: Path, info: CorpusInfo, choice: str) -> Tokenizer:
-    """Of token files: characters as meta.pkl numbers them; GPT-2's tokenizer if there is no meta.pkl."""
-    right = "char" if VOCABULARY in info.files else "gpt2"
-    if choice != right:
-        whose = f"{'with' if right == 'char' else 'without'} a {VOCABULARY}"
-        raise ValueError(f"tokenize.tokenizer = {choice} did not make token files {whose}; set it to {right}")
-    if right == "gpt2":
-        return Gpt2Tokenizer()
-    data = b"".join(itertools.islice(read_file(raw, VOCABULARY), meta_pickle.LARGEST_FILE // PIECE + 1))
-    try:
-        if len(data) > meta_pickle.LARGEST_FILE:
-            raise ValueError(f"it is larger than {meta_pickle.LARGEST_FILE:,} bytes")
-        return CharTokenizer(meta_pickle.characters(data), end_of_text=False)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{raw / VOCABULARY} is no vocabulary of nanoGPT's character datasets ({reason}); use the text itself, "
-            "with download.source = file:<path>"
-        ) from error
 
 
 def _parts(text: str, last_cut: Callable[[str], int]) -> Iterator[str]:
@@ -275,6 +251,15 @@ def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) 
     return Encoded(np.concatenate(parts), size, len(spans) * mark_ends)
 
 
+def _counted(raw: Path, tokenizer: Tokenizer) -> Iterator[tuple[SplitName, Encoded]]:
+    """Token files that are given, in blocks, with what they say."""
+    lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
+    end = tokenizer.vocab_size if tokenizer.end_of_text is None else tokenizer.end_of_text
+    lengths[end:] = 0
+    for name, ids in given_tokens(raw, tokenizer):
+        yield name, Encoded(ids, int(lengths[ids].sum()), int((ids == end).sum()))
+
+
 def _encode_all(
     tasks: Iterator[tuple[SplitName, list[Span]]],
     raw: Path,
@@ -332,36 +317,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-# --- tokens that are given --------------------------------------------------------------------------------------------
-
-
-def _given_tokens(raw: Path, tokenizer: Tokenizer) -> Iterator[tuple[SplitName, Encoded]]:
-    """The tokens of train.bin and val.bin as they are. Raises ValueError for what is no token of the tokenizer."""
-    lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
-    if tokenizer.end_of_text is not None:
-        lengths[tokenizer.end_of_text] = 0
-    names: tuple[SplitName, SplitName] = ("train", "val")
-    for name, file in zip(names, PAIR, strict=True):
-        for ids in _two_byte_tokens(raw, file):
-            if ids.max() >= tokenizer.vocab_size:
-                vocabulary = f"a vocabulary of {tokenizer.vocab_size:,} ({tokenizer.name})"
-                raise ValueError(
-                    f"{raw / file} has token {ids.max():,}, with {vocabulary}; make it anew, or use the text itself, "
-                    "with download.source = file:<path>"
-                )
-            yield name, Encoded(ids, int(lengths[ids].sum()), int(np.sum(ids == (tokenizer.end_of_text or -1))))
-
-
-def _two_byte_tokens(raw: Path, file: str) -> Iterator[Ids]:
-    done = 0
-    for block in itertools.chain(read_file(raw, file), [b""]):
-        done += len(block)
-        if len(block) % 2 or not done:
-            raise ValueError(f"{raw / file} has {done:,} bytes, which are no tokens of two bytes; make it anew")
-        if block:
-            yield np.frombuffer(block, dtype="<u2")
 
 
 # --- write ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ LEVELS: list[dict[str, set[str]]] = [
         "raw": {"files"},
         "corpus": {"grammar", "params", "raw"},
         "data": {"counter", "files"},
-        "prepare": {"data", "files", "meta_pickle", "params", "raw", "tokenizer"},
+        "given": {"data", "meta_pickle", "raw", "tokenizer"},
+        "prepare": {"data", "files", "given", "params", "raw", "tokenizer"},
         "floor": {"grammar", "tokenizer"},
         "model": set(),
         "flops": {"model"},
@@ -59,7 +60,19 @@ EDGES = {module: imports for level in LEVELS for module, imports in level.items(
 
 MLFLOW = {"mlflow_model", "mlflow_server", "tracking", "tracking_follow", "tracking_models"}
 WITHOUT_TORCH = {  # not even by what they import
-    *("corpus", "counter", "data", "files", "floor", "grammar", "journal", "meta_pickle", "mlflow_server", "params"),
+    *(
+        "corpus",
+        "counter",
+        "data",
+        "files",
+        "floor",
+        "given",
+        "grammar",
+        "journal",
+        "meta_pickle",
+        "mlflow_server",
+        "params",
+    ),
     *(
         "prepare",
         "provenance",
