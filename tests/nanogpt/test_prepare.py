@@ -1,8 +1,6 @@
 import json
 import math
 import os
-import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +17,13 @@ from nanogpt import prepare as prepare_module
 from nanogpt import raw as raw_module
 from nanogpt.corpus import write_corpus
 from nanogpt.data import Meta, load_meta, load_split
-from nanogpt.params import DownloadParams, TokenizeParams, load_params
+from nanogpt.params import TokenizeParams
 from nanogpt.prepare import prepare, shuffled
 from nanogpt.raw import Writer, read_text
 from nanogpt.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer
+from tests.nanogpt.test_given import given_source, pair
 
 Kind = Literal["char", "gpt2", "bpe"]
-REPOSITORY = Path(__file__).parents[2]
 KINDS: list[Kind] = ["char", "gpt2", "bpe"]
 
 SENTENCES = "The cat's on the mat. It isn't yours, is it?\n\n  Números: 1234 ünïcödé 你好吗 🙂!\tthe end"
@@ -44,10 +42,6 @@ def write(raw: Path, documents: Iterable[str]) -> Path:
 def params(tokenizer: str, **changes: Any) -> TokenizeParams:
     values = {"tokenizer": tokenizer, "vocab_size": 320, "val_fraction": 0.1, "split_seed": 2357}
     return TokenizeParams(**(values | changes))
-
-
-def given_source(source: str) -> DownloadParams:
-    return load_params(REPOSITORY / "params.yaml").download.model_copy(update={"source": source})
 
 
 def run(
@@ -299,19 +293,6 @@ def test_openwebtexts_files_are_nanogpts(
 # --- token files of nanoGPT -------------------------------------------------------------------------------------------
 
 
-def pair(folder: Path, train: Iterable[int], val: Iterable[int], characters: str = "") -> Path:
-    """A folder as nanoGPT's prepare.py leaves it, with a meta.pkl if there are characters; its source is data/raw."""
-    folder.mkdir()
-    for name, ids in (("train.bin", train), ("val.bin", val)):
-        np.array(list(ids), dtype=np.uint16).tofile(folder / name)
-    if characters:
-        itos = dict(enumerate(characters))
-        stoi = {character: number for number, character in itos.items()}
-        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi}))
-    write_corpus(given_source(f"bin:{folder}"), raw := folder.with_name(f"{folder.name}-raw"))
-    return raw
-
-
 @pytest.mark.parametrize("kind", ["char", "gpt2"])
 @pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
 def test_token_files_are_taken_as_they_are(tmp_path: Path, gpt2_files: Path, kind: Kind, documents: list[str]):
@@ -331,58 +312,6 @@ def test_token_files_are_taken_as_they_are(tmp_path: Path, gpt2_files: Path, kin
     for name in ("train.bin", "val.bin"):
         assert theirs[name] == (tmp_path / "pair" / name).read_bytes()
     load_split(tmp_path / "theirs", "val")
-
-
-@pytest.mark.parametrize(
-    ("kind", "characters", "right"),
-    [("gpt2", "ab", "char"), ("bpe", "ab", "char"), ("char", "", "gpt2"), ("bpe", "", "gpt2")],
-)
-def test_another_tokenizer_than_that_of_the_token_files_is_refused(
-    tmp_path: Path, kind: Kind, characters: str, right: str
-):
-    raw = pair(tmp_path / "pair", [0, 1], [0], characters)
-    message = rf"tokenize\.tokenizer = {kind} did not make token files with(out)? a meta\.pkl; set it to {right}$"
-    with pytest.raises(ValueError, match=message):
-        prepare(raw, tmp_path / "tokens", params(kind), 1)
-
-
-@pytest.mark.parametrize("train", [[0, 1, 2], [65535]])
-def test_a_token_that_the_vocabulary_lacks_is_refused(tmp_path: Path, gpt2_files: Path, train: list[int]):
-    for kind, characters in (("char", "ab"), ("gpt2", "")):
-        raw = pair(tmp_path / kind, [*train, 50_257], [0], characters)
-        with pytest.raises(
-            ValueError, match=rf"train\.bin has token .* with a vocabulary of .* \({kind}\); make it anew"
-        ):
-            prepare(raw, tmp_path / f"{kind}-tokens", params(kind), 1)
-
-
-@pytest.mark.parametrize("data", [b"", b"\x00\x00\x00"])
-def test_files_that_hold_no_tokens_of_two_bytes_are_refused(tmp_path: Path, data: bytes):
-    raw = pair(tmp_path / "pair", [0, 1], [0], "ab")
-    (tmp_path / "pair/val.bin").write_bytes(data)
-    shutil.rmtree(raw)
-    write_corpus(given_source(f"bin:{tmp_path}/pair"), raw)
-    with pytest.raises(
-        ValueError, match=rf"val\.bin has {len(data)} bytes, which are no tokens of two bytes; make it an"
-    ):
-        prepare(raw, tmp_path / "tokens", params("char"), 1)
-
-
-def test_a_hostile_vocabulary_is_refused_unexecuted(tmp_path: Path):
-    class Hostile:
-        def __reduce__(self) -> Any:
-            return Path.touch, (tmp_path / "executed",)
-
-    raw = pair(tmp_path / "pair", [0, 1], [0], "ab")
-    (tmp_path / "pair/meta.pkl").write_bytes(pickle.dumps(Hostile()))
-    shutil.rmtree(raw)
-    write_corpus(given_source(f"bin:{tmp_path}/pair"), raw)
-    message = (
-        r"raw/meta\.pkl is no vocabulary of nanoGPT's character datasets \(its instruction STACK_GLOBAL makes more"
-    )
-    with pytest.raises(ValueError, match=message):
-        prepare(raw, tmp_path / "tokens", params("char"), 1)
-    assert not (tmp_path / "executed").exists()
 
 
 # --- an existing tokenizer --------------------------------------------------------------------------------------------
@@ -492,7 +421,7 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, gpt2_files:
     import itertools
     from pathlib import Path
     from nanogpt import prepare
-    from nanogpt.params import DownloadParams, TokenizeParams, load_params
+    from nanogpt.params import TokenizeParams
     prepare.POOL_BYTES = 0
     prepare.read_text = lambda raw: itertools.repeat("a few words")
     params = TokenizeParams(tokenizer="gpt2", vocab_size=320, val_fraction=0.1, split_seed=1)
