@@ -77,9 +77,9 @@ def run(preset: str, text: Path | None, seed: int) -> dict[str, Any]:
         begin = time.perf_counter()
         clone.run("dvc", "repro")
         total = time.perf_counter() - begin
-        metrics = {
-            name: json.loads((clone.path / f"metrics/{name}.json").read_text()) for name in ("train", "evaluate")
-        }
+        train, evaluate = (
+            json.loads((clone.path / f"metrics/{name}.json").read_text()) for name in ("train", "evaluate")
+        )
         records = [record for record, _ in read_records(attempts(clone.path / ".runs")[-1] / "journal.jsonl")]
     start = next(record["t"] for record in records if record["kind"] == "start")
     return {

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from nanogpt.params import DownloadParams
-from nanogpt.raw import PIECE, CorpusInfo, Document, LineTooLong, Writer, lines
+from nanogpt.raw import PIECE, CorpusInfo, Document, LineTooLong, Writer, copy_tokens, lines
 
 MIRROR = "NANOGPT_MIRROR"  # environment variable: a folder with files named by their sha256 or their own name
 _ATTEMPTS = 4
 _PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
 _TIMEOUT = 30.0  # seconds without any byte
-_NO_NETWORK = "sources that need no network: grammar, file:<path>"
+_NO_NETWORK = "sources that need no network: grammar, file:<path>, bin:<folder>"
 _SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -66,11 +66,13 @@ def write_corpus(
     update: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> CorpusInfo:
-    """Fills the new directory `raw` from params.source; `update` is told the bytes of text so far.
+    """Fills the new directory `raw` from params.source; `update` is told the bytes so far.
 
     Raises ValueError, one line with the remedy, for a source that cannot be reached, found or read, is not what its
     sha256 says, is empty, or larger than params.max_gigabytes. What is then left in `raw` is for the caller to remove.
     """
+    if params.source.startswith("bin:"):
+        return copy_tokens(params.source, raw, params.max_gigabytes, update)
     writer = Writer(raw, params.max_gigabytes, update)
     for document in _documents(params, raw, warn):
         writer.add(document)

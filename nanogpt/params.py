@@ -33,7 +33,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class DownloadParams(Section):
-    source: Annotated[str, Field(pattern=r"^(grammar|shakespeare|openwebtext|hf:.+|file:.+)$")]
+    source: Annotated[str, Field(pattern=r"^(grammar|shakespeare|openwebtext|hf:.+|file:.+|bin:.+)$")]
     documents: Annotated[int, Field(ge=2, lt=2**63)]
     seed: Seed
     texts: Text
@@ -44,7 +44,7 @@ class DownloadParams(Section):
 
 
 class TokenizeParams(Section):
-    tokenizer: Literal["char", "gpt2", "bpe"]
+    tokenizer: Annotated[str, Field(pattern=r"^(char|gpt2|bpe|file:.+)$")]
     vocab_size: Annotated[int, Field(ge=257, le=2**20)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: Seed
@@ -266,10 +266,17 @@ def _conflicts(params: Params) -> Iterator[str]:
             f"evaluate.stride = {stride} is above model.block_size = {model.block_size}, so tokens would be skipped; "
             "lower it or set it to null"
         )
-    if download.source.startswith("file:") and not _lies_in(download.source[5:], download.texts):
+    kind, _, name = download.source.partition(":")
+    if kind in {"file", "bin"} and not _lies_in(name, download.texts):
         yield (
             f"download.source = {download.source} does not lie in download.texts = {download.texts}, so DVC would not "
             "see it change; set download.texts to its folder"
+        )
+    kind, _, name = params.tokenize.tokenizer.partition(":")
+    if kind == "file" and not _lies_in(name, train.pretrained):
+        yield (
+            f"tokenize.tokenizer = {params.tokenize.tokenizer} does not lie in train.pretrained = {train.pretrained}, "
+            "so DVC would not see it change; set train.pretrained to its folder"
         )
 
 

@@ -1,14 +1,18 @@
 """Documents to token files: train.bin, val.bin, tokenizer.json and meta.json in one directory.
 
-One text is split by position, as nanoGPT does; several documents are split by document, with an end-of-text token after
-each. Long texts are cut in pieces only where that does not change their tokens, pieces are encoded by several processes
-and written in order, so neither the cuts nor the number of processes can be seen in the result, and memory stays flat.
-(It grows by 9 bytes per document for the split, and a text without any white space is one piece for a byte-pair
-tokenizer.)
+One text is split by position, as nanoGPT does. Several documents are shuffled and split by the rule of Hugging Face's
+`datasets`, with an end-of-text token after each, as nanoGPT does with OpenWebText. Token files that nanoGPT made are
+taken as they are.
+
+The main process decides where pieces of text begin and end, and several processes read and encode them. Long texts are
+cut only where that does not change their tokens, and what was encoded is written in order, so neither the cuts nor the
+number of processes can be seen in the result, and memory stays flat. (It grows by 16 bytes per document for the split,
+and a text without any white space is one piece for a byte-pair tokenizer.)
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -25,40 +29,43 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nanogpt import counter
 from nanogpt.data import CorpusMeta, Meta, SplitMeta, SplitName
 from nanogpt.files import write_text
+from nanogpt.given import given_tokens, tokenizer_of_given
 from nanogpt.params import TokenizeParams
-from nanogpt.raw import PIECE, CorpusInfo, load_info, read_documents, read_text, utf8_bytes
+from nanogpt.raw import (
+    PIECE,
+    CorpusInfo,
+    Span,
+    document_spans,
+    load_info,
+    read_documents,
+    read_span,
+    read_text,
+    utf8_bytes,
+)
 from nanogpt.tokenizer import (
     Alphabet,
     CharTokenizer,
     Gpt2Tokenizer,
     Ids,
     Tokenizer,
+    UnknownCharacter,
     load_tokenizer,
     train_bpe,
 )
 
-POOL_BYTES = 8_000_000  # a smaller corpus is encoded before other processes have started
+POOL_BYTES = 24_000_000  # a smaller corpus is encoded before other processes have started
 _WORDS = 2**16  # characters that a tokenizer is trained on at once; the library gathers 256 such texts
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a document; `ends`: its last one."""
-
-    text: str
-    ends: bool
-
-
-@dataclass(frozen=True)
 class Encoded:
-    """The tokens of some pieces, and what meta.json counts of their text."""
+    """The tokens of some text, and what meta.json counts of it."""
 
     ids: Ids
     bytes: int
-    documents: int
+    ends: int  # end-of-text tokens among them
 
 
 def prepare(
@@ -80,26 +87,33 @@ def prepare(
         warn(f"the text yields {tokenizer.vocab_size} tokens, not tokenize.vocab_size = {params.vocab_size}")
     tokenizer.save(directory / "tokenizer.json")
     writers: dict[SplitName, _Writer] = {name: _Writer(directory / f"{name}.bin") for name in ("train", "val")}
-    tasks = _tasks(_recut(_pieces(raw, info, params), tokenizer.last_cut))
+    if info.kind == "tokens":
+        encoded_parts = _counted(raw, tokenizer)
+    else:
+        tasks = _tasks(raw, info, params, tokenizer.last_cut)
+        encoded_parts = _encode_all(tasks, raw, info, directory / "tokenizer.json", tokenizer, processes)
     done = 0
-    for name, encoded in _encode_all(tasks, tokenizer, directory, info, processes):
+    for name, encoded in encoded_parts:
         writers[name].write(encoded)
         done += encoded.bytes
         update(done)
     train, val = writers["train"], writers["val"]
-    several = info.documents > 1
+    ends = train.ends + val.ends
     meta = Meta(
         dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
         vocab_size=tokenizer.vocab_size,
-        tokenizer=params.tokenizer,
+        tokenizer=tokenizer.name,
         tokenizer_sha256=tokenizer.sha256,
         end_of_text=tokenizer.end_of_text,
-        corpus=CorpusMeta(source=info.source, documents=info.documents),
-        train=train.close(tokenizer.end_of_text if several else None),
-        val=val.close(tokenizer.end_of_text if several else train.last),
+        corpus=CorpusMeta(source=info.source, documents=max(1, ends)),
+        train=train.close(tokenizer.end_of_text, tokenizer.end_of_text if ends else None),
+        val=val.close(tokenizer.end_of_text, tokenizer.end_of_text if ends else train.last),
     )
     write_text(directory / "meta.json", json.dumps(meta.model_dump(), sort_keys=True, indent=2) + "\n")
     return meta
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Tokenizer:
@@ -107,7 +121,11 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Token
 
     char and bpe have an end-of-text token only if the corpus has several documents; GPT-2's always has.
     """
-    several = info.documents > 1
+    several = info.kind == "documents"
+    if info.kind == "tokens":
+        return tokenizer_of_given(raw, info, params.tokenizer)
+    if params.tokenizer.startswith("file:"):
+        return _existing_tokenizer(params.tokenizer, several)
     if params.tokenizer == "gpt2":
         return Gpt2Tokenizer()
     if params.tokenizer == "char":
@@ -117,10 +135,20 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Token
         return CharTokenizer(alphabet.characters(), end_of_text=several)
     # Any byte-pair tokenizer cuts where this one may, so the words that are counted are whole.
     last_cut = Gpt2Tokenizer().last_cut
-    pieces = _recut(_pieces(raw, info, params), last_cut)
-    texts = (piece.text for name, piece in pieces if name == "train")
+    tasks = _tasks(raw, info, params, last_cut)
+    texts = (read_span(raw, span) for name, spans in tasks if name == "train" for span in spans)
     words = (part for text in texts for part in _parts(text, last_cut))
     return train_bpe(words, params.vocab_size, end_of_text=several)
+
+
+def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
+    tokenizer = load_tokenizer(Path(choice.removeprefix("file:")), remedy="name another in tokenize.tokenizer")
+    if several and tokenizer.end_of_text is None:
+        raise ValueError(
+            f"tokenize.tokenizer = {choice} has no end-of-text token to put between the documents of the corpus; "
+            "name another one, or give one text (download.source)"
+        )
+    return tokenizer
 
 
 def _parts(text: str, last_cut: Callable[[str], int]) -> Iterator[str]:
@@ -136,33 +164,60 @@ def _parts(text: str, last_cut: Callable[[str], int]) -> Iterator[str]:
 # --- split and cut ----------------------------------------------------------------------------------------------------
 
 
-def held_out(documents: int, val_fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which documents are for validation: exactly ceil(documents * val_fraction), but one at least is left to train on.
+def shuffled(documents: int, val_fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The numbers of the documents to train on and of those held out, each in the order in which they are written.
 
-    Those with the lowest random number, which is a pure function of seed and position; no two have the same.
+    The rule of `Dataset.train_test_split(test_size=val_fraction, seed=seed)` of Hugging Face's `datasets`: the first
+    ceil(documents * val_fraction) of a permutation are held out. (Where none were left to train on, we leave one.)
     """
-    count = min(math.ceil(documents * val_fraction), documents - 1)
-    keys = counter.bits(seed, np.arange(documents))
-    highest: np.uint64 = np.partition(keys, count - 1)[count - 1]
-    return keys <= highest
+    permutation = np.random.default_rng(seed).permutation(documents)
+    count = min(math.ceil(val_fraction * documents), documents - 1)
+    return permutation[count:], permutation[:count]
 
 
-def _pieces(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Iterator[tuple[SplitName, Piece]]:
-    """All text in order, in pieces of at most PIECE characters, and the split that each belongs to."""
-    if info.documents == 1:
-        yield from _split_by_position(read_text(raw), info, params.val_fraction)
-        return
-    mask = held_out(info.documents, params.val_fraction, params.split_seed)
-    for held, text in zip(mask, read_documents(raw), strict=True):
-        name: SplitName = "val" if held else "train"
-        for start in range(0, max(1, len(text)), PIECE):
-            yield name, Piece(text[start : start + PIECE], ends=start + PIECE >= len(text))
+def _tasks(
+    raw: Path, info: CorpusInfo, params: TokenizeParams, last_cut: Callable[[str], int]
+) -> Iterator[tuple[SplitName, list[Span]]]:
+    """All text of the train split, then of the other; about PIECE bytes at once."""
+    spans = (
+        _text_spans(raw, info, params.val_fraction, last_cut) if info.kind == "text" else _documents(raw, info, params)
+    )
+    for name, of_split in itertools.groupby(spans, key=lambda item: item[0]):
+        gathered, size = [], 0
+        for _, span in of_split:
+            gathered.append(span)
+            size += span.size
+            if size >= PIECE:
+                yield name, gathered
+                gathered, size = [], 0
+        yield name, gathered
+
+
+def _documents(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Iterator[tuple[SplitName, Span]]:
+    train, val = shuffled(info.documents, params.val_fraction, params.split_seed)
+    spans = document_spans(raw, itertools.chain(train, val))
+    yield from (("train", span) for span in itertools.islice(spans, len(train)))
+    yield from (("val", span) for span in spans)
+
+
+def _text_spans(
+    raw: Path, info: CorpusInfo, val_fraction: float, last_cut: Callable[[str], int]
+) -> Iterator[tuple[SplitName, Span]]:
+    """One text in spans of about PIECE bytes, cut where that does not change its tokens."""
+    start = position = 0  # bytes: where the next span begins, and where the next piece of text does
+    for name, text, ends in _split_by_position(read_text(raw), info, val_fraction):
+        cut = len(text) if ends else last_cut(text)
+        position += utf8_bytes(text)
+        stop = position - utf8_bytes(text[cut:])
+        if cut or (ends and stop > start):
+            yield name, Span("text.txt", start, stop)
+            start = stop
 
 
 def _split_by_position(
     texts: Iterable[str], info: CorpusInfo, val_fraction: float
-) -> Iterator[tuple[SplitName, Piece]]:
-    """The first part of the characters is for training, as many as nanoGPT takes."""
+) -> Iterator[tuple[SplitName, str, bool]]:
+    """The first part of the characters is for training, as many as nanoGPT takes; True: a split ends here."""
     left = int(info.characters * (1 - val_fraction))
     if not 0 < left < info.characters:
         raise ValueError(
@@ -171,73 +226,64 @@ def _split_by_position(
         )
     for text in texts:
         if left:
-            yield "train", Piece(text[:left], ends=left <= len(text))
+            yield "train", text[:left], left <= len(text)
         if len(text) > left:
-            yield "val", Piece(text[left:], ends=False)
+            yield "val", text[left:], False
         left = max(0, left - len(text))
-    yield "val", Piece("", ends=True)
-
-
-def _recut(
-    pieces: Iterable[tuple[SplitName, Piece]], last_cut: Callable[[str], int]
-) -> Iterator[tuple[SplitName, Piece]]:
-    """The same text, cut where that does not change its tokens."""
-    waiting: list[str] = []
-    for name, piece in pieces:
-        end = len(piece.text) if piece.ends else last_cut(piece.text)
-        if end or piece.ends:
-            yield name, Piece("".join([*waiting, piece.text[:end]]), piece.ends)
-            waiting = []
-        waiting.append(piece.text[end:])
-
-
-def _tasks(pieces: Iterable[tuple[SplitName, Piece]]) -> Iterator[tuple[SplitName, list[Piece]]]:
-    """Pieces of one split together, about PIECE characters at once; each split's stay in order."""
-    gathered: dict[SplitName, list[Piece]] = {"train": [], "val": []}
-    sizes = dict.fromkeys(gathered, 0)
-    for name, piece in pieces:
-        gathered[name].append(piece)
-        sizes[name] += len(piece.text) + 1  # even empty ones add up
-        if sizes[name] >= PIECE:
-            yield name, gathered[name]
-            gathered[name], sizes[name] = [], 0
-    yield from gathered.items()
+    yield "val", "", True
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------
 
 
-def encode(pieces: list[Piece], tokenizer: Tokenizer, mark_ends: bool) -> Encoded:
-    """The pieces' tokens in a row, with an end-of-text token where a document ends if `mark_ends`."""
+def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) -> Encoded:
+    """The tokens of the texts that lie there, with an end-of-text token after each if `mark_ends`."""
     end = np.array([tokenizer.end_of_text] if mark_ends else [], dtype=tokenizer.dtype)
-    parts = [part for piece in pieces for part in (tokenizer.encode(piece.text), end if piece.ends else end[:0])]
-    ids = np.concatenate(parts) if parts else end[:0]
-    return Encoded(ids, sum(utf8_bytes(piece.text) for piece in pieces), sum(piece.ends for piece in pieces))
+    parts, size = [end[:0]], 0
+    for span in spans:
+        text = read_span(raw, span)
+        size += utf8_bytes(text)
+        try:
+            parts += [tokenizer.encode(part) for part in _parts(text, tokenizer.last_cut)]
+        except UnknownCharacter as error:
+            raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error}") from error
+        parts.append(end)
+    return Encoded(np.concatenate(parts), size, len(spans) * mark_ends)
+
+
+def _counted(raw: Path, tokenizer: Tokenizer) -> Iterator[tuple[SplitName, Encoded]]:
+    """Token files that are given, in blocks, with what they say."""
+    lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
+    end = tokenizer.vocab_size if tokenizer.end_of_text is None else tokenizer.end_of_text
+    lengths[end:] = 0
+    for name, ids in given_tokens(raw, tokenizer):
+        yield name, Encoded(ids, int(lengths[ids].sum()), int((ids == end).sum()))
 
 
 def _encode_all(
-    tasks: Iterator[tuple[SplitName, list[Piece]]],
-    tokenizer: Tokenizer,
-    directory: Path,
+    tasks: Iterator[tuple[SplitName, list[Span]]],
+    raw: Path,
     info: CorpusInfo,
+    saved: Path,
+    tokenizer: Tokenizer,
     processes: int,
 ) -> Iterator[tuple[SplitName, Encoded]]:
     """Encodes the tasks, in order, a few of them at a time; with several processes where that pays.
 
     It does not for single characters: to look them up takes less time than to send them to another process.
     """
-    mark_ends = info.documents > 1
+    mark_ends = info.kind == "documents"
     if processes == 1 or info.bytes < POOL_BYTES or isinstance(tokenizer, CharTokenizer):
-        yield from ((name, encode(pieces, tokenizer, mark_ends)) for name, pieces in tasks)
+        yield from ((name, encode(raw, spans, tokenizer, mark_ends)) for name, spans in tasks)
         return
     # A fresh interpreter for each: a fork would share the threads of a tokenizer that was trained here.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker)
-    work = functools.partial(_encode_in_worker, directory / "tokenizer.json", mark_ends)
+    work = functools.partial(_encode_in_worker, raw, saved, mark_ends)
     try:
         under_way: deque[tuple[SplitName, Future[Encoded]]] = deque()
-        for name, pieces in tasks:
-            under_way.append((name, pool.submit(work, pieces)))
+        for name, spans in tasks:
+            under_way.append((name, pool.submit(work, spans)))
             if len(under_way) > 2 * processes:
                 yield _first_result(under_way)
         while under_way:
@@ -256,8 +302,8 @@ def _first_result(under_way: "deque[tuple[SplitName, Future[Encoded]]]") -> tupl
 _loaded = functools.cache(load_tokenizer)  # once per worker process
 
 
-def _encode_in_worker(tokenizer: Path, mark_ends: bool, pieces: list[Piece]) -> Encoded:
-    return encode(pieces, _loaded(tokenizer), mark_ends)
+def _encode_in_worker(raw: Path, tokenizer: Path, mark_ends: bool, spans: list[Span]) -> Encoded:
+    return encode(raw, spans, _loaded(tokenizer), mark_ends)
 
 
 def _start_worker() -> None:
@@ -282,7 +328,7 @@ class _Writer:
     def __init__(self, path: Path):
         self.path, self.file = path, path.open("wb")
         self.digest = hashlib.sha256()
-        self.tokens = self.bytes = self.documents = 0
+        self.tokens = self.bytes = self.ends = 0
         self.last: int | None = None
 
     def write(self, encoded: Encoded) -> None:
@@ -291,16 +337,16 @@ class _Writer:
         self.digest.update(data)
         self.tokens += len(encoded.ids)
         self.bytes += encoded.bytes
-        self.documents += encoded.documents
+        self.ends += encoded.ends
         if len(encoded.ids):
             self.last = int(encoded.ids[-1])
 
-    def close(self, first_context: int | None) -> SplitMeta:
+    def close(self, end_of_text: int | None, first_context: int | None) -> SplitMeta:
         self.file.close()
         return SplitMeta(
             tokens=self.tokens,
             bytes=self.bytes,
-            documents=self.documents,
+            documents=self.ends + (self.last != end_of_text),  # the last one of a text that goes on has no end
             sha256=self.digest.hexdigest(),
             first_context=first_context,
         )

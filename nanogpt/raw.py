@@ -1,22 +1,26 @@
 """data/raw/: the one form in which raw text is kept, whatever its source; written here, and read here with its hashes.
 
 A corpus of one text is text.txt (exactly its UTF-8 bytes); one of several documents is documents-00000.jsonl,
-documents-00001.jsonl, ... (a {"text": ...} per line). corpus.json counts them and holds each file's sha256. Nothing in
-it tells when, where or by which mirror the text came, so the same text gives the same bytes on every machine.
+documents-00001.jsonl, ... (a {"text": ...} per line); one that was tokenized elsewhere is its token files, as they are.
+corpus.json counts texts and holds each file's sha256. Nothing in it tells when, where or by which mirror the text came,
+so the same text gives the same bytes on every machine.
 
 Text goes by in pieces of some hundred kilobytes; only a document of several must fit into memory.
 """
 
+import bisect
 import codecs
 import hashlib
 import itertools
 import json
 import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nanogpt.files import check_regular, read_bytes, write_text
 
@@ -26,7 +30,10 @@ PIECE = 2**18  # bytes that are read at once; a larger piece leaves the processo
 SHARD = 64_000_000  # bytes after which documents go to the next file
 _LARGEST_INFO = 2**24  # bytes of corpus.json; it lists 64 MB of text in 100 bytes
 
-Count = Annotated[int, Field(ge=1, lt=2**63)]
+PAIR = ("train.bin", "val.bin")  # token files as nanoGPT writes them
+VOCABULARY = "meta.pkl"  # beside those of nanoGPT's character datasets; without it the tokens are GPT-2's
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # 0: of token files, whose text is counted when they are tokenized
 
 
 class CorpusInfo(BaseModel):
@@ -39,9 +46,40 @@ class CorpusInfo(BaseModel):
     characters: Count
     bytes: Count  # of text, as UTF-8
     files: dict[
-        Annotated[str, Field(pattern=r"^(text\.txt|documents-[0-9]{5,9}\.jsonl)$")],
+        Annotated[str, Field(pattern=r"^(text\.txt|documents-[0-9]{5,9}\.jsonl|train\.bin|val\.bin|meta\.pkl)$")],
         Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")],
     ]
+
+    @property
+    def kind(self) -> Literal["text", "documents", "tokens"]:
+        if self.documents > 1:
+            return "documents"
+        return "text" if self.documents else "tokens"
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = set(self.files)
+        expected = {
+            "text": names == {"text.txt"},
+            "documents": bool(names) and all(name.startswith("documents-") for name in names),
+            "tokens": names - {VOCABULARY} == set(PAIR),
+        }
+        if not expected[self.kind]:
+            raise ValueError(f"its files are not those of {self.documents} documents")
+        return self
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a text lies: bytes of a file of data/raw; of documents-*.jsonl they are one whole line."""
+
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -86,8 +124,7 @@ class Writer:
             bytes=self.bytes,
             files={name: digest.hexdigest() for name, digest in self.files.items()},
         )
-        write_text(self.raw / "corpus.json", json.dumps(info.model_dump(), sort_keys=True, indent=2) + "\n")
-        return info
+        return _write_info(self.raw, info)
 
     def _counted(self, document: Document) -> Document:
         for piece in document:
@@ -120,6 +157,44 @@ class Writer:
         self.file = None
 
 
+def copy_tokens(source: str, raw: Path, max_gigabytes: float, update: Callable[[int], None]) -> CorpusInfo:
+    """Fills the new directory `raw` with the token files of the folder that `source`, bin:<folder>, names.
+
+    Raises ValueError if they are not there or larger than `max_gigabytes` (10^9 bytes).
+    """
+    folder, done, files = Path(source.partition(":")[2]), 0, {}
+    raw.mkdir(parents=True)
+    for name in (*PAIR, VOCABULARY) if (folder / VOCABULARY).exists() else PAIR:
+        digest = hashlib.sha256()
+        with _given(folder / name, source) as theirs, (raw / name).open("wb") as ours:
+            while block := theirs.read(PIECE):
+                done += len(block)
+                if done > max_gigabytes * 1e9:
+                    limit = f"download.max_gigabytes = {max_gigabytes}"
+                    raise ValueError(f"the files of {folder} are larger than {limit}; raise it")
+                ours.write(block)
+                digest.update(block)
+                update(done)
+        files[name] = digest.hexdigest()
+    return _write_info(raw, CorpusInfo(source=_label(source), documents=0, characters=0, bytes=0, files=files))
+
+
+def _given(path: Path, source: str) -> BinaryIO:
+    try:
+        check_regular(path)
+        return path.open("rb")
+    except OSError as error:
+        raise ValueError(
+            f"download.source = {source}: {path} cannot be read ({error.strerror}); name the folder into which nanoGPT "
+            "wrote train.bin and val.bin (by an absolute path under `dvc exp run --temp` and in the queue)"
+        ) from error
+
+
+def _write_info(raw: Path, info: CorpusInfo) -> CorpusInfo:
+    write_text(raw / "corpus.json", json.dumps(info.model_dump(), sort_keys=True, indent=2) + "\n")
+    return info
+
+
 def _label(source: str) -> str:
     """The source without an absolute path, which another machine does not have."""
     kind, _, name = source.partition(":")
@@ -146,14 +221,50 @@ def read_documents(raw: Path) -> Iterator[str]:
     So what was made of the documents must not be published before the last one has come.
     """
     info, found = load_info(raw), 0
-    for name, sha256 in info.files.items():
-        if name == "text.txt":
-            yield "".join(read_text(raw))
-            found += 1
-            continue
-        for line in lines(_verified(raw / name, sha256)):
+    if info.kind == "text":
+        yield "".join(read_text(raw))
+        return
+    for name in info.files:
+        for line in lines(read_file(raw, name)):
             yield _document(line, raw / name)
             found += 1
+    _check_number(raw, info, found)
+
+
+def document_spans(raw: Path, chosen: Iterable[int]) -> Iterator[Span]:
+    """Where the documents with these numbers lie, in that order. Memory: 8 bytes for each document of the corpus.
+
+    Raises ValueError as `read_documents` does, but before the first span comes.
+    """
+    info = load_info(raw)
+    names, bases, ends, position = list(info.files), [0], array("q"), 0
+    for name in names:
+        for line in lines(read_file(raw, name)):
+            position += len(line)
+            ends.append(position)
+        bases.append(position)
+    _check_number(raw, info, len(ends))
+    for document in chosen:
+        start = ends[document - 1] if document else 0
+        number = bisect.bisect_right(bases, start) - 1
+        yield Span(names[number], start - bases[number], ends[document] - bases[number])
+
+
+def read_span(raw: Path, span: Span) -> str:
+    """The text that lies there, from a file whose sha256 somebody compares. Raises ValueError as `read_documents`."""
+    path = raw / span.file
+    try:
+        with path.open("rb") as file:
+            file.seek(span.start)
+            data = file.read(span.size)
+        return _document(data, path) if path.suffix == ".jsonl" else data.decode()
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "is damaged") from error
+
+
+def _check_number(raw: Path, info: CorpusInfo, found: int) -> None:
     if found != info.documents:
         raise _damaged(raw / "corpus.json", f"says {info.documents:,} documents and the files hold {found:,}")
 
@@ -171,20 +282,19 @@ def _document(line: bytes, path: Path) -> str:
 
 def read_text(raw: Path) -> Iterator[str]:
     """The one text of a corpus that has but one, in pieces; raises ValueError as `read_documents` does."""
-    path = raw / "text.txt"
     decoder = codecs.getincrementaldecoder("utf-8")()
-    sha256 = load_info(raw).files.get(path.name)
-    if sha256 is None:
-        raise _damaged(raw / "corpus.json", f"does not list {path.name}")
-    for block in itertools.chain(_verified(path, sha256), [b""]):
+    for block in itertools.chain(read_file(raw, "text.txt"), [b""]):
         try:
             yield decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise _damaged(path, "is damaged") from error
+            raise _damaged(raw / "text.txt", "is damaged") from error
 
 
-def _verified(path: Path, sha256: str) -> Iterator[bytes]:
-    digest = hashlib.sha256()
+def read_file(raw: Path, name: str) -> Iterator[bytes]:
+    """A file's bytes, in pieces of PIECE. Raises ValueError, at its end, if its sha256 is not corpus.json's."""
+    path, sha256, digest = raw / name, load_info(raw).files.get(name), hashlib.sha256()
+    if sha256 is None:
+        raise _damaged(raw / "corpus.json", f"does not list {name}")
     try:
         check_regular(path)
         with path.open("rb") as file:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,14 @@ GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, end of text
 _LARGEST_VOCABULARY = 2**21  # more than Unicode has characters
 _LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
 _LONGEST_TOKEN = 2**16  # bytes
+_REMEDY = "restore it with `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
 _ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
 
 
 class Tokenizer(abc.ABC):
     """What every tokenizer offers. Ids are 0 ... vocab_size - 1; `end_of_text` is one of them, or None."""
 
-    name: str
+    name: Literal["char", "gpt2", "bpe"]
     vocab_size: int
     end_of_text: int | None
 
@@ -96,6 +97,10 @@ class Tokenizer(abc.ABC):
 # --- characters -------------------------------------------------------------------------------------------------------
 
 
+class UnknownCharacter(ValueError):
+    """A text has a character that the vocabulary lacks."""
+
+
 class CharTokenizer(Tokenizer):
     """One token per character, numbered in code point order (as nanoGPT's), then end of text if there is one."""
 
@@ -120,10 +125,10 @@ class CharTokenizer(Tokenizer):
         return known, bytes(table)
 
     @functools.cached_property
-    def _table(self) -> npt.NDArray[np.uint32]:
+    def _table(self) -> Ids:
         """From code point to id; vocab_size for a character that is unknown, and last for all beyond the table."""
         codes = np.array([ord(c) for c in self.characters])
-        table = np.full(codes[-1] + 2, self.vocab_size, dtype=np.uint32)
+        table = np.full(codes[-1] + 2, self.vocab_size, dtype="<u2" if self.vocab_size < 2**16 else "<u4")
         table[codes] = np.arange(len(codes))
         return table
 
@@ -136,17 +141,17 @@ class CharTokenizer(Tokenizer):
                 raise self._unknown(text)
             return np.frombuffer(data.translate(table), dtype=np.uint8).astype(self.dtype)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids: npt.NDArray[np.uint32] = self._table[np.minimum(codes, len(self._table) - 1)]
+        ids: Ids = self._table.take(codes, mode="clip")
         if ids.max() == self.vocab_size:
             raise self._unknown(text)
-        return ids.astype(self.dtype)
+        return ids.astype(self.dtype, copy=False)
 
-    def _unknown(self, text: str) -> ValueError:
+    def _unknown(self, text: str) -> UnknownCharacter:
         known = set(self.characters)
         position, character = next((i, c) for i, c in enumerate(text) if c not in known)
-        return ValueError(
+        return UnknownCharacter(
             f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the "
-            f"{len(self.characters)} characters of the corpus; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
+            f"{len(self.characters)} characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
         )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -167,14 +172,13 @@ class Alphabet:
         self._seen = np.zeros(0x110000, dtype=bool)
 
     def add(self, text: str) -> None:
-        if text.isascii():
-            self._ascii += bytes(set(text.encode("ascii").translate(None, delete=self._ascii)))
-        else:
-            self._seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+        # Most characters of most texts are ASCII and known: bytes.translate leaves little for numpy.
+        if rest := text.encode().translate(None, delete=self._ascii):
+            self._seen[np.frombuffer(rest.decode().encode("utf-32-le"), dtype="<u4")] = True
+            self._ascii = bytes(np.flatnonzero(self._seen[:128]).tolist())
 
     def characters(self) -> str:
-        codes = {*self._ascii, *np.flatnonzero(self._seen).tolist()}
-        return "".join(map(chr, sorted(codes)))
+        return "".join(map(chr, np.flatnonzero(self._seen).tolist()))
 
 
 # --- byte pairs -------------------------------------------------------------------------------------------------------
@@ -313,9 +317,8 @@ def byte_characters() -> list[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
+def load_tokenizer(path: Path, sha256: str | None = None, remedy: str = _REMEDY) -> Tokenizer:
     """Reads a tokenizer.json. Raises ValueError if it is missing, damaged, or not the one with the given sha256."""
-    remedy = "restore it with `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
     try:
         data = read_bytes(path, _LARGEST_FILE)
     except OSError as error:

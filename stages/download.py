@@ -9,7 +9,7 @@ RAW = Path("data/raw")
 
 @command("download")
 def main(console: Console) -> None:
-    """Fetches or writes the raw text that params.yaml (download) names: to data/raw/."""
+    """Fetches or writes the raw text (or token files) that params.yaml (download) names: to data/raw/."""
     from nanogpt.corpus import write_corpus
     from nanogpt.files import replacing
     from nanogpt.params import load_params
@@ -18,7 +18,8 @@ def main(console: Console) -> None:
     with console.progress("bytes", total=None) as update, replacing(RAW) as raw:
         info = write_corpus(params, raw, update, console.warn)
     documents = "1 text" if info.documents == 1 else f"{info.documents:,} documents"
-    console.say(f"{documents}, {info.characters:,} characters ({info.source}) -> {RAW}")
+    what = ", ".join(info.files) if info.kind == "tokens" else f"{documents}, {info.characters:,} characters"
+    console.say(f"{what} ({info.source}) -> {RAW}")
 
 
 if __name__ == "__main__":

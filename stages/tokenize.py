@@ -16,7 +16,7 @@ def main(console: Console) -> None:
     from nanogpt.raw import load_info
 
     params = load_params()
-    total = load_info(RAW).bytes
+    total = load_info(RAW).bytes or None  # of token files nobody has counted the text
     with console.progress("bytes", total) as update, replacing(TOKENS) as tokens:
         meta = prepare(RAW, tokens, params.tokenize, params.runtime.processes, update, console.warn)
     counts = f"{meta.train.tokens:,} train + {meta.val.tokens:,} val tokens"

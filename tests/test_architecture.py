@@ -15,6 +15,7 @@ LEVELS: list[dict[str, set[str]]] = [
     {
         "counter": set(),
         "files": set(),
+        "meta_pickle": set(),
         "params": {"files"},
         "provenance": set(),
         "journal": set(),
@@ -32,7 +33,8 @@ LEVELS: list[dict[str, set[str]]] = [
         "raw": {"files"},
         "corpus": {"grammar", "params", "raw"},
         "data": {"counter", "files"},
-        "prepare": {"counter", "data", "files", "params", "raw", "tokenizer"},
+        "given": {"data", "meta_pickle", "raw", "tokenizer"},
+        "prepare": {"data", "files", "given", "params", "raw", "tokenizer"},
         "floor": {"grammar", "tokenizer"},
         "loss": set(),
         "model": {"loss"},
@@ -60,8 +62,21 @@ EDGES = {module: imports for level in LEVELS for module, imports in level.items(
 
 MLFLOW = {"mlflow_model", "mlflow_server", "tracking", "tracking_follow", "tracking_models"}
 WITHOUT_TORCH = {  # not even by what they import
-    *("corpus", "counter", "data", "files", "floor", "grammar", "journal", "mlflow_server", "params", "prepare"),
     *(
+        "corpus",
+        "counter",
+        "data",
+        "files",
+        "floor",
+        "given",
+        "grammar",
+        "journal",
+        "meta_pickle",
+        "mlflow_server",
+        "params",
+    ),
+    *(
+        "prepare",
         "provenance",
         "raw",
         "replicator",

@@ -59,6 +59,10 @@ def vocabulary(params: TokenizeParams, meta: Meta | None) -> int:
             "tokenize.tokenizer = char has the corpus's characters, not counted yet: give --vocab-size, or run "
             "`dvc repro tokenize` first"
         )
+    if params.tokenizer.startswith("file:"):
+        from nanogpt.tokenizer import load_tokenizer
+
+        return load_tokenizer(Path(params.tokenizer.removeprefix("file:"))).vocab_size
     return GPT2_VOCABULARY if params.tokenizer == "gpt2" else params.vocab_size
 
 

@@ -16,7 +16,7 @@ import pytest
 from nanogpt import corpus, grammar
 from nanogpt.corpus import Remote, fetch, write_corpus
 from nanogpt.params import DownloadParams, load_params
-from nanogpt.raw import CorpusInfo, read_documents
+from nanogpt.raw import CorpusInfo, load_info, read_documents
 
 ROOT = Path(__file__).parents[2]
 CONTENT = ("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50).encode()
@@ -328,6 +328,54 @@ def test_shakespeare_from_a_mirror(
     monkeypatch.setenv("NANOGPT_MIRROR", str(shakespeare.parent))
     [text] = download("shakespeare")
     assert text.encode() == shakespeare.read_bytes()
+
+
+# --- token files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    folder = tmp_path / "pair"
+    folder.mkdir()
+    for name, size in (("train.bin", 700_000), ("val.bin", 10), ("meta.pkl", 5), ("input.txt", 9)):
+        (folder / name).write_bytes(bytes(range(250)) * (size // 250) + b"x" * (size % 250))
+    return folder
+
+
+def given(**changes: Any) -> DownloadParams:
+    return DownloadParams(**(load_params(ROOT / "params.yaml").download.model_dump() | changes))
+
+
+@pytest.mark.parametrize("vocabulary", [True, False])
+def test_token_files_are_kept_as_they_are(tmp_path: Path, pair: Path, vocabulary: bool):
+    names = ["train.bin", "val.bin", *(["meta.pkl"] if vocabulary else [])]
+    if not vocabulary:
+        (pair / "meta.pkl").unlink()
+    told: list[int] = []
+    info = write_corpus(given(source=f"bin:{pair}"), tmp_path / "raw", told.append)
+    assert load_info(tmp_path / "raw") == info
+    assert (info.kind, info.source, list(info.files)) == ("tokens", "bin:pair", names)
+    for name in names:
+        assert (tmp_path / "raw" / name).read_bytes() == (pair / name).read_bytes()
+        assert info.files[name] == hashlib.sha256((pair / name).read_bytes()).hexdigest()
+    assert {path.name for path in (tmp_path / "raw").iterdir()} == {*names, "corpus.json"}
+    assert told[-1] == 700_010 + 5 * vocabulary
+
+
+@pytest.mark.parametrize("missing", ["train.bin", "val.bin"])
+def test_a_folder_without_one_of_the_token_files_is_refused(tmp_path: Path, pair: Path, missing: str):
+    (pair / missing).unlink()
+    message = (
+        rf"download\.source = bin:.*pair: .*pair/{missing} cannot be read \(No such file.*\); name the folder into"
+    )
+    with pytest.raises(ValueError, match=message):
+        write_corpus(given(source=f"bin:{pair}"), tmp_path / "raw")
+
+
+def test_token_files_larger_than_allowed_are_refused(tmp_path: Path, pair: Path):
+    with pytest.raises(ValueError, match=r"are larger than download\.max_gigabytes = 0\.0005; raise it"):
+        write_corpus(given(source=f"bin:{pair}", max_gigabytes=5e-4), tmp_path / "raw")
+    assert sum(path.stat().st_size for path in (tmp_path / "raw").iterdir()) <= 500_000
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------

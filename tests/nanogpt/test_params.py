@@ -180,10 +180,10 @@ def test_what_dvc_writes_for_a_small_number_is_read_back(load):
         (
             "download__source",
             "internet",
-            "download.source = 'internet' is refused: .*grammar, shakespeare, .*hf:…, file:…",
+            "download.source = 'internet' is refused: .*grammar, shakespeare, .*hf:…, file:…, bin:…",
         ),
         ("download__source", '"hf:"', "download.source = 'hf:' is refused: .*hf:…"),
-        ("tokenize__tokenizer", "gpt-2", "tokenize.tokenizer = 'gpt-2' is refused: .*'char', 'gpt2' or 'bpe'"),
+        ("tokenize__tokenizer", "gpt-2", "tokenize.tokenizer = 'gpt-2' is refused: .*char, gpt2, bpe, file:…"),
         ("model__activation", "relu", "model.activation = 'relu' is refused: .*'gelu', 'gelu_tanh' or 'relu_squared'"),
         ("train__publish", "first", "train.publish = 'first' is refused: .*'best' or 'last'"),
         ("numerics__dtype", "fp16", "numerics.dtype = 'fp16' is refused: .*'float32', 'bfloat16' or 'float16'"),
@@ -256,6 +256,11 @@ PORTABLE = {"numerics__determinism": "portable"}
         ({"download__source": "file:/etc/*.txt"}, "download.source = .* does not lie in download.texts = texts, .*set"),
         ({"download__source": "file:texts/../x"}, "download.source = .* does not lie in download.texts"),
         ({"download__source": "file:texts2/x"}, "download.source = .* does not lie in download.texts"),
+        ({"download__source": "bin:/etc"}, "download.source = bin:/etc does not lie in download.texts = texts, .*set"),
+        (
+            {"tokenize__tokenizer": "file:model/tokenizer.json"},
+            "tokenize.tokenizer = file:model/tokenizer.json does not lie in train.pretrained = pretrained, .*set train",
+        ),
         (
             PORTABLE | {"numerics__dtype": "bfloat16"},
             "numerics.dtype = bfloat16 cannot be portable; .*float32, or .*machine",
@@ -282,6 +287,8 @@ def test_values_that_do_not_go_together_are_refused(changes, message, refused):
         SCHEDULE | {"train__min_lr": "3e-3"},
         SHAPE | {"evaluate__stride": 64},
         {"download__source": "file:texts/a*.txt"},
+        {"download__source": "bin:texts/pair"},
+        {"tokenize__tokenizer": "file:pretrained/a/tokenizer.json"},
         {"numerics__determinism": "machine", "numerics__dtype": "bfloat16", "runtime__device": "cuda:7"},
         {"numerics__determinism": "'off'", "numerics__compile": "true", "runtime__device": "mps"},
         {"sample__temperature": 0, "sample__top_p": 1},

@@ -15,11 +15,13 @@ import pytest
 
 from nanogpt import prepare as prepare_module
 from nanogpt import raw as raw_module
+from nanogpt.corpus import write_corpus
 from nanogpt.data import Meta, load_meta, load_split
 from nanogpt.params import TokenizeParams
-from nanogpt.prepare import held_out, prepare
+from nanogpt.prepare import prepare, shuffled
 from nanogpt.raw import Writer, read_text
 from nanogpt.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer
+from tests.nanogpt.test_given import given_source, pair
 
 Kind = Literal["char", "gpt2", "bpe"]
 KINDS: list[Kind] = ["char", "gpt2", "bpe"]
@@ -37,7 +39,7 @@ def write(raw: Path, documents: Iterable[str]) -> Path:
     return raw
 
 
-def params(tokenizer: Kind, **changes: Any) -> TokenizeParams:
+def params(tokenizer: str, **changes: Any) -> TokenizeParams:
     values = {"tokenizer": tokenizer, "vocab_size": 320, "val_fraction": 0.1, "split_seed": 2357}
     return TokenizeParams(**(values | changes))
 
@@ -162,10 +164,10 @@ def test_a_text_too_short_to_split_is_refused(tmp_path: Path, val_fraction: floa
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_are_split_by_document_and_ended(tmp_path: Path, gpt2_files: Path, kind: Kind):
     meta, tokenizer, splits = run(tmp_path, DOCUMENTS, params(kind))
-    mask = held_out(len(DOCUMENTS), 0.1, 2357)
+    order = dict(zip(("train", "val"), shuffled(len(DOCUMENTS), 0.1, 2357), strict=True))
     assert tokenizer.end_of_text == meta.end_of_text == tokenizer.vocab_size - 1
-    for name, part, held in (("train", meta.train, False), ("val", meta.val, True)):
-        expected = [text for text, h in zip(DOCUMENTS, mask, strict=True) if h == held]
+    for name, part in (("train", meta.train), ("val", meta.val)):
+        expected = [DOCUMENTS[i] for i in order[name]]
         tokens = np.array(splits[name])
         ends = np.flatnonzero(tokens == meta.end_of_text)
         assert ends[-1] == len(tokens) - 1
@@ -184,25 +186,29 @@ def test_end_of_text_written_in_a_document_is_ordinary_text(tmp_path: Path, gpt2
 
 @pytest.mark.parametrize(("documents", "fraction"), [(2, 0.001), (2, 0.999), (10, 0.1), (1000, 0.05), (1001, 0.0005)])
 def test_the_number_held_out_is_exact(documents: int, fraction: float):
-    mask = held_out(documents, fraction, 1)
-    assert mask.sum() == min(max(1, math.ceil(documents * fraction)), documents - 1)
+    train, val = shuffled(documents, fraction, 1)
+    assert len(val) == min(max(1, math.ceil(documents * fraction)), documents - 1)
+    assert sorted([*train, *val]) == list(range(documents))
 
 
 def test_what_is_held_out_depends_on_the_seed_alone():
-    assert (held_out(1000, 0.1, 1) == held_out(1000, 0.1, 1)).all()
-    assert (held_out(1000, 0.1, 1) != held_out(1000, 0.1, 2)).any()
+    assert (shuffled(1000, 0.1, 1)[1] == shuffled(1000, 0.1, 1)[1]).all()
+    assert (shuffled(1000, 0.1, 1)[1] != shuffled(1000, 0.1, 2)[1]).any()
     # A larger fraction holds out more documents, not other ones.
-    assert held_out(1000, 0.2, 1)[held_out(1000, 0.1, 1)].all()
+    assert (shuffled(1000, 0.2, 1)[1][:100] == shuffled(1000, 0.1, 1)[1]).all()
     # It is spread over the corpus: 100 of 1,000 by chance, half in each half, with a standard deviation of 5.
-    assert 30 < held_out(1000, 0.1, 1)[:500].sum() < 70
+    assert 30 < (shuffled(1000, 0.1, 1)[1] < 500).sum() < 70
 
 
 def test_the_split_is_pinned():
-    assert np.flatnonzero(held_out(60, 0.1, 2357)).tolist() == [27, 28, 29, 38, 40, 52]
+    """Another numpy must not change what commits of the past trained on."""
+    train, val = shuffled(60, 0.1, 2357)
+    assert val.tolist() == [46, 12, 40, 53, 28, 1]
+    assert train[:6].tolist() == [33, 24, 11, 31, 57, 8]
 
 
 def test_bpe_learns_from_the_training_split_alone(tmp_path: Path):
-    documents = ["zq" * 50 if held else "ab ab" for held in held_out(40, 0.1, 2357)]
+    documents = ["zq" * 50 if i in shuffled(40, 0.1, 2357)[1] else "ab ab" for i in range(40)]
     _, tokenizer, _ = run(tmp_path, documents, params("bpe"))
     learnt = [tokenizer.decode([i]) for i in range(256, tokenizer.vocab_size - 1)]
     assert "ab" in learnt
@@ -223,6 +229,142 @@ def test_a_large_vocabulary_takes_four_bytes_each(tmp_path: Path):
     assert (tmp_path / "tokens/train.bin").stat().st_size == 4 * meta.train.tokens
     assert splits["train"] + splits["val"] == list(range(70_000))
     assert isinstance(tokenizer, CharTokenizer)
+
+
+# --- as nanoGPT prepares OpenWebText ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset in the hub's layout: several parquet files of one split."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("hub") / "plain_text"
+    folder.mkdir()
+    texts = [*DOCUMENTS, "<|endoftext|>", "a" * 3000, f"{TEXT}\n\n", " \n \t "]
+    for i in range(3):
+        rows = texts[i * 40 : (i + 1) * 40]
+        pq.write_table(pa.table({"text": rows}), folder / f"train-{i:05}-of-00003.parquet", row_group_size=7)
+    return folder.parent
+
+
+def nanogpts_files(hub: Path, val_fraction: float, seed: int) -> dict[str, bytes]:
+    """nanoGPT's steps, by the libraries that it takes for them."""
+    import datasets
+    import tiktoken
+
+    datasets.disable_progress_bars()
+    encoding = tiktoken.get_encoding("gpt2")
+    whole = datasets.load_dataset(str(hub), split="train")
+    parts = whole.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
+
+    def tokens(row: dict[str, str]) -> dict[str, list[int]]:
+        return {"ids": [*encoding.encode_ordinary(row["text"]), encoding.eot_token]}
+
+    files = {}
+    for theirs, ours in (("train", "train.bin"), ("test", "val.bin")):
+        rows = parts[theirs].map(tokens, remove_columns=["text"])
+        files[ours] = np.concatenate([np.array(ids, dtype=np.uint16) for ids in rows["ids"]]).tobytes()
+    return files
+
+
+@pytest.mark.parametrize(("val_fraction", "seed"), [(0.0005, 2357), (0.1, 1), (0.29, 7)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_openwebtexts_files_are_nanogpts(
+    tmp_path: Path,
+    gpt2_files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hub: Path,
+    val_fraction: float,
+    seed: int,
+    processes: int,
+):
+    monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "PIECE", 1000)
+    monkeypatch.setattr(raw_module, "SHARD", 2000)
+    write_corpus(given_source(f"hf:{hub}"), tmp_path / "raw")
+    section = params("gpt2", val_fraction=val_fraction, split_seed=seed)
+    prepare(tmp_path / "raw", tmp_path / "tokens", section, processes)
+    expected = nanogpts_files(hub, val_fraction, seed)
+    assert {name: (tmp_path / "tokens" / name).read_bytes() for name in expected} == expected
+
+
+# --- token files of nanoGPT -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
+def test_token_files_are_taken_as_they_are(tmp_path: Path, gpt2_files: Path, kind: Kind, documents: list[str]):
+    """What is known of them is what we would know had we made them of the text."""
+    if kind == "char":
+        documents = ["".join(documents)]
+    meta, tokenizer, splits = run(tmp_path, documents, params(kind), name="ours")
+    characters = tokenizer.characters if isinstance(tokenizer, CharTokenizer) else ""
+    raw = pair(tmp_path / "pair", splits["train"], splits["val"], characters)
+    told: list[int] = []
+    found = prepare(raw, tmp_path / "theirs", params(kind), 1, told.append)
+    assert found == meta.model_copy(update={"corpus": meta.corpus.model_copy(update={"source": "bin:pair"})})
+    ours, theirs = files(tmp_path / "ours"), files(tmp_path / "theirs")
+    assert ours.pop("meta.json") != theirs.pop("meta.json")
+    assert theirs == ours
+    assert told[-1] == meta.train.bytes + meta.val.bytes
+    for name in ("train.bin", "val.bin"):
+        assert theirs[name] == (tmp_path / "pair" / name).read_bytes()
+    load_split(tmp_path / "theirs", "val")
+
+
+# --- an existing tokenizer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
+def test_an_existing_tokenizer_gives_other_text_its_tokens(
+    tmp_path: Path, gpt2_files: Path, kind: Kind, documents: list[str]
+):
+    first, tokenizer, _ = run(tmp_path, documents, params(kind), name="first")
+    other = [text[3:] for text in documents]
+    raw = write(tmp_path / "other", other)
+    section = params(f"file:{tmp_path}/first/tokenizer.json")
+    meta = prepare(raw, tmp_path / "tokens", section, 1)
+    assert (meta.tokenizer, meta.tokenizer_sha256, meta.vocab_size) == (kind, first.tokenizer_sha256, first.vocab_size)
+    assert (tmp_path / "tokens/tokenizer.json").read_bytes() == (tmp_path / "first/tokenizer.json").read_bytes()
+    text = tokenizer.decode(load_split(tmp_path / "tokens", "train").tokens)
+    if len(documents) == 1:
+        assert text == other[0][: int(len(other[0]) * 0.9)]
+    else:
+        assert text == "".join(f"{other[i]}<|endoftext|>" for i in shuffled(len(other), 0.1, 2357)[0])
+
+
+def test_a_character_that_an_existing_tokenizer_lacks_is_named(tmp_path: Path):
+    run(tmp_path, ["abcabc"], params("char"), name="first")
+    raw = write(tmp_path / "other", ["abcabcü"])
+    message = (
+        r"other/text\.txt, text at byte \d: character 'ü' \(U\+00FC\) at position \d is not among the 3 characters "
+        r"known; leave it out, or set tokenize\.tokenizer to gpt2 or bpe"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
+
+
+def test_documents_need_an_existing_tokenizer_with_an_end_of_text(tmp_path: Path):
+    run(tmp_path, ["abcabc"], params("char"), name="first")
+    raw = write(tmp_path / "other", ["ab", "c"])
+    message = (
+        r"tokenize\.tokenizer = file:.* has no end-of-text token to put between the documents .*; name another one"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str | None):
+    if content:
+        (tmp_path / "tokenizer.json").write_text(content)
+    raw = write(tmp_path / "raw", ["ab"])
+    message = r"tokenizer\.json (cannot be read|is damaged) \(.*\); name another in tokenize\.tokenizer$"
+    with pytest.raises(ValueError, match=message):
+        prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/tokenizer.json"), 1)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -272,16 +414,16 @@ def die() -> None:
 
 def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, gpt2_files: Path):
     """It reads for ever, and is killed when its workers are there."""
-    write(tmp_path / "raw", [TEXT])
+    write(tmp_path / "raw", ["a few words " * 10_000])
     program = tmp_path / "program.py"
     program.write_text(
-        f"""if __name__ == "__main__":
+        """if __name__ == "__main__":
     import itertools
     from pathlib import Path
     from nanogpt import prepare
     from nanogpt.params import TokenizeParams
     prepare.POOL_BYTES = 0
-    prepare.read_text = lambda raw: itertools.repeat({SENTENCES!r})
+    prepare.read_text = lambda raw: itertools.repeat("a few words")
     params = TokenizeParams(tokenizer="gpt2", vocab_size=320, val_fraction=0.1, split_seed=1)
     prepare.prepare(Path("raw"), Path("tokens"), params, 2)
 """

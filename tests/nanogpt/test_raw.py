@@ -2,13 +2,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt import raw as raw_module
-from nanogpt.raw import CorpusInfo, Writer, lines, load_info, read_documents, read_text
+from nanogpt.raw import CorpusInfo, Writer, document_spans, lines, load_info, read_documents, read_span, read_text
 
 
 def write(
@@ -66,6 +67,24 @@ def test_any_documents_come_back(tmp_path_factory: pytest.TempPathFactory, docum
     assert list(read_documents(raw)) == documents
 
 
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=2, max_size=8).filter(any),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_document_is_found_by_its_number(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[str], random: Random
+):
+    raw = tmp_path_factory.mktemp("raw") / "raw"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_module, "SHARD", 60)
+        patch.setattr(raw_module, "PIECE", 7)
+        write(raw, ([text] for text in documents))
+        numbers = [random.randrange(len(documents)) for _ in range(10)]
+        spans = list(document_spans(raw, numbers))
+    assert [read_span(raw, span) for span in spans] == [documents[number] for number in numbers]
+
+
 @given(st.binary(max_size=60).map(lambda data: data.replace(b"a", b"\n")), st.integers(1, 9))
 @settings(max_examples=100, deadline=None)
 def test_lines_do_not_depend_on_the_blocks(data: bytes, size: int):
@@ -86,13 +105,26 @@ def test_a_line_without_end_is_refused():
         next(found)
 
 
-@pytest.mark.parametrize("change", [{"documents": 3}, {"files": {"text.txt": "0" * 64}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"documents": 3},
+        {"documents": 1},
+        {"documents": 0},
+        {"files": {"text.txt": "0" * 64}},
+        {"files": {"documents-00000.jsonl": "0" * 64, "train.bin": "0" * 64}},
+        {"files": {}},
+    ],
+)
 def test_an_inventory_that_is_not_of_these_files_is_refused(tmp_path: Path, change: dict[str, object]):
     write(tmp_path / "raw", [["some"], ["text"]])
     path = tmp_path / "raw/corpus.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=r"says 3 documents and the files hold 2|text\.txt cannot be read"):
-        list(read_documents(tmp_path / "raw"))
+    for read in (read_documents, lambda raw: document_spans(raw, range(2))):
+        with pytest.raises(
+            ValueError, match=r"says 3 documents and the files hold 2|its files are not those of \d doc"
+        ):
+            list(read(tmp_path / "raw"))
 
 
 def test_text_is_read_in_pieces_that_keep_characters_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -132,6 +164,9 @@ def test_damaged_text_is_refused_with_the_remedy(tmp_path: Path, documents: list
     (tmp_path / "raw" / name).write_bytes(damage)
     with pytest.raises(ValueError, match=rf"{name} (is damaged|has sha256)") as error:
         list(read_documents(tmp_path / "raw"))
+    if len(documents) > 1:
+        with pytest.raises(ValueError, match=rf"{name} has sha256"):
+            next(document_spans(tmp_path / "raw", [0]))
     assert f"`rm -r {tmp_path}/raw` and `dvc checkout`, or make it anew with `dvc repro -f download`" in str(
         error.value
     )

@@ -120,7 +120,7 @@ def test_characters_are_numbered_in_code_point_order(text: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("abx", r"character 'x' \(U\+0078\) at position 2 is not among the 3 characters of the corpus"),
+        ("abx", r"character 'x' \(U\+0078\) at position 2 is not among the 3 characters known; leave"),
         ("aé", r"character 'é' \(U\+00E9\) at position 1"),
         ("ü🙂", r"character '🙂' \(U\+1F642\) at position 1"),
     ],

@@ -192,6 +192,71 @@ def test_an_inventory_that_is_large_or_deep_is_refused(tmp_path: Path) -> None:
     all_refused(read("from nanogpt.raw import read_documents", "list(read_documents(path))", *paths), 3)
 
 
+# --- meta.pkl ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_that_grows_or_calls_is_refused(tmp_path: Path) -> None:
+    """Each of a few bytes, or of the 4 MiB that are read at most."""
+    size = 2**22 - 100
+    laughs = b"".join(b"(" + b"h\x00K\x01" * 10 + b"u}q\x00" for _ in range(10_000))
+    keys = [b"\x04itos", b"\x04stoi", b"\x0avocab_size"]
+    contents = {
+        "global": b"cos\nsystem\n(X\x0e\x00\x00\x00touch executedtR.",
+        "stack_global": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0etouch executed\x85R.",
+        "instance": b"(X\x0e\x00\x00\x00touch executedios\nsystem\n.",
+        "persistent": b"Pa\n.",
+        "extension": b"\x82\x01.",
+        "build": b"}}b.",
+        "tuple": b"(" * 1000 + b"t" * 1000 + b".",
+        "laughs": b"\x80\x02}q\x00" + laughs + b".",
+        "itself": b"\x80\x02}q\x00(" + b"".join(b"\x8c" + name + b"h\x00" for name in keys) + b"u.",
+        "deep": b"\x80\x02}" + b"K\x01}" * (size // 3) + b"s" * 10 + b".",
+        "nested": b"\x80\x02}" + b"K\x01}" * 500_000 + b"s" * 500_000 + b".",
+        "marks": b"(" * size + b".",
+        "sets": b"\x80\x02" + b"K\x01" * (size // 5) + b"}" + b"(u" * (size // 4) + b".",
+        "memo": b"\x80\x04}" + b"\x94" * size + b".",
+        "far": b"\x80\x02}r\xff\xff\xff\x7f.",
+        "long": b"\x8b\x00\x00\x3f\x00" + b"\x7f" * 0x3F0000 + b".",
+        "digits": b"I" + b"9" * size + b"\n.",
+        "text": b"X\xff\xff\xff\x7fa.",
+        "text8": b"\x8d" + b"\xff" * 7 + b"\x7fa.",
+        "frame": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f}.",
+        "truncated": pickle.dumps({"vocab_size": 1, "itos": {0: "a"}, "stoi": {"a": 0}})[:-3],
+    }
+    paths = []
+    for name, content in contents.items():
+        paths.append(tmp_path / f"{name}.pkl")
+        paths[-1].write_bytes(content)
+        assert len(content) <= 2**22, name
+    imports = "from nanogpt.meta_pickle import characters"
+    all_refused(read(imports, "characters(path.read_bytes())", *paths), len(contents))
+    assert not list(REPOSITORY.glob("executed"))
+
+
+def test_token_files_that_are_huge_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("vocabulary", "tokens")]
+    sizes = {"vocabulary": {"meta.pkl": 2**23}, "tokens": {"train.bin": 2**40}}
+    for path in paths:
+        path.mkdir()
+        for name, size in ({"train.bin": 2, "val.bin": 2, "meta.pkl": 1} | sizes[path.name]).items():
+            with (path / name).open("wb") as file:
+                file.truncate(size)
+    values = {key: value for key, value in SOURCE["download"].items() if key != "max_gigabytes"}
+    imports = f"""
+from nanogpt.corpus import write_corpus
+from nanogpt.params import DownloadParams, TokenizeParams
+from nanogpt.prepare import prepare
+TOKENIZE = TokenizeParams(**{SOURCE["tokenize"] | {"tokenizer": "char"}!r})
+def whole(path):
+    write_corpus(DownloadParams(**{values!r} | {{"source": f"bin:{{path}}", "max_gigabytes": 0.05}}), path / "raw")
+    prepare(path / "raw", path / "made", TOKENIZE, 1)
+"""
+    lines = read(imports, "whole(path)", *paths)
+    all_refused(lines, 2)
+    assert "it is larger than 4,194,304 bytes" in lines[0]
+    assert "larger than download.max_gigabytes = 0.05" in lines[1]
+
+
 # --- params.yaml ------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,9 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
+import pickletools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,10 @@ from ruamel.yaml import YAML
 
 from nanogpt.corpus import write_corpus
 from nanogpt.data import batch, load_meta, load_split
+from nanogpt.meta_pickle import characters
 from nanogpt.model import KVCache
-from nanogpt.params import DownloadParams, load_params
+from nanogpt.params import DownloadParams, TokenizeParams, load_params
+from nanogpt.prepare import prepare
 from nanogpt.provenance import sha256_file, sha256_json
 from nanogpt.published import load_model, save_model
 from nanogpt.raw import Writer, load_info, read_documents, read_text
@@ -159,6 +164,65 @@ def test_documents(folder: Path, documents: list[str]) -> None:
             assert confirmed or "".join(texts) == "".join(documents)
 
     with harmless(parser, folder):
+        holds()
+
+
+# --- token files of a stranger ----------------------------------------------------------------------------------------
+
+
+def with_pair(folder: Path, vocabulary: bytes, train: bytes, val: bytes = b"\0\0") -> Path:
+    """data/raw with token files of a stranger."""
+    given, raw = folder / "given", folder / "raw"
+    for directory in (given, raw):
+        shutil.rmtree(directory, ignore_errors=True)
+    given.mkdir()
+    for name, data in (("train.bin", train), ("val.bin", val), ("meta.pkl", vocabulary)):
+        (given / name).write_bytes(data)
+    write_corpus(DownloadParams(**{**SOURCE["download"], "source": f"bin:{given}"}), raw)
+    return raw
+
+
+VOCABULARY = {"vocab_size": 3, "itos": dict(enumerate("aéñ")), "stoi": {c: i for i, c in enumerate("aéñ")}}
+PICKLES = [pickle.dumps(VOCABULARY, protocol) for protocol in (2, 4)]
+TOKENIZE = TokenizeParams(**{**SOURCE["tokenize"], "tokenizer": "char"})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pickletools, for escapes in instructions we refuse
+@pytest.mark.parametrize("whole", PICKLES, ids=["protocol 2", "protocol 4"])
+def test_vocabulary(folder: Path, whole: bytes) -> None:
+    instructions = st.lists(st.sampled_from([code.code.encode("latin1") for code in pickletools.opcodes]), max_size=40)
+    made = st.tuples(instructions.map(b"".join), st.binary(max_size=8)).map(lambda parts: whole[:-1] + b"".join(parts))
+
+    @limits(1000)
+    @given(mutants(whole) | made | made.map(lambda data: data + whole))
+    def holds(data: bytes) -> None:
+        if (found := parsed("meta.pkl", lambda: wrapped(data))) is not None:
+            assert len(found) >= 1
+            assert list(found) == sorted(set(found))
+
+    def wrapped(data: bytes) -> str:
+        try:
+            return characters(data)
+        except ValueError as error:  # as `prepare` tells it
+            raise ValueError(" ".join(str(error).split())[:200]) from error
+
+    with harmless("meta.pkl", folder):
+        holds()
+
+
+def test_token_files(folder: Path) -> None:
+    """The whole way, of files whose hashes are right since they were copied here."""
+    whole = np.array([0, 1, 2, 0, 2], dtype="<u2").tobytes()
+
+    @limits(150)
+    @given(mutants(whole), mutants(PICKLES[1]))
+    def holds(data: bytes, vocabulary: bytes) -> None:
+        raw = with_pair(folder, vocabulary, data)
+        shutil.rmtree(folder / "tokens", ignore_errors=True)
+        if parsed("bin:", lambda: prepare(raw, folder / "tokens", TOKENIZE, 1)) is not None:
+            assert load_split(folder / "tokens", "train").tokens.tobytes() == data
+
+    with harmless("bin:", folder, writes=True):
         holds()
 
 

@@ -76,7 +76,7 @@ def test_without_network_nothing_is_left_and_the_way_out_is_told(project: Projec
     assert result.exit_code == 1
     assert "127.0.0.1:1/input.txt could not be reached" in result.output
     assert (
-        "sources that need no network: grammar, file:<path>; or put the right file as tinyshakespeare.txt"
+        "sources that need no network: grammar, file:<path>, bin:<folder>; or put the right file as tinyshakespeare.txt"
         in result.output
     )
     assert result.output.count("\n") == 1

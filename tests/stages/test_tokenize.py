@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -12,6 +13,7 @@ from nanogpt import prepare
 from nanogpt.data import load_split
 from nanogpt.raw import Writer
 from nanogpt.tokenizer import load_tokenizer
+from stages import download
 from stages.tokenize import main
 
 Project = Callable[..., Path]
@@ -44,7 +46,20 @@ def test_each_tokenizer(project: Project, gpt2_files: Path, kind: str, vocabular
     assert result.output == f"tokenize: {counts}, vocabulary {vocabulary} ({kind}) -> data/tokens\n"
     assert (train.meta.documents, val.meta.documents) == (45, 5)
     tokenizer = load_tokenizer(folder / "data/tokens/tokenizer.json")
-    assert tokenizer.decode(train.tokens).startswith("Story 0. The cat sat on the mat; the dog didn't.<|endoftext|>Sto")
+    first, second = prepare.shuffled(50, 0.1, 2357)[0][:2]
+    assert tokenizer.decode(train.tokens).startswith(f"{DOCUMENTS[first]}<|endoftext|>{DOCUMENTS[second]}<|endoftext|>")
+
+
+def test_nanogpts_token_files_through_both_stages(project: Project, gpt2_files: Path):
+    folder = project(**{"download.source": "bin:texts/pair", "tokenize.tokenizer": "gpt2"})
+    (folder / "texts/pair").mkdir(parents=True)
+    for name, ids in (("train", [40, 588, 50256] * 3), ("val", [40, 50256])):
+        (folder / f"texts/pair/{name}.bin").write_bytes(np.array(ids, dtype="<u2").tobytes())
+    result = CliRunner().invoke(download.main, [])
+    assert result.output == "download: train.bin, val.bin (bin:texts/pair) -> data/raw\n"
+    assert run().output == "tokenize: 9 train + 2 val tokens, vocabulary 50,257 (gpt2) -> data/tokens\n"
+    meta = load_split(folder / "data/tokens", "train").meta
+    assert (meta.bytes, meta.documents) == (3 * len("I like"), 3)
 
 
 def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
