@@ -135,6 +135,7 @@ class RuntimeParams(Section):
     processes: Natural
     log_interval: Natural
     checkpoint_interval: Natural
+    profile_steps: Annotated[int, Field(ge=0, le=10_000)]
 
 
 class TrackingParams(Section):

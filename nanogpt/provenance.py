@@ -20,6 +20,7 @@ PLUMBING = (
     "stages/console.py",
     "stages/dvcfile.py",
     "stages/preview.py",
+    "stages/profile.py",
     "stages/report.py",
     "stages/stop.py",
 )

@@ -26,6 +26,7 @@ from nanogpt.train import WEIGHTS, Intervals, train
 from stages.console import Console, Update
 from stages.dvcfile import directory_md5
 from stages.preview import check_prompts, preview
+from stages.profile import profiled
 
 
 class Training:
@@ -87,7 +88,8 @@ class Training:
         """Trains to the end. Raises what the loop raises."""
         params = self.params
         forward = torch.compile(self.model) if params.numerics.compile else self.model
-        with self.console.progress("step", params.train.last_step, self.progress.step) as update:
+        trace = profiled(stop, params.runtime.profile_steps, self.attempt / "trace.json", self.console.say)
+        with self.console.progress("step", params.train.last_step, self.progress.step) as update, trace as stop:
             train(
                 self.model,
                 forward,

@@ -1,0 +1,248 @@
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from ruamel.yaml import YAML
+
+from nanogpt.params import Params, check_combinations, flatten, load_params
+from tools import preset
+from tools.preset import main, overlaid
+
+REPOSITORY = Path(__file__).parents[2]
+COMMITTED = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
+NAMES = sorted(path.stem for path in (REPOSITORY / "presets").glob("*.yaml"))
+PARAMS = Path("params.yaml")
+
+
+def git(*arguments: str) -> None:
+    person = ("-c", "user.name=a", "-c", "user.email=b")
+    subprocess.run(["git", *person, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with params.yaml and the presets, committed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    shutil.copytree(REPOSITORY / "presets", tmp_path / "presets")
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "first")
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def refused(*arguments: str) -> str:
+    """The one line with which it is refused; params.yaml is as it was, and nothing is left beside it."""
+    before = PARAMS.read_bytes()
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1
+    assert PARAMS.read_bytes() == before
+    assert sorted(path.name for path in Path().iterdir()) == [".git", "params.yaml", "presets"]
+    return result.output
+
+
+def write(name: str, text: str) -> None:
+    Path(f"presets/{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def values(path: Path) -> dict[str, dict[str, Any]]:
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+
+
+# --- the presets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_makes_valid_params_of_which_nothing_but_values_is_changed(name: str) -> None:
+    result = run(name)
+    assert result.exit_code == 0, result.output
+    params = flatten(load_params())
+    for section, keys in values(Path(f"presets/{name}.yaml")).items():
+        assert {key: params[f"{section}.{key}"] for key in keys} == keys
+    before, after = COMMITTED.splitlines(), PARAMS.read_text(encoding="utf-8").splitlines()
+    for old, new in zip(before, after, strict=True):
+        assert new.partition("#")[2] == old.partition("#")[2]
+        assert new.split(":")[0] == old.split(":")[0]
+        if len(new.partition("#")[0].rstrip()) < old.find("#"):
+            assert new.find("#") == old.find("#")
+
+
+def test_what_the_committed_preset_has_set_no_other_leaves_behind() -> None:
+    default = YAML(typ="safe").load(COMMITTED)
+    for first, second in itertools.permutations(NAMES, 2):
+        both = [values(Path(f"presets/{name}.yaml")) for name in (first, second)]
+        alone, after = (flatten(checked(default, *laid)) for laid in (both[1:], both))
+        for key in without_effect(alone):
+            after[key] = alone[key]
+        assert after == alone, f"{second} on a committed {first}"
+
+
+def checked(*layers: dict[str, dict[str, Any]]) -> Params:
+    sections = {name: dict(section) for name, section in layers[0].items()}
+    for name, section in itertools.chain.from_iterable(layer.items() for layer in layers[1:]):
+        sections[name] |= section
+    params = Params.model_validate(sections)
+    check_combinations(params, PARAMS)
+    return params
+
+
+def without_effect(params: dict[str, Any]) -> set[str]:
+    """Keys on which no result depends, the others being as they are."""
+    unused = {key for key in params if key.startswith("runtime.")}
+    if params["download.source"] != "grammar":
+        unused.add("download.documents")
+    if not params["download.source"].startswith("file:"):
+        unused.add("download.texts")
+    if params["tokenize.tokenizer"] != "bpe":
+        unused.add("tokenize.vocab_size")
+    if params["train.eval_only"]:
+        used = {"init_from", "pretrained", "eval_only", "batch_size", "eval_iters"}
+        unused |= {key for key in params if key.startswith("train.") and key.partition(".")[2] not in used}
+    return unused
+
+
+def test_the_list_has_each_preset_with_the_first_line_of_its_comment() -> None:
+    lines = run().output.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    assert "train_gpt2              GPT-2 (124M) on OpenWebText from scratch" in lines
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+# --- what it writes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_of_nothing_gives_the_commits_file_to_the_byte() -> None:
+    write("nothing", "# Nothing\ntrain: {}\n")
+    assert overlaid(COMMITTED, Path("presets/nothing.yaml")) == (COMMITTED, [])
+
+
+def test_what_it_changes_of_the_commit_is_told() -> None:
+    write("few", 'train:\n  max_iters: 9\n  warmup_iters: 0\n  seed: 1337\nsample:\n  prompts: ["", "a"]\n  top_k: 5\n')
+    lines = run("few").output.splitlines()
+    assert lines == [
+        "params.yaml is that of the commit with presets/few.yaml on it:",
+        "  train.max_iters: 700 -> 9",
+        "  train.warmup_iters: 50 -> 0",
+        '  sample.prompts: [""] -> ["", "a"]',
+        "  sample.top_k: null -> 5",
+    ]
+    changed = set(PARAMS.read_text().splitlines()) - set(COMMITTED.splitlines())
+    assert (
+        '  prompts: ["", "a"]          # texts to continue ("": a new document), or FILE:<path in prompts/>' in changed
+    )
+    assert len(changed) == 4
+
+
+def test_one_preset_after_another_is_the_other_alone() -> None:
+    run("train_shakespeare_char")
+    assert run("debug_one_step").exit_code == 0
+    after = PARAMS.read_text()
+    PARAMS.write_text(COMMITTED)
+    run("debug_one_step")
+    assert PARAMS.read_text() == after
+    assert run("debug_one_step").exit_code == 0
+
+
+def test_it_is_laid_on_what_is_committed() -> None:
+    PARAMS.write_text(COMMITTED.replace("learning_rate: 3e-3", "learning_rate: 4e-3"))
+    git("commit", "--all", "--message", "second")
+    write("short", "train:\n  max_iters: 90\n")
+    run("short")
+    params = load_params()
+    assert (params.train.max_iters, params.train.learning_rate) == (90, 4e-3)
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_uncommitted_edits_are_not_lost_without_force(staged: bool) -> None:
+    edited = COMMITTED.replace("max_iters: 700", "max_iters: 701")
+    PARAMS.write_text(edited)
+    if staged:
+        git("add", "params.yaml")
+    line = refused("debug_one_step")
+    assert "params.yaml has uncommitted edits, which would be lost (`git diff params.yaml` shows them)" in line
+    assert "--force" in line
+    assert run("debug_one_step", "--force").exit_code == 0
+    assert load_params().train.max_iters == 1
+
+
+def test_an_edit_after_a_preset_is_one_too() -> None:
+    run("debug_one_step")
+    PARAMS.write_text(PARAMS.read_text().replace("seed: 1337", "seed: 1"))
+    assert "uncommitted edits" in refused("debug_profile")
+
+
+def test_a_params_file_that_is_gone_or_no_text_holds_no_edits_or_needs_force() -> None:
+    PARAMS.unlink()
+    assert run("debug_one_step").exit_code == 0
+    PARAMS.write_bytes(b"\xff\xfe")
+    assert "uncommitted edits" in refused("debug_one_step")
+    assert run("debug_one_step", "--force").exit_code == 0
+
+
+def test_without_a_commit_the_way_to_one_is_told(repository: Path) -> None:
+    outside = repository / "no-commit"
+    outside.mkdir()
+    shutil.copytree("presets", outside / "presets")
+    shutil.copy("params.yaml", outside)
+    subprocess.run(["git", "init", "--quiet", str(outside)], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(outside)
+        line = refused("debug_one_step")
+    assert "no commit has a params.yaml on which the preset could be laid; commit it first (`git init`" in line
+
+
+def test_a_name_that_is_none_is_told_with_the_nearest_and_all() -> None:
+    assert "there is no preset train_gpt; did you mean train_gpt2? known: debug_one_step, " in refused("train_gpt")
+    assert "there is no preset ../params; known: debug_one_step, " in refused("../params")
+    shutil.rmtree("presets")
+    Path("presets").mkdir()
+    assert "there is no preset x; known: none in presets/" in refused("x")
+    assert run().output == "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "train:\n  max_iter: 9\n",
+            "presets/bad.yaml sets train.max_iter, which the commit's params.yaml has not; did ",
+        ),
+        (
+            "trian:\n  max_iters: 9\n",
+            "presets/bad.yaml sets trian, which the commit's params.yaml has not; did you mea",
+        ),
+        ("zzz:\n  max_iters: 9\n", "has not; known here: download, tokenize, model,"),
+        ("train:\n  max_iters: many\n", "params.yaml with presets/bad.yaml on it: train.max_iters = 'many' is refused"),
+        ("train:\n  warmup_iters: 700\n", "on it: train.warmup_iters = 700 is not below train.max_iters = 700"),
+        ("train: [1\n", "presets/bad.yaml is not valid YAML ("),
+        ("train: 5\n", "presets/bad.yaml is not made of sections with keys"),
+        ("# nothing else\n", "presets/bad.yaml is not made of sections with keys"),
+        ("train:\n  seed: 1\n  seed: 2\n", "presets/bad.yaml is not valid YAML ("),
+    ],
+)
+def test_a_bad_preset_is_refused_in_one_line_and_nothing_is_changed(text: str, told: str) -> None:
+    write("bad", text)
+    assert told in refused("bad")
+    assert run("debug_one_step").exit_code == 0  # it is no hindrance to others
+    assert run("debug_profile").exit_code == 0
+
+
+def test_a_write_that_fails_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> Params:
+        assert path != PARAMS
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(preset, "load_params", fail)
+    assert "the disk is gone" in refused("debug_one_step")
