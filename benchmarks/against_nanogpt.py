@@ -156,7 +156,8 @@ def run(command: list[str], directory: Path, variables: dict[str, str]) -> tuple
         process = subprocess.Popen(
             command, cwd=directory, env={**os.environ, **variables}, stdout=log, stderr=subprocess.STDOUT
         )
-        _, status, usage = os.wait4(process.pid, 0)  # its own memory, not that of all children
+        # Its own memory, not that of all children; at least that of this process, which forked and has no torch.
+        _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         output = log.read()
