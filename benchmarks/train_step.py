@@ -72,7 +72,7 @@ def settings(preset: str | None) -> Params:
     yaml = YAML(typ="safe")
     values = yaml.load(PARAMS)
     for section, changed in yaml.load(overlay).items():
-        values[section] |= changed
+        values[section] = {**values.get(section, {}), **changed}  # load_params refuses what is not known
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / f"{preset}.yaml"
         yaml.dump(values, merged)
