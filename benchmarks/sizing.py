@@ -7,13 +7,10 @@ That is added to the other predictions before the ratio, predicted / measured, i
 """
 
 import json
-import math
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ import click
 
 from nanogpt.params import NumericsParams, Params, load_params
 
-WARM_UP = 3
 COLUMNS = ["mb", "predicted_mb", "with_process_mb", "memory_ratio", "ms", "predicted_ms", "time_ratio", "mfu"]
 
 
@@ -50,7 +46,9 @@ SHAPES = [
 
 
 @click.command()
-@click.option("--steps", type=click.IntRange(WARM_UP + 1), default=8, show_default=True, help="Steps of each run.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=5, show_default=True, help="Steps of each run, after a warm-up."
+)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--determinism", type=click.Choice(["portable", "machine", "off"]), default="portable", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
@@ -91,69 +89,39 @@ def child(task: str, shape: Shape, numerics_params: NumericsParams, steps: int) 
     resolved = numerics.pin(numerics_params, "cpu")
     from nanogpt import sizing
     from nanogpt.model import GPTConfig
-    from tools.size import measure, measured_peak
+    from tools.size import measured_peak
+    from tools.timing import median_seconds
 
-    params = params_of(shape, numerics_params, steps)
+    params = params_of(shape, numerics_params)
     config = GPTConfig(vocab_size=shape.vocab_size, **params.model.model_dump())
     if task == "measure":
-        seconds = measure(config, params.train, resolved, steps - WARM_UP)
+        seconds = median_seconds(config, params.train, resolved, steps)
         tokens = shape.batch_size * shape.block_size
         share = sizing.share_of_peak(config, tokens, seconds, measured_peak(resolved))
         return {"predicted_ms": 1e3 * seconds, "mfu": share or 0.0}
     setup = sizing.Setup(shape.batch_size, False, resolved.dtype, "cpu", resolved.determinism)
-    return {"predicted_mb": sizing.peak_bytes(config, setup) / 1e6, **training(config, params, resolved)}
+    return {"predicted_mb": sizing.peak_bytes(config, setup) / 1e6, **training(config, params, resolved, steps)}
 
 
-def params_of(shape: Shape, numerics: NumericsParams, steps: int) -> Params:
-    """params.yaml with this shape, for so many steps."""
+def params_of(shape: Shape, numerics: NumericsParams) -> Params:
+    """params.yaml with this shape."""
     params = load_params()
     sizes = {name: getattr(shape, name) for name in ("n_layer", "n_embd", "n_head", "block_size")}
-    run = {"max_iters": steps, "warmup_iters": 1, "eval_interval": steps, "lr_decay_iters": None}
-    run |= {"batch_size": shape.batch_size, "gradient_accumulation_steps": 1}
+    run = {"batch_size": shape.batch_size, "gradient_accumulation_steps": 1}
     model = params.model.model_copy(update={**sizes, "dropout": 0.0, "vocab_multiple": 1})
     return params.model_copy(
         update={"model": model, "train": params.train.model_copy(update=run), "numerics": numerics}
     )
 
 
-def training(config: Any, params: Params, resolved: Any) -> dict[str, float]:
+def training(config: Any, params: Params, resolved: Any, steps: int) -> dict[str, float]:
     """MB that the process grew by, and milliseconds per step, of a run of the loop with its checkpoint."""
-    import numpy as np
-    import torch
+    from tools.timing import step_seconds
 
-    from nanogpt import numerics
-    from nanogpt.checkpoint import Checkpoints, Progress
-    from nanogpt.evaluate import Score
-    from nanogpt.journal import Journal
-    from nanogpt.model import GPT
-    from nanogpt.optim import make_optimizer
-    from nanogpt.train import Intervals, train
-
-    text = np.random.default_rng(0).integers(config.vocab_size, size=64 * config.block_size).astype(np.uint32)
-    times: list[float] = []
-    score = Score(math.log(config.vocab_size), 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with tempfile.TemporaryDirectory() as folder, closing(Journal(Path(folder) / "journal.jsonl")) as journal:
-        model = GPT(config)
-        train(
-            model,
-            model,
-            make_optimizer(model, params.train, "cpu", resolved.dtype),
-            torch.amp.GradScaler("cpu", enabled=False),
-            numerics.autocast(torch.device("cpu"), resolved.dtype),
-            params.train,
-            text,
-            lambda: (score, score),
-            Progress(),
-            Checkpoints(Path(folder) / "checkpoints", "benchmark"),
-            journal,
-            Intervals(1, params.train.max_iters),
-            lambda progress, loss, seconds: times.append(seconds),
-            lambda progress: None,
-            lambda: None,
-        )
+    times = step_seconds(config, params.train, resolved, steps, checkpoint=True)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"mb": grown * 1024 / 1e6, "ms": 1e3 * statistics.median(times[WARM_UP:])}
+    return {"mb": grown * 1024 / 1e6, "ms": 1e3 * statistics.median(times)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What the training of params.yaml will cost: `python -m tools.size`. For whoever is about to start a long one."""
 
 import json
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nanogpt.data import Meta, load_meta
-from nanogpt.params import Params, TokenizeParams, TrainParams, load_params
+from nanogpt.params import Params, TokenizeParams, load_params
 
 if TYPE_CHECKING:
     from nanogpt.model import GPTConfig
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 TOKENS = Path("data/tokens")
 GPT2_VOCABULARY = 50_257
-WARM_UP, STEPS, BUDGET = 3, 20, 30.0  # steps, steps and seconds of --measure
 
 
 @click.command()
@@ -82,7 +80,9 @@ def size(
     train, steps = params.train, params.train.max_iters
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
     if measuring:
-        seconds = measure(config, train, resolved)
+        from tools.timing import median_seconds
+
+        seconds = median_seconds(config, train, resolved)
         device, peak = resolved.device, peak * 1e12 if peak else measured_peak(resolved)
         share = sizing.share_of_peak(config, tokens, seconds, peak)
     else:
@@ -161,44 +161,6 @@ def measured_peak(resolved: "Numerics") -> float | None:
     if resolved.device == "cpu":
         return flops.measured_peak_flops(time.perf_counter, getattr(torch, resolved.dtype))
     return flops.peak_flops(resolved.device_name, resolved.dtype)
-
-
-def measure(config: "GPTConfig", params: TrainParams, resolved: "Numerics", steps: int = STEPS) -> float:
-    """Seconds of a training step, the median of some after a warm-up: the loop's step on random tokens.
-
-    `numerics.pin` comes first.
-    """
-    import numpy as np
-    import torch
-
-    from nanogpt import numerics
-    from nanogpt.data import batch
-    from nanogpt.model import GPT
-    from nanogpt.optim import make_optimizer
-
-    device = torch.device(resolved.device)
-    text = np.random.default_rng(0).integers(config.vocab_size, size=64 * config.block_size).astype(np.uint32)
-    model = GPT(config).to(device)
-    forward = torch.compile(model) if resolved.compile else model
-    optimizer = make_optimizer(model, params, device.type, resolved.dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=resolved.dtype == "float16")
-    autocast = numerics.autocast(device, resolved.dtype)
-    times: list[float] = []
-    while len(times) < WARM_UP + steps and (len(times) <= WARM_UP or sum(times) < BUDGET):
-        begin = time.perf_counter()
-        for micro in range(params.gradient_accumulation_steps):
-            x, y = batch(text, "random", micro, len(times), 1, range(params.batch_size), config.block_size)
-            with autocast:
-                loss = forward(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
-            scaler.scale(loss / params.gradient_accumulation_steps).backward()
-            del loss
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or float("inf")).item()  # waits for a GPU
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[WARM_UP:])
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

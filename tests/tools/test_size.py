@@ -7,11 +7,8 @@ import pytest
 from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
-from nanogpt.numerics import Numerics
-from nanogpt.params import TrainParams, load_params
-from tests.nanogpt.tiny import config
-from tools import size
-from tools.size import main, measure, time_line
+from tools import size, timing
+from tools.size import main, time_line
 
 REPOSITORY = Path(__file__).parents[2]
 META = {
@@ -154,16 +151,9 @@ def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
 
 def test_a_measured_run_needs_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     change(numerics__determinism="off")  # so that pin comes after torch
-    monkeypatch.setattr(size, "measure", lambda *_: 0.5)
+    monkeypatch.setattr(timing, "median_seconds", lambda *_: 0.5)
     monkeypatch.setattr(size, "measured_peak", lambda _: None)
     found = figures("--measure")["time"]
     expected = {"measured": True, "peak_flops": None, "mfu": None, "seconds_per_step": 0.5, "seconds": 350.0}
     assert found == expected
     assert time_line(found).startswith("5.8 minutes for all steps")
-
-
-def test_real_steps_are_measured() -> None:
-    params = load_params().train.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 2})
-    resolved = Numerics("off", 1, "float32", False, "cpu", "", "", "")
-    assert isinstance(params, TrainParams)
-    assert 0 < measure(config(), params, resolved, steps=3) < 10

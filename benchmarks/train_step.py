@@ -1,0 +1,140 @@
+"""How fast a training step of params.yaml, or of a preset, is here: tokens per second, time, MFU and peak memory.
+
+What nanoGPT's bench.py is for: the loop of nanogpt/train.py without evaluations and checkpoints. With --trace some more
+steps follow the timed ones and are profiled; chrome://tracing and ui.perfetto.dev show the file.
+"""
+
+import json
+import resource
+import statistics
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from ruamel.yaml import YAML
+
+from benchmarks.text import write_tokens
+from nanogpt.data import load_meta, load_split
+from nanogpt.params import Params, load_params
+from tools.size import known_meta, measured_peak, vocabulary
+
+if TYPE_CHECKING:
+    from nanogpt.data import Tokens
+
+PARAMS = Path("params.yaml")
+TRACED = 3  # steps
+
+
+@click.command()
+@click.option("--preset", help="The settings of presets/NAME.yaml.")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Timed steps, after a warm-up.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: random tokens]")
+@click.option("--vocab-size", type=click.IntRange(1, 2**21), help="Of random tokens. [default: as tools.size]")
+@click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), help="Write a Chrome trace of some steps.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
+def main(
+    preset: str | None, steps: int, text: Path | None, vocab_size: int | None, trace: Path | None, out: Path | None
+) -> None:
+    """Times training steps of params.yaml's model with params.yaml's settings."""
+    if text and vocab_size:
+        raise click.UsageError("--text has a vocabulary of its own: give --vocab-size for random tokens alone")
+    try:
+        params, tokens = settings(preset), None
+        if text:
+            with tempfile.TemporaryDirectory() as folder:
+                directory = write_tokens(text, params, Path(folder))
+                tokens, vocab_size = load_split(directory, "train").tokens.copy(), load_meta(directory).vocab_size
+        size = vocab_size or vocabulary(params.tokenize, known_meta(params.tokenize))
+        figures = measure(params, size, steps, tokens, trace)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from error
+    for name, value in figures.items():
+        click.echo(f"{name:20} {told(value)}")
+    if out:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def told(value: float | str | bool | None) -> str:
+    if value is None:
+        return "not known"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def settings(preset: str | None) -> Params:
+    """params.yaml, with what presets/NAME.yaml sets of it. Raises ValueError."""
+    if preset is None:
+        return load_params(PARAMS)
+    overlay = Path("presets") / f"{preset}.yaml"
+    if not overlay.is_file():
+        known = ", ".join(sorted(path.stem for path in overlay.parent.glob("*.yaml"))) or "none"
+        raise ValueError(f"--preset {preset}: there is no {overlay}; there are: {known}")
+    yaml = YAML(typ="safe")
+    values = yaml.load(PARAMS)
+    for section, changed in yaml.load(overlay).items():
+        values[section] = {**values.get(section, {}), **changed}  # load_params refuses what is not known
+    with tempfile.TemporaryDirectory() as folder:
+        merged = Path(folder) / f"{preset}.yaml"
+        yaml.dump(values, merged)
+        return load_params(merged)
+
+
+def measure(
+    params: Params, vocab_size: int, steps: int, tokens: "Tokens | None", trace: Path | None
+) -> dict[str, float | str | bool | None]:
+    """The figures of the median step; None is what is not known. Raises ValueError for a shape that is not told."""
+    shape = params.model.model_dump()
+    if unknown := [name for name, value in shape.items() if value is None]:
+        raise ValueError(
+            f"model.{unknown[0]} = null is that of train.init_from = {params.train.init_from}, which is not read here; "
+            "set it to the value"
+        )
+    from nanogpt import numerics
+
+    resolved = numerics.pin(params.numerics, params.runtime.device)
+    import torch
+
+    from nanogpt import sizing
+    from nanogpt.model import GPTConfig
+    from tools.timing import WARM_UP, step_seconds
+
+    profiler = torch.profiler.profile() if trace else None
+
+    def on_step(done: int) -> None:
+        if profiler and done == WARM_UP + steps:
+            profiler.start()
+
+    config = GPTConfig(vocab_size=vocab_size, **shape)
+    times = step_seconds(config, params.train, resolved, steps + TRACED * bool(trace), tokens, on_step=on_step)
+    if profiler:
+        profiler.stop()
+        profiler.export_chrome_trace(str(trace))
+    seconds, peak = statistics.median(times[:steps]), measured_peak(resolved)
+    per_step = params.train.batch_size * params.train.gradient_accumulation_steps * config.block_size
+    return {
+        "tokens_per_second": per_step / seconds,
+        "ms_per_step": 1e3 * seconds,
+        "mfu": sizing.share_of_peak(config, per_step, seconds, peak),
+        "peak_tflops": None if peak is None else peak / 1e12,
+        "peak_memory_mb": peak_memory(resolved.device) / 1e6,
+        "steps": steps,
+        "tokens_per_step": per_step,
+        "parameters": sum(sizing.parameters(config).values()),
+        "device": resolved.device_name,
+        "determinism": resolved.determinism,
+        "dtype": resolved.dtype,
+        "compile": resolved.compile,
+    }
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: what tensors took on a GPU at most, else what the process did."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from benchmarks import train_step
+from benchmarks.train_step import main
+from nanogpt.params import ParamsError
+
+TINY = {
+    "model.n_layer": 1,
+    "model.n_head": 2,
+    "model.n_embd": 8,
+    "model.block_size": 8,
+    "train.batch_size": 3,
+    "train.gradient_accumulation_steps": 2,
+    "train.max_iters": 700,
+    "numerics.determinism": "off",  # so that pin comes after torch
+    "numerics.threads": 1,
+    "runtime.device": "cpu",
+    "tokenize.tokenizer": "char",
+}
+FIGURES = {
+    *("tokens_per_second", "ms_per_step", "mfu", "peak_tflops", "peak_memory_mb", "steps", "tokens_per_step"),
+    *("parameters", "device", "determinism", "dtype", "compile"),
+}
+
+
+@pytest.fixture(autouse=True)
+def repository(project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(train_step, "measured_peak", lambda resolved: 1e12)
+    return project(**TINY)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["--steps", "2", *arguments])
+
+
+def figures(*arguments: str) -> dict:
+    result = run("--json", "figures.json", *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(Path("figures.json").read_text())
+
+
+def test_the_figures_follow_from_the_time_of_a_step() -> None:
+    found = figures("--vocab-size", "65")
+    assert found.keys() == FIGURES
+    assert found["tokens_per_step"] == 3 * 2 * 8
+    assert found["tokens_per_second"] == pytest.approx(48 / (found["ms_per_step"] / 1e3))
+    # 65 x 8 and 8 x 8 looked up, 12 x 8 x 8 in the block, three LayerNorms of 8
+    assert found["parameters"] == 65 * 8 + 8 * 8 + 12 * 64 + 3 * 8
+    flops = 6 * (found["parameters"] - 8 * 8) + 12 * 8 * 8
+    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * flops / 1e12)
+    assert found["peak_memory_mb"] > 50
+
+
+def test_the_lines_say_what_the_json_says() -> None:
+    result = run("--vocab-size", "65", "--json", "figures.json")
+    found = json.loads(Path("figures.json").read_text())
+    assert f"{'ms_per_step':20} {found['ms_per_step']:,.4g}" in result.output
+    assert [line.split()[0] for line in result.output.splitlines()] == [*found]
+
+
+def test_a_peak_that_is_not_known_makes_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step, "measured_peak", lambda resolved: None)
+    found = figures("--vocab-size", "65")
+    assert (found["mfu"], found["peak_tflops"]) == (None, None)
+
+
+def test_a_text_brings_its_vocabulary() -> None:
+    Path("text.txt").write_text("abcd" * 500)
+    found = figures("--text", "text.txt")
+    assert found["parameters"] == figures("--vocab-size", "4")["parameters"]
+    assert run("--text", "text.txt", "--vocab-size", "4").exit_code == 2
+
+
+def test_a_preset_is_laid_over_the_params() -> None:
+    Path("presets").mkdir()
+    Path("presets/deep.yaml").write_text("model: {n_layer: 2}\ntrain: {learning_rate: 3e-5, min_lr: 3e-6}\n")
+    params = train_step.settings("deep")
+    assert (params.model.n_layer, params.model.n_embd, params.train.learning_rate) == (2, 8, 3e-5)
+    assert (
+        figures("--preset", "deep", "--vocab-size", "65")["parameters"] - 12 * 64 - 2 * 8
+        == figures("--vocab-size", "65")["parameters"]
+    )
+
+
+def test_a_wrong_preset_is_refused_in_one_line() -> None:
+    Path("presets").mkdir()
+    Path("presets/wrong.yaml").write_text("model: {layers: 2}\n")
+    with pytest.raises(ParamsError, match=r"model\.layers = 2 is not a known parameter"):
+        train_step.settings("wrong")
+    result = run("--preset", "missing")
+    assert result.exit_code == 1
+    assert result.output == "Error: --preset missing: there is no presets/missing.yaml; there are: wrong\n"
+
+
+def test_a_shape_that_is_another_model_s_is_not_guessed(project: Callable[..., Path]) -> None:
+    project(**{**TINY, "model.n_layer": None, "train.init_from": "gpt2"})
+    result = run("--vocab-size", "65")
+    assert result.exit_code == 1
+    assert "model.n_layer = null is that of train.init_from = gpt2" in result.output
+
+
+def test_the_trace_is_of_steps_that_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = figures("--vocab-size", "65", "--trace", "trace.json")
+    events = json.loads(Path("trace.json").read_text())["traceEvents"]
+    optimizer = [event for event in events if event["name"].startswith("Optimizer.step")]
+    assert len(optimizer) == train_step.TRACED
+    assert found["steps"] == 2

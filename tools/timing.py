@@ -1,0 +1,89 @@
+"""Steps of a training, timed: the loop of nanogpt/train.py on tokens that are in memory, aside from everything.
+
+`numerics.pin` comes before the first import of this module.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from nanogpt import numerics
+from nanogpt.checkpoint import Checkpoints, Progress
+from nanogpt.data import Tokens
+from nanogpt.evaluate import Score
+from nanogpt.journal import Journal
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.optim import make_optimizer
+from nanogpt.params import TrainParams
+from nanogpt.train import Intervals, Stopped, train
+
+WARM_UP = 3  # steps that count for nothing: caches, allocators, and what is compiled
+
+
+def random_tokens(config: GPTConfig) -> Tokens:
+    """A text for the loop, always the same one."""
+    return np.random.default_rng(0).integers(config.vocab_size, size=64 * config.block_size).astype(np.uint32)
+
+
+def step_seconds(
+    config: GPTConfig,
+    params: TrainParams,
+    resolved: numerics.Numerics,
+    steps: int,
+    tokens: Tokens | None = None,
+    budget: float = math.inf,
+    checkpoint: bool = False,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """Seconds of up to `steps` steps that follow a warm-up, all that the loop does from one step to the next.
+
+    It ends early, but not before one step, when `budget` seconds are over; `checkpoint` writes one at the end, as a
+    training does. `on_step` is told how many steps are done, those of the warm-up included. The model is a new one,
+    whatever params.init_from names, and `tokens` are random ones if there are none.
+    """
+    device, last = torch.device(resolved.device), WARM_UP + steps
+    run = {"max_iters": last, "eval_interval": last, "lr_decay_iters": params.lr_decay_iters or params.max_iters}
+    model = GPT(config).to(device)
+    stamps = [time.perf_counter()]
+    score = Score(math.log(config.vocab_size), 1)  # an evaluation that costs nothing
+
+    def on_report(progress: Progress, *report: object) -> None:
+        stamps.append(time.perf_counter())  # with a report after each step, whose values the device had to hand over
+        on_step(progress.step)
+        over = progress.step > WARM_UP and stamps[-1] - stamps[0] >= budget
+        if over or (progress.step == last and not checkpoint):
+            raise Stopped("measured")
+
+    with TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl") as journal, suppress(Stopped):
+        train(
+            model,
+            torch.compile(model) if resolved.compile else model,
+            make_optimizer(model, params, device.type, resolved.dtype),
+            torch.amp.GradScaler(device.type, enabled=resolved.dtype == "float16"),
+            numerics.autocast(device, resolved.dtype),
+            params.model_copy(update={**run, "eval_only": False}),
+            random_tokens(config) if tokens is None else tokens,
+            lambda: (score, score),
+            Progress(evaluated=0),  # not before the first step
+            Checkpoints(Path(folder) / "checkpoints", "timing"),
+            journal,
+            Intervals(log=1, checkpoint=last),
+            on_report,
+            lambda progress: None,
+            lambda: None,
+        )
+    return [after - before for before, after in zip(stamps[WARM_UP:], stamps[WARM_UP + 1 :], strict=False)]
+
+
+def median_seconds(
+    config: GPTConfig, params: TrainParams, resolved: numerics.Numerics, steps: int = 20, budget: float = 30.0
+) -> float:
+    """Seconds of a training step: the median of some on random tokens."""
+    return statistics.median(step_seconds(config, params, resolved, steps, budget=budget))
