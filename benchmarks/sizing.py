@@ -122,6 +122,7 @@ def training(config: Any, params: Params, resolved: Any) -> dict[str, float]:
 
     from nanogpt import numerics
     from nanogpt.checkpoint import Checkpoints, Progress
+    from nanogpt.distributed import Ranks
     from nanogpt.evaluate import Score
     from nanogpt.journal import Journal
     from nanogpt.model import GPT
@@ -147,7 +148,8 @@ def training(config: Any, params: Params, resolved: Any) -> dict[str, float]:
             Checkpoints(Path(folder) / "checkpoints", "benchmark"),
             journal,
             Intervals(1, params.train.max_iters),
-            lambda progress, loss, seconds: times.append(seconds),
+            Ranks(),
+            lambda progress, report: times.append(report.seconds),
             lambda progress: None,
             lambda: None,
         )

@@ -40,6 +40,7 @@ LEVELS: list[dict[str, set[str]]] = [
     },
     {
         "optim": set(),
+        "distributed": set(),
         "evaluate": {"model"},
         "generate": {"counter", "model"},
         "pretrained": {"files", "model"},
@@ -50,7 +51,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "complete": {"generate", "published", "tokenizer"},
     },
     {
-        "train": {"checkpoint", "counter", "data", "evaluate", "journal", "model", "optim", "params"},
+        "train": {"checkpoint", "counter", "data", "distributed", "evaluate", "journal", "model", "optim", "params"},
         "mlflow_model": {"complete", "published"},
     },
 ]

@@ -31,6 +31,7 @@ class Retrace:
         checkpoint: "Checkpoint | None" = None,
     ):
         from nanogpt.data import SplitName, load_split
+        from nanogpt.distributed import Ranks
         from stages.training import Training
 
         names: tuple[SplitName, ...] = ("train", "val")
@@ -39,7 +40,16 @@ class Retrace:
         attempt = Path(self._folder.name)
         self.journal = Journal(attempt / "journal.jsonl")
         self.training = Training(
-            console, attempt, fingerprint, _quiet(params), resolved, tokens, splits, self.journal, attempt / "loss.csv"
+            console,
+            attempt,
+            fingerprint,
+            _quiet(params),
+            resolved,
+            tokens,
+            splits,
+            self.journal,
+            attempt / "loss.csv",
+            Ranks(),
         )
         if checkpoint is not None:
             self.training.restore(checkpoint)
@@ -70,7 +80,7 @@ def _quiet(params: Params) -> Params:
     never = params.train.max_iters
     return params.model_copy(
         update={
-            "train": params.train.model_copy(update={"eval_interval": never}),
+            "train": params.train.model_copy(update={"eval_interval": never, "patience": None}),
             "runtime": params.runtime.model_copy(update={"checkpoint_interval": never}),
             "tracking": params.tracking.model_copy(update={"prompts": []}),
         }

@@ -236,7 +236,9 @@ def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.Monkey
     assert len(found["metrics"]) <= 25
     assert [step for step, _, _ in found["metrics"]["train/loss"]] == list(range(1, 41))
     assert found["metrics"]["val/loss"][1] == (10, T0 + 101, 4.0)
-    assert [x[0] for x in found["metrics"]["val/loss_by_kilotokens"]] == [0, 5, 10, 15, 20]
+    for name in ("train/loss", "val/loss"):  # once more, at each point's number of tokens
+        points = [(512 * step, t, loss) for step, t, loss in found["metrics"][name]]
+        assert found["metrics"][f"by_tokens/{name.replace('/', '_')}"] == points
     assert (found["last"]["best/val_loss"], found["last"]["best/step"]) == (2.0, 30.0)
     assert found["artifacts"] == ["environment.json", "loss.png", "params.yaml", "samples.json"]
     assert [name for name, _, _ in found["models"]] == ["best", "last", "step-000000", "step-000010", "step-000020"]

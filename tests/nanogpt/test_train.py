@@ -11,13 +11,14 @@ import torch
 from nanogpt import counter
 from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
 from nanogpt.data import batch
+from nanogpt.distributed import Ranks
 from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.generate import Sampling, generate
 from nanogpt.journal import Journal
 from nanogpt.numerics import autocast
 from nanogpt.optim import adamw, lr_at
 from nanogpt.params import TrainParams
-from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Stopped, train
+from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Report, Stopped, train
 from tests.nanogpt import tiny
 
 TOKENS = tiny.tokens(200)
@@ -28,6 +29,7 @@ CPU = torch.device("cpu")
 def train_params(**changes) -> TrainParams:
     defaults = {
         "seed": 1337,
+        "processes": 1,
         "max_iters": ITERS,
         "batch_size": 3,
         "gradient_accumulation_steps": 1,
@@ -41,6 +43,7 @@ def train_params(**changes) -> TrainParams:
         "grad_clip": 1.0,
         "eval_interval": 3,
         "eval_iters": 2,
+        "patience": None,
         "publish": "best",
     }
     return TrainParams(**{**defaults, **changes})
@@ -63,6 +66,7 @@ class Run:
     val_losses: dict[int, float] | None = None  # instead of evaluations
     on_evaluation: Any = lambda model, progress: None
     poison: Any = lambda model, loss, step: loss
+    reports: list[Report] = field(default_factory=list)
 
     def __post_init__(self):
         self.checkpoints = Checkpoints(self.directory / "checkpoints", "run")
@@ -105,7 +109,8 @@ class Run:
                 self.checkpoints,
                 journal,
                 self.intervals,
-                lambda progress, loss, seconds: None,
+                Ranks(),
+                lambda progress, report: self.reports.append(report),
                 lambda progress: self.on_evaluation(model, progress),
                 stop,
             )
