@@ -46,7 +46,7 @@ def launch(processes: int, *arguments: str) -> int:
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     # The processes meet here. A file descriptor, so that it listens to this machine alone; the store closes it.
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
     )
     shared = {
@@ -85,15 +85,14 @@ def _wait(running: "list[subprocess.Popen[bytes]]") -> int:
     Of several that have failed by the same tick, one that a signal ended has drawn the others along.
     """
     first, deadline = 0, float("inf")
-    while any(process.poll() is None for process in running):
-        failed = [process.returncode for process in running if process.returncode]
-        if failed and not first:
-            first, deadline = min(failed), time.monotonic() + _GRACE
+    while None in (codes := [process.poll() for process in running]):
+        if not first and any(codes):
+            first, deadline = min(code for code in codes if code), time.monotonic() + _GRACE
             for process in running:
                 process.terminate()
         if time.monotonic() > deadline:
             for process in running:
                 process.kill()
         time.sleep(_TICK)
-    first = first or min(process.returncode for process in running)
+    first = first or min((code for code in codes if code), default=0)
     return first if first >= 0 else 128 - first

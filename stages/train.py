@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.params import Params, flatten, load_params
 from stages.console import Console, command, repository
@@ -117,20 +117,12 @@ def run(
 ) -> None:
     """Trains, with MLflow's replica filled by a process beside, and publishes."""
     from nanogpt import provenance, replicator
-    from nanogpt.data import load_meta
     from nanogpt.journal import Journal
     from nanogpt.train import Diverged, Stopped
     from stages.attempt import describe
     from stages.training import Training
 
     stop = StopRequest(ranks.highest)
-    meta = load_meta(TOKENS)
-    dataset = {
-        "name": meta.corpus.source,
-        "source": str(TOKENS),
-        "sha256": hashes["tokens.sha256"],
-        "profile": meta.model_dump(),
-    }
     with Journal(attempt / "journal.jsonl") as journal:
         fingerprint = hashes["fingerprint"]
         training = Training(console, attempt, fingerprint, params, resolved, TOKENS, splits, journal, CURVE, ranks)
@@ -145,7 +137,7 @@ def run(
             processes=ranks.size,
         )
         journal.sync()  # what run.json describes has a journal
-        describe(attempt, params, hashes, dataset)
+        describe(attempt, params, hashes, dataset(hashes["tokens.sha256"]))
         console.say(replicator.describe_system_metrics())
         follower = replicator.start(attempt, repository(), params.tracking.wait_seconds)
         try:
@@ -168,6 +160,14 @@ def run(
             raise
     publish(console, attempt)
     console.say(replicator.wait(follower, params.tracking.wait_seconds))
+
+
+def dataset(sha256: str) -> dict[str, Any]:
+    """The tokens, as MLflow shows them."""
+    from nanogpt.data import load_meta
+
+    meta = load_meta(TOKENS)
+    return {"name": meta.corpus.source, "source": str(TOKENS), "sha256": sha256, "profile": meta.model_dump()}
 
 
 def publish(console: Console, attempt: Path) -> None:

@@ -57,7 +57,8 @@ def points(records: list[dict[str, Any]], max_iters: int) -> list[tuple[str, int
 
 
 def test_many_steps_are_thinned_and_the_last_one_is_kept() -> None:
-    records = [{"kind": "step", "step": s, "t": s, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0} for s in range(1, 10_008)]
+    values = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 0}
+    records = [{"kind": "step", "step": s, "t": s, **values} for s in range(1, 10_008)]
     records += [{"kind": "end", "t": 1, "status": "KILLED", "step": 10_007}]
     steps = [step for key, step in points(records, 10_010) if key == "train/loss"]
     assert steps == [1, *range(6, 10_007, 6), 10_007]

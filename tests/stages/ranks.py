@@ -1,12 +1,13 @@
 """The train stage as tests run it: `python -m tests.stages.ranks`, alone or as one of several processes.
 
-MLflow is left out. Which samples each step has used goes to used-RANK.jsonl. DO="RANK STEP WHAT" has one process get a
-signal (WHAT is its name), or fail (WHAT is a text), before the step of that number.
+MLflow is left out. Which samples each step has used goes to used-RANK.jsonl. DO="RANK STEP WHAT" has one process, in
+the step of that number, get a signal (WHAT is its name), kill its launcher (launcher), or fail (WHAT is the error).
 """
 
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,9 +25,13 @@ def main() -> None:
         used.write(json.dumps([step, list(samples)]) + "\n")
         used.flush()
         if (launch.rank(), step) == (int(rank), int(at)):
-            if not what.startswith("SIG"):
+            if what == "launcher":
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(1)  # stages/stop.py looks every 0.2 s
+            elif what.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, what))
+            else:
                 raise ValueError(what)
-            os.kill(os.getpid(), getattr(signal, what))
         return batch(tokens, seed, step, samples, block_size)
 
     with (
