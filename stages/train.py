@@ -55,7 +55,9 @@ def train(console: Console, params: Params, resolved: "Numerics", ranks: "Ranks"
     read = flatten(params.model, "model.") | flatten(params.train, "train.")
     if params.numerics.determinism == "off":
         del read["train.processes"]  # it changes the last bits alone, so more or fewer of them may go on with a run
-    same = provenance.fingerprint(read, inputs, code, {})
+    # All processes must come to the same decisions, so also those that change no result.
+    intervals = (params.runtime.log_interval, params.runtime.checkpoint_interval)
+    same = provenance.fingerprint(read | {"intervals": intervals}, inputs, code, params.numerics.model_dump())
     if ranks.tell(same) != same:
         raise ValueError(
             "not all processes of this training have the same code, parameters and data; on each machine check out the "
