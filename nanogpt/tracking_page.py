@@ -115,7 +115,6 @@ class Page:
         self._shown[f"{kind} step"] = step
         values = {name: record.get(source) for source, name in METRICS[kind].items()}
         points = [Point(name, value, record["t"], step) for name, value in values.items() if value is not None]
-        points += [Point(BY_TOKENS[p.key], p.value, p.t, record["tokens"]) for p in points if p.key in BY_TOKENS]
         if kind == "eval" and self.best:
             points.append(Point("best/val_loss", self.best[0], record["t"], step))
             points.append(Point("best/step", float(self.best[1]), record["t"], step))
@@ -123,6 +122,7 @@ class Page:
             if not math.isfinite(point.value):
                 self.not_finite.setdefault(point.key, step)
         points = [point for point in points if math.isfinite(point.value)]
+        points += [Point(BY_TOKENS[p.key], p.value, p.t, record["tokens"]) for p in points if p.key in BY_TOKENS]
         curves = {"train/loss": self.train, "val/loss": self.val}
         for point in points:
             if point.key in curves:
