@@ -4,6 +4,7 @@ Characters of one text; the loss is that of the last tenth of the training split
 the validation split stays unseen. Runs take turns, each in a process of its own.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 
 import click
 
-from nanogpt.params import Params, load_params
+from nanogpt.params import Params
 from tools.preset import preset_params
 
 HELD_OUT = 0.1  # of the training split
@@ -91,8 +92,14 @@ def with_changes(params: Params, changes: dict[str, Any]) -> Params:
 
 def train_one(text: Path, preset: str, name: str, steps: int, seed: int) -> dict[str, float]:
     """Loss at the end, and the median milliseconds of a step."""
-    run = {"train.max_iters": steps, "train.seed": seed, "train.eval_interval": steps, "train.publish": "last"}
-    params = with_changes(load_params() if preset == "none" else preset_params(preset), {**VARIANTS[name], **run})
+    run = {
+        "train.max_iters": steps,
+        "train.seed": seed,
+        "train.eval_interval": steps,
+        "train.publish": "last",
+        "train.patience": None,
+    }
+    params = with_changes(preset_params(preset), {**VARIANTS[name], **run})
     from nanogpt import numerics
 
     resolved = numerics.pin(params.numerics, "cpu")
@@ -100,6 +107,7 @@ def train_one(text: Path, preset: str, name: str, steps: int, seed: int) -> dict
 
     from nanogpt import counter
     from nanogpt.checkpoint import Checkpoints, Progress
+    from nanogpt.distributed import Ranks
     from nanogpt.evaluate import Score, score, windows
     from nanogpt.initial import load_initial
     from nanogpt.journal import Journal
@@ -142,11 +150,12 @@ def train_one(text: Path, preset: str, name: str, steps: int, seed: int) -> dict
             Checkpoints(Path(folder) / "checkpoints", "ablation"),
             journal,
             Intervals(log=1, checkpoint=steps),
-            lambda progress, loss, seconds: times.append(time.perf_counter()),
+            Ranks(),
+            lambda progress, report: times.append(time.perf_counter()),
             lambda progress: None,
             lambda: None,
         )
-    between = [after - before for before, after in zip(times, times[1:], strict=False)]
+    between = [after - before for before, after in itertools.pairwise(times)]
     return {"loss": progress.val_loss, "ms": 1e3 * statistics.median(between), "seconds": times[-1] - times[0]}
 
 

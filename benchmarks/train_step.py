@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from ruamel.yaml import YAML
 
 from benchmarks.text import write_tokens
 from nanogpt.data import load_meta, load_split
 from nanogpt.params import Params, load_params
+from tools.preset import preset_params
 from tools.size import known_meta, measured_peak, vocabulary
 
 if TYPE_CHECKING:
@@ -63,20 +63,7 @@ def told(value: float | str | bool | None) -> str:
 
 def settings(preset: str | None) -> Params:
     """params.yaml, with what presets/NAME.yaml sets of it. Raises ValueError."""
-    if preset is None:
-        return load_params(PARAMS)
-    overlay = Path("presets") / f"{preset}.yaml"
-    if not overlay.is_file():
-        known = ", ".join(sorted(path.stem for path in overlay.parent.glob("*.yaml"))) or "none"
-        raise ValueError(f"--preset {preset}: there is no {overlay}; there are: {known}")
-    yaml = YAML(typ="safe")
-    values = yaml.load(PARAMS)
-    for section, changed in yaml.load(overlay).items():
-        values[section] = {**values.get(section, {}), **changed}  # load_params refuses what is not known
-    with tempfile.TemporaryDirectory() as folder:
-        merged = Path(folder) / f"{preset}.yaml"
-        yaml.dump(values, merged)
-        return load_params(merged)
+    return load_params(PARAMS) if preset is None else preset_params(preset)
 
 
 def measure(

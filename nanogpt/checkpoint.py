@@ -29,6 +29,12 @@ class Progress:
     best_step: int = -1  # step of the lowest validation loss
     best_val_loss: float = float("inf")
 
+    def note_evaluation(self, val_loss: float) -> None:
+        """The present step has been evaluated."""
+        self.evaluated, self.val_loss = self.step, val_loss
+        if val_loss < self.best_val_loss:
+            self.best_step, self.best_val_loss = self.step, val_loss
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -121,8 +127,18 @@ def restore(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler"
 ) -> None:
     """Puts weights, optimizer and scaler into the exact state that was saved."""
-    tensors = load_file(checkpoint.state)
-    load_weights(checkpoint, model)
+    put(load_file(checkpoint.state), checkpoint.scaler, model, optimizer, scaler)
+
+
+def put(
+    tensors: dict[str, Tensor],
+    scaler_state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: "torch.amp.GradScaler",
+) -> None:
+    """Puts weights, optimizer and scaler into the state of a checkpoint's tensors."""
+    _put_weights(tensors, model)
     names = _names(model, optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -130,13 +146,16 @@ def restore(
             _, name, entry = key.split("/")
             state.setdefault(names.index(name), {})[entry] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    if checkpoint.scaler:
-        scaler.load_state_dict(checkpoint.scaler)
+    if scaler_state:
+        scaler.load_state_dict(scaler_state)
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Puts the model's weights into the state that was saved."""
-    tensors = load_file(checkpoint.state)
+    _put_weights(load_file(checkpoint.state), model)
+
+
+def _put_weights(tensors: dict[str, Tensor], model: nn.Module) -> None:
     model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model/")})
 
 

@@ -1,6 +1,7 @@
 """params.yaml as frozen, strict sections: every knob of an experiment, checked before any work is done."""
 
 import difflib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,6 +77,7 @@ class TrainParams(Section):
     pretrained: Text
     eval_only: bool
     seed: Seed
+    processes: Natural
     max_iters: Natural
     batch_size: Natural
     gradient_accumulation_steps: Natural
@@ -96,6 +98,7 @@ class TrainParams(Section):
     grad_clip: NonNegative
     eval_interval: Natural
     eval_iters: Natural
+    patience: Natural | None
     publish: Literal["best", "last"]
 
     @property
@@ -261,6 +264,17 @@ def _conflicts(params: Params) -> Iterator[str]:
     if train.min_lr > train.learning_rate:
         yield (
             f"train.min_lr = {train.min_lr} is above train.learning_rate = {train.learning_rate}; lower train.min_lr"
+        )
+    if train.gradient_accumulation_steps % train.processes:
+        yield (
+            f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps} is not divisible by "
+            f"train.processes = {train.processes}, which share them; set train.gradient_accumulation_steps to "
+            f"{math.ceil(train.gradient_accumulation_steps / train.processes) * train.processes}"
+        )
+    if train.processes > 1 and params.runtime.device not in {"auto", "cpu", "cuda"}:
+        yield (
+            f"runtime.device = {params.runtime.device} with train.processes = {train.processes}, which need a device "
+            "each; set it to cuda (each process takes the GPU of its number) or cpu"
         )
     if stride is not None and model.block_size is not None and stride > model.block_size:
         yield (

@@ -19,6 +19,7 @@ PLUMBING = (
     "stages/attempt.py",
     "stages/console.py",
     "stages/dvcfile.py",
+    "stages/launch.py",
     "stages/preview.py",
     "stages/profile.py",
     "stages/report.py",

@@ -22,9 +22,11 @@ _MAX_QUOTE = 1200
 
 METRICS = {  # journal's name -> MLflow's
     "step": {"loss": "train/loss", "grad_norm": "grad_norm", "lr": "learning_rate"},
-    "speed": {name: name for name in ("tokens_per_second", "step_time", "mfu", "memory_mb")},
+    "speed": {name: name for name in ("tokens_per_second", "step_time", "mfu", "memory_mb", "clip_rate")},
     "eval": {"val_loss": "val/loss", "train_loss": "train/eval_loss"},
 }
+# MLflow's axis is step or time alone, so a loss over tokens is a metric whose "step" counts tokens.
+BY_TOKENS = {"train/loss": "by_tokens/train_loss", "val/loss": "by_tokens/val_loss"}
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,14 @@ class Page:
         self._shown[f"{kind} step"] = step
         values = {name: record.get(source) for source, name in METRICS[kind].items()}
         points = [Point(name, value, record["t"], step) for name, value in values.items() if value is not None]
-        if kind == "eval":
-            # MLflow's axis is step or time alone, so the loss over tokens is a metric whose "step" counts tokens.
-            if values["val/loss"] is not None:
-                kilotokens = record["tokens"] // 1000
-                points.append(Point("val/loss_by_kilotokens", values["val/loss"], record["t"], kilotokens))
-            if self.best:
-                points.append(Point("best/val_loss", self.best[0], record["t"], step))
-                points.append(Point("best/step", float(self.best[1]), record["t"], step))
+        if kind == "eval" and self.best:
+            points.append(Point("best/val_loss", self.best[0], record["t"], step))
+            points.append(Point("best/step", float(self.best[1]), record["t"], step))
         for point in points:
             if not math.isfinite(point.value):
                 self.not_finite.setdefault(point.key, step)
         points = [point for point in points if math.isfinite(point.value)]
+        points += [Point(BY_TOKENS[p.key], p.value, p.t, record["tokens"]) for p in points if p.key in BY_TOKENS]
         curves = {"train/loss": self.train, "val/loss": self.val}
         for point in points:
             if point.key in curves:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from nanogpt import counter
 from nanogpt.checkpoint import Checkpoints, Progress
 from nanogpt.data import Tokens, batch
+from nanogpt.distributed import Ranks, synchronizing
 from nanogpt.evaluate import Score
 from nanogpt.journal import Journal
 from nanogpt.model import GPT
@@ -41,6 +42,27 @@ class Intervals:
     checkpoint: int
 
 
+@dataclass(frozen=True)
+class Report:
+    """What is told of the steps since the last report."""
+
+    loss: float  # of the newest step
+    seconds: float  # per step
+    clip_rate: float | None  # share of the steps whose gradient was clipped; None: there is no clipping
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that the journal does not hold yet; its tensors are still where they were computed."""
+
+    step: int
+    seconds: float  # that it took
+    loss: Tensor  # of this process's micro-batches
+    grad_norm: Tensor
+    lr: float
+    t: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # ms since the epoch
+
+
 def train(
     model: GPT,
     forward: Callable[[Tensor, Tensor], Tensor],
@@ -54,47 +76,47 @@ def train(
     checkpoints: Checkpoints,
     journal: Journal,
     intervals: Intervals,
-    on_report: Callable[[Progress, float, float], None],
+    ranks: Ranks,
+    on_report: Callable[[Progress, Report], None],
     on_evaluation: Callable[[Progress], None],
     stop: Callable[[], str | None],
 ) -> None:
-    """Trains from `progress` to params.last_step, or raises Stopped or Diverged.
+    """Trains from `progress` to the end, or raises Stopped or Diverged.
 
-    `forward` is the model or its compiled form; `evaluate` gives the scores on train and validation; `on_report` gets
-    progress, loss and seconds per step; `stop` gives a reason to stop, asked once a step. What resumes at any step
-    continues exactly: batch and dropout are functions of the step, and the rest is in the checkpoint.
+    `forward` is the model, or its compiled and parallel form; `evaluate` gives the scores on train and validation;
+    `stop` gives a reason to stop, asked once a step. What resumes at any step continues exactly: batch and dropout are
+    functions of the step, and the rest is in the checkpoint. All of `ranks` run this loop and decide the same, so what
+    `evaluate` and `stop` give must be the same in all; rank 0 alone saves.
     """
     device = next(model.parameters()).device
     data_seed, decay_iters = counter.derived_seed(params.seed, DATA), params.lr_decay_iters or params.max_iters
-    batch_size, micro_steps = params.batch_size, params.gradient_accumulation_steps
-    samples_per_step, block_size = batch_size * micro_steps, model.config.block_size
-    pending: list[tuple[int, int, Tensor, Tensor, float]] = []  # steps that the journal does not hold yet
-    busy = 0.0  # seconds spent on them
+    batch_size, block_size = params.batch_size, model.config.block_size
+    samples_per_step = batch_size * params.gradient_accumulation_steps  # of all processes
+    tokens_per_step = samples_per_step * block_size
+    micros = ranks.share(params.gradient_accumulation_steps)
+    pending: list[Done] = []
     model.train()
     while True:
-        step, last = progress.step, progress.step == params.last_step
-        reason = stop()
-        evaluating = (step % params.eval_interval == 0 or last) and progress.evaluated != step
-        saving = step > 0 and (step % intervals.checkpoint == 0 or last or reason is not None)
+        step, reason = progress.step, stop()
+        evaluating = (step % params.eval_interval == 0 or step == params.last_step) and progress.evaluated != step
+        saving = step > 0 and (step % intervals.checkpoint == 0 or ended(progress, params) or reason is not None)
         if pending and (evaluating or saving or step % intervals.log == 0):
-            newest = record_steps(journal, pending, samples_per_step * block_size, exact=not scaler.is_enabled())
-            on_report(progress, newest, busy / len(pending))
-            pending, busy = [], 0.0
+            on_report(progress, record_steps(journal, ranks, pending, params, tokens_per_step, not scaler.is_enabled()))
+            pending = []
         if evaluating:
             train_score, val_score = evaluate()
             check_finite(step, f"validation loss {val_score.loss}", val_score.loss)
-            progress.evaluated, progress.val_loss = step, val_score.loss
-            if val_score.loss < progress.best_val_loss:
-                progress.best_step, progress.best_val_loss, saving = step, val_score.loss, True
-            losses = {"train_loss": train_score.loss, "val_loss": val_score.loss}
-            journal.append("eval", step=step, tokens=step * samples_per_step * block_size, **losses)
+            progress.note_evaluation(val_score.loss)
+            saving = saving or progress.best_step == step or ended(progress, params)
+            evaluation = {"train_loss": train_score.loss, "val_loss": val_score.loss}
+            journal.append("eval", step=step, tokens=step * tokens_per_step, **evaluation)
             on_evaluation(progress)
-        if saving:
+        if saving and ranks.first:
             journal.sync()
             sha256 = checkpoints.save(model, optimizer, scaler, progress, journal.position())
             val_loss = progress.val_loss if progress.evaluated == step else None
             journal.append("checkpoint", step=step, val_loss=val_loss, best=progress.best_step == step, sha256=sha256)
-        if last:
+        if ended(progress, params):
             return
         if reason is not None:
             raise Stopped(reason)
@@ -104,14 +126,15 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         loss_sum = torch.zeros((), device=device)
-        for micro in range(micro_steps):
+        for micro in micros:
             samples = range(micro * batch_size, (micro + 1) * batch_size)
             x, y = batch(tokens, params.data_order, data_seed, step, samples_per_step, samples, block_size)
             if model.config.dropout > 0:
                 torch.manual_seed(counter.derived_seed(params.seed, DROPOUT, step, micro))
-            with autocast:
-                loss = forward(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) / micro_steps
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            with synchronizing(forward, micro == micros[-1]):
+                with autocast:
+                    loss = forward(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) / len(micros)
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf)
@@ -119,24 +142,31 @@ def train(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        busy += time.perf_counter() - begin
-        pending.append((progress.step, time.time_ns() // 1_000_000, loss_sum, grad_norm, lr))
+        pending.append(Done(progress.step, time.perf_counter() - begin, loss_sum, grad_norm, lr))
+
+
+def ended(progress: Progress, params: TrainParams) -> bool:
+    """Whether all steps are done, or params.patience evaluations have brought no new best validation loss."""
+    without_best = (progress.evaluated - progress.best_step) // params.eval_interval
+    return progress.step == params.last_step or (params.patience is not None and without_best >= params.patience)
 
 
 def record_steps(
-    journal: Journal, pending: list[tuple[int, int, Tensor, Tensor, float]], tokens_per_step: int, exact: bool
-) -> float:
-    """Writes steps to the journal and returns the last one's loss. Raises Diverged at the first that is no number.
+    journal: Journal, ranks: Ranks, pending: list[Done], params: TrainParams, tokens_per_step: int, exact: bool
+) -> Report:
+    """Writes steps to the journal, their losses the mean of all processes'. Raises Diverged where one is no number.
 
     The values leave the device here, all at once, and not in the step. With a gradient scaler (`exact` false) an
     infinite norm is no divergence: the scaler skips that step.
     """
-    losses = torch.stack([loss for _, _, loss, _, _ in pending]).tolist()
-    norms = torch.stack([norm for _, _, _, norm, _ in pending]).tolist()
-    for (step, t, _, _, lr), loss, norm in zip(pending, losses, norms, strict=True):
-        journal.append("step", step=step, t=t, loss=loss, grad_norm=norm, lr=lr, tokens=step * tokens_per_step)
-        check_finite(step, f"loss {loss}, gradient norm {norm}", loss, *([norm] if exact else []))
-    return float(losses[-1])
+    losses = ranks.mean(torch.stack([done.loss for done in pending]).tolist())
+    norms: list[float] = torch.stack([done.grad_norm for done in pending]).tolist()  # the same in all processes
+    for done, loss, norm in zip(pending, losses, norms, strict=True):
+        values = {"loss": loss, "grad_norm": norm, "lr": done.lr}
+        journal.append("step", step=done.step, t=done.t, **values, tokens=done.step * tokens_per_step)
+        check_finite(done.step, f"loss {loss}, gradient norm {norm}", loss, *([norm] if exact else []))
+    clipped = sum(norm > params.grad_clip for norm in norms) / len(norms) if params.grad_clip else None
+    return Report(losses[-1], sum(done.seconds for done in pending) / len(pending), clipped)
 
 
 def check_finite(step: int, measured: str, *values: float) -> None:

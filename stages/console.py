@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from stages.dvcfile import dvc_process
+from stages.launch import rank, started
 from stages.stop import end_with
 
 Update = Callable[..., None]
@@ -26,21 +27,27 @@ def repository() -> Path:
 
 
 class Console:
-    """Prints lines and progress, and keeps a copy of every line in the stage's log."""
+    """Prints lines and progress, and keeps a copy of every line in the stage's log.
+
+    Of the processes that share a training's steps the first one does; the others say nothing but what ends them.
+    """
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.silent = name, rank() > 0
         self.log = repository() / ".runs" / "logs" / os.environ.get("DVC_EXP_NAME", "workspace") / f"{name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.log.write_bytes(b"")
+        if not self.silent:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write_bytes(b"")
 
     def say(self, line: str) -> None:
-        click.echo(f"{self.name}: {line}")
-        self.record(line)
+        if not self.silent:
+            click.echo(f"{self.name}: {line}")
+            self.record(line)
 
     def warn(self, line: str) -> None:
-        click.secho(f"{self.name}: warning: {line}", fg="yellow", err=True)
-        self.record(f"warning: {line}")
+        if not self.silent:
+            click.secho(f"{self.name}: warning: {line}", fg="yellow", err=True)
+            self.record(f"warning: {line}")
 
     def record(self, line: str) -> None:
         # Without a copy on a full disk: what is to be told is told on the screen.
@@ -50,6 +57,9 @@ class Console:
     @contextmanager
     def progress(self, what: str, total: int | None, done: int = 0) -> Iterator[Update]:
         """Yields `update(done, **fields)`. A bar on a terminal; elsewhere a plain line every five seconds."""
+        if self.silent:
+            yield lambda done, **fields: None
+            return
         if sys.stderr.isatty():
             with _bar(what, total, done) as update:
                 yield update
@@ -116,8 +126,10 @@ def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[...
                 console = Console(name)
             except OSError as error:
                 raise click.ClickException(f"{name}: the log cannot be written ({error}); check the disk") from error
-            if (dvc := dvc_process()) is not None:
-                end_with(dvc, console.warn)
+            if started() is not None:  # torchrun is the parent, and not DVC
+                end_with(os.getppid(), "who launched it", console.warn)
+            elif (dvc := dvc_process()) is not None:
+                end_with(dvc, "dvc", console.warn)
             try:
                 function(console, **arguments)
             except KeyboardInterrupt:

@@ -4,14 +4,16 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.params import Params, flatten, load_params
 from stages.console import Console, command, repository
+from stages.launch import check_started, launch, started
 from stages.stop import StopRequest
 
 if TYPE_CHECKING:
     from nanogpt.data import Split, SplitName
+    from nanogpt.distributed import Ranks
     from nanogpt.initial import Initial
     from nanogpt.numerics import Numerics
 
@@ -22,9 +24,25 @@ TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metric
 def main(console: Console) -> None:
     """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
     params = load_params()
-    from nanogpt import numerics, provenance
+    from nanogpt import numerics
 
     resolved = numerics.pin(params.numerics, params.runtime.device)
+    if params.train.processes > 1 and started() is None:
+        sys.exit(launch(params.train.processes, "-m", "stages.train"))
+    check_started(params.train.processes)
+    from nanogpt.distributed import PeerFailed, join
+
+    try:
+        with join(resolved.device) as ranks:
+            train(console, params, resolved, ranks)
+    except PeerFailed as error:  # which tells the user
+        console.record(str(error))
+        sys.exit(1)
+
+
+def train(console: Console, params: Params, resolved: "Numerics", ranks: "Ranks") -> None:
+    """Goes on with the training that params and data stand for, or publishes it if it is done."""
+    from nanogpt import provenance
     from nanogpt.data import SplitName, check_block_size, load_meta, load_split
     from nanogpt.initial import load_initial
     from nanogpt.journal import RunLock, state
@@ -40,24 +58,64 @@ def main(console: Console) -> None:
     inputs = {"tokens": provenance.sha256_tree(TOKENS), "initial": initial.sha256}
     code = provenance.code_hash(Path.cwd(), "stages.train")
     read = flatten(params.model, "model.") | flatten(params.train, "train.")
+    if params.numerics.determinism == "off":
+        del read["train.processes"]  # it changes the last bits alone, so more or fewer of them may go on with a run
+    # All processes must come to the same decisions, so also those that change no result.
+    intervals = (params.runtime.log_interval, params.runtime.checkpoint_interval)
+    same = provenance.fingerprint(read | {"intervals": intervals}, inputs, code, params.numerics.model_dump())
+    if ranks.tell(same) != same:
+        raise ValueError(
+            "not all processes of this training have the same code, parameters and data; on each machine check out the "
+            "same commit and `dvc pull`"
+        )
     fingerprint = provenance.fingerprint(read, inputs, code, resolved.as_dict())
     directory = repository() / ".runs" / fingerprint[:16]
-    directory.mkdir(parents=True, exist_ok=True)
 
     def tell_wait(pid: int) -> None:
         console.say(f"process {pid} is training exactly this; waiting for its result")
 
+    if not ranks.first:
+        if ranks.tell(None) != "finished":
+            accompany(console, directory, fingerprint, params, resolved, splits, initial, ranks)
+        return
+    directory.mkdir(parents=True, exist_ok=True)
     with RunLock(directory, tell_wait):
         attempt = choose(console, directory, fingerprint)
         console.record(f"run directory: {attempt}")
-        if state(attempt / "journal.jsonl") == "finished":
+        if ranks.tell(state(attempt / "journal.jsonl")) == "finished":
             console.say(f"this training is done already ({attempt.relative_to(repository())}): publishing its model")
             publish(console, attempt)
         else:
             hashes = {"fingerprint": fingerprint, "tokens.sha256": inputs["tokens"], "code.sha256": code}
             if initial.weights is not None:
                 hashes["initial.sha256"] = initial.sha256
-            run(console, attempt, params, resolved, splits, initial, hashes, StopRequest())
+            run(console, attempt, params, resolved, splits, initial, hashes, ranks)
+
+
+def accompany(
+    console: Console,
+    directory: Path,
+    fingerprint: str,
+    params: Params,
+    resolved: "Numerics",
+    splits: "dict[SplitName, Split]",
+    initial: "Initial",
+    ranks: "Ranks",
+) -> None:
+    """Trains along with the first process, which does all reading and writing."""
+    from nanogpt.journal import NoJournal
+    from nanogpt.train import Stopped
+    from stages.training import Training
+
+    stop = StopRequest(ranks.highest)
+    training = Training(
+        console, directory, fingerprint, params, resolved, TOKENS, splits, initial, NoJournal(), CURVE, ranks
+    )
+    training.resume()
+    try:
+        training.run(stop.reason)
+    except Stopped:
+        sys.exit(stop.exit_code)
 
 
 def run(
@@ -68,26 +126,21 @@ def run(
     splits: "dict[SplitName, Split]",
     initial: "Initial",
     hashes: dict[str, str],
-    stop: StopRequest,
+    ranks: "Ranks",
 ) -> None:
     """Trains, with MLflow's replica filled by a process beside, and publishes."""
     from nanogpt import provenance, replicator
-    from nanogpt.data import load_meta
     from nanogpt.journal import Journal
     from nanogpt.train import Diverged, Stopped
     from stages.attempt import describe
     from stages.training import Training
 
-    meta = load_meta(TOKENS)
-    dataset = {
-        "name": meta.corpus.source,
-        "source": str(TOKENS),
-        "sha256": hashes["tokens.sha256"],
-        "profile": meta.model_dump(),
-    }
+    stop = StopRequest(ranks.highest)
     with Journal(attempt / "journal.jsonl") as journal:
         fingerprint = hashes["fingerprint"]
-        training = Training(console, attempt, fingerprint, params, resolved, TOKENS, splits, initial, journal, CURVE)
+        training = Training(
+            console, attempt, fingerprint, params, resolved, TOKENS, splits, initial, journal, CURVE, ranks
+        )
         training.resume()
         journal.append(
             "start",
@@ -96,9 +149,10 @@ def run(
             fingerprint=fingerprint,
             environment=provenance.environment(),
             numerics=resolved.as_dict(),
+            processes=ranks.size,
         )
         journal.sync()  # what run.json describes has a journal
-        describe(attempt, params, hashes, dataset)
+        describe(attempt, params, hashes, dataset(hashes["tokens.sha256"]))
         console.say(replicator.describe_system_metrics())
         follower = replicator.start(attempt, repository(), params.tracking.wait_seconds)
         try:
@@ -113,13 +167,22 @@ def run(
             )
             sys.exit(stop.exit_code)
         except BaseException as error:
-            result = {"diverged": error.step} if isinstance(error, Diverged) else {}
-            message = " ".join(f"{type(error).__name__}: {error}".split())
+            cause = ranks.cause(error)
+            result = {"diverged": cause.step} if isinstance(cause, Diverged) else {}
+            message = " ".join(f"{type(cause).__name__}: {cause}".split())
             journal.append("end", status="FAILED", message=message, step=training.progress.step, result=result)
             replicator.wait(follower, params.tracking.wait_seconds)
             raise
     publish(console, attempt)
     console.say(replicator.wait(follower, params.tracking.wait_seconds))
+
+
+def dataset(sha256: str) -> dict[str, Any]:
+    """The tokens, as MLflow shows them."""
+    from nanogpt.data import load_meta
+
+    meta = load_meta(TOKENS)
+    return {"name": meta.corpus.source, "source": str(TOKENS), "sha256": sha256, "profile": meta.model_dump()}
 
 
 def publish(console: Console, attempt: Path) -> None:

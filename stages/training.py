@@ -4,15 +4,18 @@ import csv
 import io
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file
 
 from nanogpt import counter, flops, numerics
-from nanogpt.checkpoint import Checkpoint, Checkpoints, Progress, load_weights, restore
+from nanogpt.checkpoint import Checkpoint, Checkpoints, Progress, load_weights, put, restore
 from nanogpt.data import Split, SplitName, load_meta
+from nanogpt.distributed import Ranks
 from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.files import write_text
 from nanogpt.initial import Initial
@@ -22,7 +25,7 @@ from nanogpt.params import Params, flatten
 from nanogpt.provenance import sha256_tree
 from nanogpt.published import PublishedModel, save_model
 from nanogpt.tokenizer import load_tokenizer
-from nanogpt.train import WEIGHTS, Intervals, train
+from nanogpt.train import WEIGHTS, Intervals, Report, train
 from stages.console import Console, Update
 from stages.dvcfile import directory_md5
 from stages.preview import check_prompts, preview
@@ -44,8 +47,10 @@ class Training:
         initial: Initial,
         journal: Journal,
         curve: Path,
+        ranks: Ranks,
     ):
         self.console, self.attempt, self.params, self.splits, self.journal = console, attempt, params, splits, journal
+        self.ranks = ranks
         self.curve = curve  # where the loss curve is kept up to date
         self.device = torch.device(resolved.device)
         self.autocast = numerics.autocast(self.device, resolved.dtype)
@@ -59,20 +64,28 @@ class Training:
         self.checkpoints = Checkpoints(attempt / "checkpoints", fingerprint)
         self.progress = Progress()
         self.unfinished = PublishedModel(self.model, tokenizer, {})
-        self.peak = self._peak(resolved)
+        self.peak = self._peak(resolved) if ranks.first else None
 
     def resume(self) -> None:
-        """Goes on from the newest checkpoint that is whole, if there is one."""
-        checkpoint = self.checkpoints.newest(on_damage=self.console.warn)
-        if checkpoint is None:
+        """Goes on from the newest checkpoint that is whole, if there is one; the first process alone looks for it."""
+        checkpoint = self._newest() if self.ranks.first else None
+        known = {"progress": asdict(checkpoint.progress), "scaler": checkpoint.scaler} if checkpoint else None
+        state = self.ranks.tell(known)
+        if state is None:
             return
-        if not self.journal.has_position(checkpoint.journal):
+        tensors = self.ranks.tell_tensors(load_file(checkpoint.state) if checkpoint else {})
+        put(tensors, state["scaler"], self.model, self.optimizer, self.scaler)
+        self.progress = Progress(**state["progress"])
+        self.console.say(f"resuming at step {self.progress.step:,} of {self.params.train.last_step:,}")
+
+    def _newest(self) -> Checkpoint | None:
+        checkpoint = self.checkpoints.newest(on_damage=self.console.warn)
+        if checkpoint is not None and not self.journal.has_position(checkpoint.journal):
             raise ValueError(
                 f"{self.journal.path} lacks records that checkpoint {checkpoint.directory.name} counts on; "
                 f"remove {self.attempt} to train afresh"
             )
-        self.restore(checkpoint)
-        self.console.say(f"resuming at step {checkpoint.progress.step:,} of {self.params.train.last_step:,}")
+        return checkpoint
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from that checkpoint."""
@@ -80,14 +93,19 @@ class Training:
         self.progress = checkpoint.progress
 
     def _peak(self, resolved: numerics.Numerics) -> float | None:
+        """Of all processes' devices together."""
+        peak: float | None
         if self.device.type == "cpu":
-            return flops.measured_peak_flops(time.perf_counter, getattr(torch, resolved.dtype))
-        return flops.peak_flops(resolved.device_name, resolved.dtype)
+            peak = flops.measured_peak_flops(time.perf_counter, getattr(torch, resolved.dtype))
+        else:
+            peak = flops.peak_flops(resolved.device_name, resolved.dtype)
+        return peak and peak * self.ranks.size
 
     def run(self, stop: Callable[[], str | None]) -> None:
         """Trains to the end. Raises what the loop raises."""
         params = self.params
-        forward = torch.compile(self.model) if params.numerics.compile else self.model
+        compiled: Any = torch.compile(self.model) if params.numerics.compile else self.model
+        forward = self.ranks.parallel(compiled, fixed_order=params.numerics.determinism != "off")
         trace = profiled(stop, params.runtime.profile_steps, self.attempt / "trace.json", self.console.say)
         with self.console.progress("step", params.train.last_step, self.progress.step) as update, trace as stop:
             train(
@@ -103,14 +121,26 @@ class Training:
                 self.checkpoints,
                 self.journal,
                 Intervals(params.runtime.log_interval, params.runtime.checkpoint_interval),
-                lambda progress, loss, seconds: self.report(update, loss, seconds),
+                self.ranks,
+                lambda progress, report: self.report(update, report),
                 self.after_evaluation,
                 stop,
             )
+        if self.progress.step < params.train.last_step:
+            self.console.say(
+                f"ended at step {self.progress.step:,} of {params.train.last_step:,}: no new best validation loss in "
+                f"{params.train.patience} evaluations (train.patience)"
+            )
 
     def evaluate(self) -> tuple[Score, Score]:
-        """Scores eval_iters batches of each split: windows spread over it, the same ones each time."""
-        return self._estimate(self.splits["train"]), self._estimate(self.splits["val"])
+        """Scores eval_iters batches of each split: windows spread over it, the same ones each time.
+
+        The first process does it and tells the others, so that all decide by the same numbers.
+        """
+        splits = (self.splits["train"], self.splits["val"])
+        scores = [asdict(self._estimate(split)) for split in splits] if self.ranks.first else None
+        train_score, val_score = (Score(**each) for each in self.ranks.tell(scores))
+        return train_score, val_score
 
     def _estimate(self, split: Split) -> Score:
         block_size, batch_size = self.model.config.block_size, self.params.train.batch_size
@@ -118,24 +148,28 @@ class Training:
         chosen = spread(windows(targets, block_size, block_size), self.params.train.eval_iters * batch_size)
         return score(self.model, split.tokens, chosen, batch_size, split.meta.first_context, self.autocast)
 
-    def report(self, update: Update, loss: float, seconds: float) -> None:
-        """Tells of a step: on the screen, and how fast it went to the journal (`seconds` per step)."""
-        train_params, config = self.params.train, self.model.config
-        speed = train_params.batch_size * train_params.gradient_accumulation_steps * config.block_size / seconds
+    def report(self, update: Update, report: Report) -> None:
+        """Tells of the newest steps: on the screen, and how fast they went to the journal."""
+        config = self.model.config
+        train_params = self.params.train
+        samples = train_params.batch_size * train_params.gradient_accumulation_steps  # of all processes
+        speed = samples * config.block_size / report.seconds
         share = flops.mfu(speed, flops.flops_per_token(config, self.model.parameter_count()), self.peak)
-        known = {} if share is None else {"mfu": share}
+        values = {"mfu": share, "clip_rate": report.clip_rate}
         self.journal.append(
             "speed",
             step=self.progress.step,
             tokens_per_second=speed,
-            step_time=seconds,
+            step_time=report.seconds,
             memory_mb=memory_mb(self.device),
-            **known,
+            **{name: value for name, value in values.items() if value is not None},
         )
-        update(self.progress.step, loss=f"{loss:.4f}", **{"tokens/s": f"{speed:,.0f}"})
+        update(self.progress.step, loss=f"{report.loss:.4f}", **{"tokens/s": f"{speed:,.0f}"})
 
     def after_evaluation(self, progress: Progress) -> None:
         """Tells of an evaluation: the loss curve for DVC's live plots, and what the model writes by now."""
+        if not self.ranks.first:
+            return
         write_text(self.curve, loss_curve(self.journal))
         tracking = self.params.tracking
         preview(self.unfinished, tracking.prompts, tracking.sample_tokens, progress.step, self.journal)
@@ -179,7 +213,9 @@ class Training:
 def loss_curve(journal: Journal) -> str:
     """The evaluations as CSV: a row a step."""
     text = io.StringIO()
-    rows = csv.DictWriter(text, ["step", "train_loss", "val_loss"], extrasaction="ignore", lineterminator="\n")
+    rows = csv.DictWriter(
+        text, ["step", "tokens", "train_loss", "val_loss"], extrasaction="ignore", lineterminator="\n"
+    )
     rows.writeheader()
     rows.writerows(record for record in journal.records() if record["kind"] == "eval")
     return text.getvalue()

@@ -43,6 +43,7 @@ LEVELS: list[dict[str, set[str]]] = [
     },
     {
         "optim": {"params"},
+        "distributed": set(),
         "evaluate": {"model"},
         "generate": {"counter", "model"},
         "pretrained": {"files", "model"},
@@ -54,7 +55,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "initial": {"model", "params", "pretrained", "published", "tokenizer"},
     },
     {
-        "train": {"checkpoint", "counter", "data", "evaluate", "journal", "model", "optim", "params"},
+        "train": {"checkpoint", "counter", "data", "distributed", "evaluate", "journal", "model", "optim", "params"},
         "mlflow_model": {"complete", "published"},
     },
 ]

@@ -3,6 +3,7 @@
 import difflib
 import io
 import json
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nanogpt.files import replacing
-from nanogpt.params import load_params
+from nanogpt.params import Params, load_params
 from nanogpt.provenance import git
 
 PARAMS, PRESETS = Path("params.yaml"), Path("presets")
@@ -64,6 +65,15 @@ def apply(name: str, force: bool) -> str:
         except ValueError as error:
             raise ValueError(str(error).replace(str(temporary), f"{PARAMS} with {preset} on it")) from error
     return "\n".join([f"{PARAMS} is that of the commit with {preset} on it:", *(f"  {line}" for line in changes)])
+
+
+def preset_params(name: str) -> Params:
+    """The parameters of a preset on the params.yaml that is here; nothing is written. Raises ValueError."""
+    text, _ = overlaid(PARAMS.read_text(encoding="utf-8"), find(name))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_params(path)
 
 
 def find(name: str) -> Path:

@@ -31,6 +31,7 @@ class Retrace:
         checkpoint: "Checkpoint | None" = None,
     ):
         from nanogpt.data import SplitName, load_meta, load_split
+        from nanogpt.distributed import Ranks
         from nanogpt.initial import load_initial
         from nanogpt.tokenizer import load_tokenizer
         from stages.training import Training
@@ -53,6 +54,7 @@ class Retrace:
             initial,
             self.journal,
             attempt / "loss.csv",
+            Ranks(),
         )
         if checkpoint is not None:
             self.training.restore(checkpoint)
@@ -83,7 +85,7 @@ def _quiet(params: Params) -> Params:
     never = params.train.max_iters
     return params.model_copy(
         update={
-            "train": params.train.model_copy(update={"eval_interval": never}),
+            "train": params.train.model_copy(update={"eval_interval": never, "patience": None}),
             "runtime": params.runtime.model_copy(update={"checkpoint_interval": never}),
             "tracking": params.tracking.model_copy(update={"prompts": []}),
         }

@@ -17,6 +17,7 @@ import torch
 from nanogpt import numerics
 from nanogpt.checkpoint import Checkpoints, Progress
 from nanogpt.data import Tokens
+from nanogpt.distributed import Ranks
 from nanogpt.evaluate import Score
 from nanogpt.journal import Journal
 from nanogpt.model import GPT, GPTConfig
@@ -68,13 +69,14 @@ def step_seconds(
             make_optimizer(model, params, device.type, resolved.dtype),
             torch.amp.GradScaler(device.type, enabled=resolved.dtype == "float16"),
             numerics.autocast(device, resolved.dtype),
-            params.model_copy(update={**run, "eval_only": False}),
+            params.model_copy(update={**run, "eval_only": False, "patience": None}),
             random_tokens(config) if tokens is None else tokens,
             lambda: (score, score),
             Progress(evaluated=0),  # not before the first step
             Checkpoints(Path(folder) / "checkpoints", "timing"),
             journal,
             Intervals(log=1, checkpoint=last),
+            Ranks(),
             on_report,
             lambda progress: None,
             lambda: None,

@@ -235,6 +235,7 @@ def test_a_misspelt_section_is_told_with_the_nearest_one(name, nearest, refused)
 
 SHAPE = {"model__n_embd": 128, "model__n_head": 4, "model__block_size": 64}
 SCHEDULE = {"train__max_iters": 100, "train__warmup_iters": 50, "train__learning_rate": "3e-3", "train__min_lr": "3e-4"}
+SHARED = {"train__gradient_accumulation_steps": 4, "train__processes": 2}
 PORTABLE = {"numerics__determinism": "portable"}
 
 
@@ -252,6 +253,14 @@ PORTABLE = {"numerics__determinism": "portable"}
             "train.lr_decay_iters = 50 is not above train.warmup_iters = 50; .*null",
         ),
         (SCHEDULE | {"train__min_lr": "4e-3"}, "train.min_lr = 0.004 is above train.learning_rate = 0.003; lower"),
+        (
+            {"train__gradient_accumulation_steps": 7, "train__processes": 2},
+            "train.gradient_accumulation_steps = 7 is not divisible by train.processes = 2, .*_steps to 8",
+        ),
+        (
+            SHARED | {"runtime__device": "cuda:1", "numerics__determinism": "machine"},
+            "runtime.device = cuda:1 with train.processes = 2, .*set it to cuda",
+        ),
         (SHAPE | {"evaluate__stride": 65}, "evaluate.stride = 65 is above model.block_size = 64, .*lower it or .*null"),
         ({"download__source": "file:/etc/*.txt"}, "download.source = .* does not lie in download.texts = texts, .*set"),
         ({"download__source": "file:texts/../x"}, "download.source = .* does not lie in download.texts"),
@@ -286,6 +295,8 @@ def test_values_that_do_not_go_together_are_refused(changes, message, refused):
         SCHEDULE | {"train__lr_decay_iters": 51},
         SCHEDULE | {"train__min_lr": "3e-3"},
         SHAPE | {"evaluate__stride": 64},
+        SHARED | {"runtime__device": "cuda", "numerics__determinism": "machine"},
+        {"train__patience": 1},
         {"download__source": "file:texts/a*.txt"},
         {"download__source": "bin:texts/pair"},
         {"tokenize__tokenizer": "file:pretrained/a/tokenizer.json"},

@@ -57,7 +57,8 @@ def points(records: list[dict[str, Any]], max_iters: int) -> list[tuple[str, int
 
 
 def test_many_steps_are_thinned_and_the_last_one_is_kept() -> None:
-    records = [{"kind": "step", "step": s, "t": s, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0} for s in range(1, 10_008)]
+    values = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 0}
+    records = [{"kind": "step", "step": s, "t": s, **values} for s in range(1, 10_008)]
     records += [{"kind": "end", "t": 1, "status": "KILLED", "step": 10_007}]
     steps = [step for key, step in points(records, 10_010) if key == "train/loss"]
     assert steps == [1, *range(6, 10_007, 6), 10_007]
@@ -236,7 +237,9 @@ def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.Monkey
     assert len(found["metrics"]) <= 25
     assert [step for step, _, _ in found["metrics"]["train/loss"]] == list(range(1, 41))
     assert found["metrics"]["val/loss"][1] == (10, T0 + 101, 4.0)
-    assert [x[0] for x in found["metrics"]["val/loss_by_kilotokens"]] == [0, 5, 10, 15, 20]
+    for name in ("train/loss", "val/loss"):  # once more, at each point's number of tokens
+        points = [(512 * step, t, loss) for step, t, loss in found["metrics"][name]]
+        assert found["metrics"][f"by_tokens/{name.replace('/', '_')}"] == points
     assert (found["last"]["best/val_loss"], found["last"]["best/step"]) == (2.0, 30.0)
     assert found["artifacts"] == ["environment.json", "loss.png", "params.yaml", "samples.json"]
     assert [name for name, _, _ in found["models"]] == ["best", "last", "step-000000", "step-000010", "step-000020"]

@@ -11,13 +11,14 @@ import torch
 from nanogpt import counter
 from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
 from nanogpt.data import batch
+from nanogpt.distributed import Ranks
 from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.generate import Sampling, generate
 from nanogpt.journal import Journal
 from nanogpt.numerics import autocast
 from nanogpt.optim import lr_at, make_optimizer
 from nanogpt.params import TrainParams
-from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Stopped, train
+from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Report, Stopped, train
 from tests.nanogpt import tiny
 
 TOKENS = tiny.tokens(200)
@@ -42,6 +43,7 @@ class Run:
     val_losses: dict[int, float] | None = None  # instead of evaluations
     on_evaluation: Any = lambda model, progress: None
     poison: Any = lambda model, loss, step: loss
+    reports: list[Report] = field(default_factory=list)
 
     def __post_init__(self):
         self.checkpoints = Checkpoints(self.directory / "checkpoints", "run")
@@ -84,7 +86,8 @@ class Run:
                 self.checkpoints,
                 journal,
                 self.intervals,
-                lambda progress, loss, seconds: None,
+                Ranks(),
+                lambda progress, report: self.reports.append(report),
                 lambda progress: self.on_evaluation(model, progress),
                 stop,
             )
@@ -356,6 +359,63 @@ def test_a_new_best_is_saved_whatever_the_interval(tmp_path):
     losses = {0: 5.0, 3: 4.0, 6: 6.0, 7: 7.0}
     run = Run(tmp_path, val_losses=losses, intervals=Intervals(1, 100)).go()
     assert [record["step"] for record in run.records("checkpoint")] == [0, 3, 7]
+
+
+# --- patience ---------------------------------------------------------------------------------------------------------
+
+NO_BETTER = {0: 5.0, 1: 4.0, 2: 4.5, 3: 3.0, 4: 3.1, 5: 3.2, 6: 3.3, 7: 1.0}
+IMPATIENT = {"val_losses": NO_BETTER, "intervals": Intervals(log=2, checkpoint=2)}
+
+
+def impatient(directory, patience=2, **changes):
+    return Run(directory, params=tiny.train_params(eval_interval=1, patience=patience), **{**IMPATIENT, **changes})
+
+
+@pytest.mark.parametrize(("patience", "end"), [(1, 2), (2, 5), (3, 6), (4, 7), (None, 7)])
+def test_a_training_ends_after_so_many_evaluations_without_a_new_best(patience, end, tmp_path):
+    run = impatient(tmp_path, patience).go()
+    assert run.progress.step == end
+    assert [r["step"] for r in run.records("step")] == list(range(1, end + 1))
+    assert [r["step"] for r in run.records("eval")] == list(range(end + 1))
+    best = {2: 1, 7: 7}.get(end, 3)
+    assert run.progress.best_step == best
+    assert {best, end} <= set(run.checkpoints.steps())
+
+
+def test_evaluations_are_counted_whatever_lies_between_them(tmp_path):
+    losses = {0: 5.0, 3: 4.0, 6: 4.5, 9: 4.4, 10: 4.2}
+    params = tiny.train_params(max_iters=10, patience=2)
+    assert Run(tmp_path, params=params, val_losses=losses).go().progress.step == 9
+
+
+@pytest.mark.parametrize("how", ["stop_at", "kill_at"])
+@pytest.mark.parametrize("step", range(6))
+def test_interrupted_at_any_step_it_ends_early_all_the_same(how, step, tmp_path):
+    def result(run):
+        last = run.checkpoints.read(5)
+        return last.sha256, last.progress, run.weights(), run.records("step"), run.records("eval")
+
+    reference = result(impatient(tmp_path / "reference").go())
+    run = impatient(tmp_path / "run")
+    if how == "stop_at" and step == 5:
+        run.go(stop_at=step)  # the wish comes too late: it has ended
+    else:
+        run.interrupted(**{how: step})
+    assert result(run.go()) == reference
+    assert result(run.go()) == reference  # it has ended: started once more it does nothing
+    assert run.records("diverged") == []
+
+
+def test_a_report_tells_the_share_of_steps_whose_gradient_was_clipped(tmp_path):
+    reference = Run(tmp_path / "a", params=tiny.train_params(grad_clip=0.0)).go()
+    assert [report.clip_rate for report in reference.reports] == [None] * 5
+    # Nothing is learnt, so that clipping changes no later norm.
+    still = {"learning_rate": 1e-30, "min_lr": 0.0}
+    norms = [r["grad_norm"] for r in Run(tmp_path / "b", params=tiny.train_params(**still)).go().records("step")]
+    run = Run(tmp_path / "c", params=tiny.train_params(grad_clip=sorted(norms)[3], **still)).go()
+    above = [norm > sorted(norms)[3] for norm in norms]
+    reports = [above[0:2], above[2:3], above[3:4], above[4:6], above[6:7]]  # at steps 2, 3, 4, 6 and 7
+    assert [report.clip_rate for report in run.reports] == [sum(steps) / len(steps) for steps in reports]
 
 
 # --- divergence -------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def train_params(**changes: Any) -> TrainParams:
         "pretrained": "pretrained",
         "eval_only": False,
         "seed": 1337,
+        "processes": 1,
         "max_iters": 7,
         "batch_size": 3,
         "gradient_accumulation_steps": 1,
@@ -60,6 +61,7 @@ def train_params(**changes: Any) -> TrainParams:
         "grad_clip": 1.0,
         "eval_interval": 3,
         "eval_iters": 2,
+        "patience": None,
         "publish": "best",
     }
     return TrainParams(**{**defaults, **changes})

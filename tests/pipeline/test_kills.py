@@ -62,7 +62,7 @@ def assert_as_undisturbed(clone: Clone, seed: Clone, runs: int = 1) -> None:
     found = clone.runs()
     assert [run.info.status for run in found] == ["FINISHED"] * runs
     (reference,) = seed.runs()
-    for key in ("train/loss", "grad_norm", "learning_rate", "val/loss", "val/loss_by_kilotokens", "best/val_loss"):
+    for key in ("train/loss", "grad_norm", "learning_rate", "val/loss", "by_tokens/val_loss", "best/val_loss"):
         assert clone.history(found[-1], key) == seed.history(reference, key), key
     assert clone.history(found[-1], "step_time") == sorted(set(clone.history(found[-1], "step_time")))
 

@@ -48,9 +48,10 @@ def test_tags_lead_to_commit_code_data_and_model(seed, run):
 
 def test_metrics_have_every_step_once(seed, run):
     steps = dict.fromkeys(("train/loss", "grad_norm", "learning_rate"), STEPS)
-    steps |= dict.fromkeys(("tokens_per_second", "step_time", "mfu", "memory_mb"), REPORTS)
+    steps |= dict.fromkeys(("tokens_per_second", "step_time", "mfu", "memory_mb", "clip_rate"), REPORTS)
     steps |= dict.fromkeys(("val/loss", "train/eval_loss", "best/val_loss", "best/step"), EVALUATIONS)
-    steps["val/loss_by_kilotokens"] = [step * 8 * 32 // 1000 for step in EVALUATIONS]
+    steps["by_tokens/train_loss"] = [step * 8 * 32 for step in STEPS]
+    steps["by_tokens/val_loss"] = [step * 8 * 32 for step in EVALUATIONS]
     assert {key: seed.history(run, key) for key in steps} == steps
     own = json.loads(seed.read("metrics/train.json"))
     scores = seed.scores()

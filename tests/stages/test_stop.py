@@ -16,15 +16,19 @@ def handlers():
         signal.signal(number, handler)
 
 
+def alone(number):
+    return number
+
+
 def test_without_a_signal_there_is_no_reason():
-    assert StopRequest().reason() is None
+    assert StopRequest(alone).reason() is None
 
 
 @pytest.mark.parametrize(
     ("number", "reason", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
 )
 def test_a_signal_is_a_reason_and_interrupts_nothing(number, reason, code):
-    stop = StopRequest()
+    stop = StopRequest(alone)
     signal.raise_signal(number)
     assert stop.reason() == stop.reason() == reason
     assert stop.exit_code == code
@@ -32,7 +36,7 @@ def test_a_signal_is_a_reason_and_interrupts_nothing(number, reason, code):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_ctrl_c_interrupts_at_once(first):
-    stop = StopRequest()
+    stop = StopRequest(alone)
     signal.raise_signal(first)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -41,18 +45,27 @@ def test_a_second_ctrl_c_interrupts_at_once(first):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_of_several_signals_the_first_is_the_reason(first):
-    stop = StopRequest()
+    stop = StopRequest(alone)
     signal.raise_signal(first)
     signal.raise_signal(signal.SIGTERM)
+    assert stop.reason() is not None
     assert stop.exit_code == 128 + first
+
+
+def test_what_all_agree_on_is_the_reason_and_the_exit_code():
+    agreed = iter([0, signal.SIGTERM])
+    stop = StopRequest(lambda number: next(agreed))
+    signal.raise_signal(signal.SIGINT)
+    assert stop.reason() is None  # the others have not heard of it yet
+    assert (stop.reason(), stop.exit_code) == ("SIGTERM", 143)
 
 
 # The parent starts the stage, which is ready when it has said so, and dies of a signal.
 STAGE = """
 import sys
 from stages.stop import StopRequest, end_with
-stop = StopRequest() if sys.argv[3] == "asks" else None
-end_with(int(sys.argv[2]), lambda line: print(line, flush=True))
+stop = StopRequest(lambda number: number) if sys.argv[3] == "asks" else None
+end_with(int(sys.argv[2]), "dvc", lambda line: print(line, flush=True))
 with open(int(sys.argv[1]), "w") as ready:
     ready.write("ready")
 while stop is None or stop.reason() is None:
