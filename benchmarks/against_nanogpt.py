@@ -314,7 +314,9 @@ def lines(title: str, table: dict[str, Figures]) -> Iterable[str]:
         ratios = [
             f" ({figures[measure_] / theirs:.2f})" if name != "nanogpt" else "" for name, figures in table.items()
         ]
-        cells = [f"{figures[measure_]:,.4g}{ratio}" for figures, ratio in zip(table.values(), ratios, strict=True)]
+        values = [figures[measure_] for figures in table.values()]
+        texts = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in values]
+        cells = [text + ratio for text, ratio in zip(texts, ratios, strict=True)]
         yield f"{told:24}" + "".join(f"{cell:>20}" for cell in cells)
     if title.startswith("bfloat16"):
         yield "On a CPU nanoGPT computes in float32, whatever --dtype says."
