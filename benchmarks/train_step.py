@@ -69,20 +69,14 @@ def settings(preset: str | None) -> Params:
 def measure(
     params: Params, vocab_size: int, steps: int, tokens: "Tokens | None", trace: Path | None
 ) -> dict[str, float | str | bool | None]:
-    """The figures of the median step; None is what is not known. Raises ValueError for a shape that is not told."""
-    shape = params.model.model_dump()
-    if unknown := [name for name, value in shape.items() if value is None]:
-        raise ValueError(
-            f"model.{unknown[0]} = null is that of train.init_from = {params.train.init_from}, which is not read here; "
-            "set it to the value"
-        )
+    """The figures of the median step, of a new model; None is what is not known."""
     from nanogpt import numerics
 
     resolved = numerics.pin(params.numerics, params.runtime.device)
     import torch
 
     from nanogpt import sizing
-    from nanogpt.model import GPTConfig
+    from nanogpt.initial import planned_config
     from tools.timing import WARM_UP, step_seconds
 
     profiler = torch.profiler.profile() if trace else None
@@ -91,7 +85,7 @@ def measure(
         if profiler and done == WARM_UP + steps:
             profiler.start()
 
-    config = GPTConfig(vocab_size=vocab_size, **shape)
+    config = planned_config(params.train.init_from, params.model, vocab_size)
     times = step_seconds(config, params.train, resolved, steps + TRACED * bool(trace), tokens, on_step=on_step)
     if profiler:
         profiler.stop()

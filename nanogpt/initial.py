@@ -19,6 +19,12 @@ GPT2_REVISIONS = {
     "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
     "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
 }
+GPT2_SHAPES = {  # n_layer, n_head, n_embd
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,26 @@ class Initial:
             model = GPT(self.config, attention)
         model.load_state_dict(self.weights, assign=True)
         return model.requires_grad_(True).to(device)
+
+
+def planned_config(init_from: str, params: ModelParams, vocab_size: int) -> GPTConfig:
+    """The shape of what load_initial gives. Of GPT-2's sizes it is known without their weights; files are read.
+
+    Raises ValueError as load_initial does.
+    """
+    kind, _, name = init_from.partition(":")
+    if kind == "scratch":
+        return GPTConfig(vocab_size=vocab_size, **params.model_dump())
+    if kind in GPT2_SHAPES:
+        config, weights = (
+            GPTConfig(*GPT2_SHAPES[kind], 1024, 50257, True, activation="gelu_tanh", dropout=0.1),
+            Weights(),
+        )
+    elif kind == "model":
+        config, weights = load_model(name).model.config, Weights()
+    else:
+        config, weights = load_nanogpt(Path(name), vocab_size) if kind == "nanogpt" else load_gpt2(name)
+    return _fitted(init_from, config, weights, params)[0]
 
 
 def load_initial(init_from: str, params: ModelParams, tokenizer: Tokenizer) -> Initial:

@@ -48,6 +48,8 @@ def pin(params: NumericsParams, device: str) -> Numerics:
     import torch
 
     resolved = _resolve_device(device, params.determinism)
+    if resolved.index is not None:
+        torch.cuda.set_device(resolved)  # so that "cuda" is that one
     torch.set_num_threads(params.threads)
     if params.determinism != "off":
         torch.use_deterministic_algorithms(True)

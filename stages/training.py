@@ -106,7 +106,8 @@ class Training:
         params = self.params
         compiled: Any = torch.compile(self.model) if params.numerics.compile else self.model
         forward = self.ranks.parallel(compiled, fixed_order=params.numerics.determinism != "off")
-        trace = profiled(stop, params.runtime.profile_steps, self.attempt / "trace.json", self.console.say)
+        traced = params.runtime.profile_steps if self.ranks.first else 0
+        trace = profiled(stop, traced, self.attempt / "trace.json", self.console.say)
         with self.console.progress("step", params.train.last_step, self.progress.step) as update, trace as stop:
             train(
                 self.model,

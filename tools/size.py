@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +75,10 @@ def size(
 
         resolved = numerics.pin(params.numerics, params.runtime.device)
     from nanogpt import sizing
-    from nanogpt.model import GPTConfig
+    from nanogpt.initial import planned_config
 
-    config = GPTConfig(vocab_size=vocab_size, **params.model.model_dump())
-    train, steps = params.train, params.train.max_iters
+    config = planned_config(params.train.init_from, params.model, vocab_size)
+    train, steps = params.train, params.train.last_step
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
     if measuring:
         from tools.timing import median_seconds
@@ -93,7 +94,7 @@ def size(
     micro_steps, chinchilla = train.gradient_accumulation_steps, sizing.chinchilla_tokens(config)
     setup = sizing.Setup(train.batch_size, micro_steps > 1, params.numerics.dtype, device, params.numerics.determinism)
     return {
-        "model": {**params.model.model_dump(), "vocab_size": vocab_size},
+        "model": asdict(config),
         "setup": {"device": device, "dtype": setup.dtype, "batch_size": setup.batch_size, "micro_steps": micro_steps},
         **model_figures(config, setup),
         "tokens": {

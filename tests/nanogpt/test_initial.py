@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt.initial import GPT2_REVISIONS, crop_block_size, load_initial, sha256_weights
+from nanogpt import sizing
+from nanogpt.initial import GPT2_REVISIONS, crop_block_size, load_initial, planned_config, sha256_weights
 from nanogpt.model import GPT
 from nanogpt.params import ModelParams
 from nanogpt.pretrained import save_nanogpt, to_nanogpt
@@ -181,3 +182,18 @@ def test_the_hash_sees_every_bit(published):
     assert sha256_weights(weights) == sha256_weights(dict(reversed(weights.items())))
     assert sha256_weights(changed) != sha256_weights(weights)
     assert math.isclose(changed[name][0, 0], weights[name][0, 0], rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "count"), zip(GPT2_REVISIONS, [size[-1] for size in tiny.GPT2_SIZES], strict=True))
+def test_what_gpt2_will_be_is_known_before_its_weights_are_there(name, count):
+    config = planned_config(name, params(dropout=0.0, block_size=512), 50257)
+    assert sum(sizing.parameters(config).values()) == count - 512 * config.n_embd
+    assert (config.dropout, config.activation) == (0.0, "gelu_tanh")
+
+
+def test_a_plan_reads_what_lies_here(tmp_path, tokenizer, published):
+    hugging_face(tmp_path / "gpt2")
+    for source in (f"hf:{tmp_path / 'gpt2'}", f"model:{tmp_path / 'ours'}"):
+        assert planned_config(source, NOTHING, 13) == load_initial(source, NOTHING, tokenizer).config
+    with pytest.raises(ValueError, match=r"model.n_head = 3 is not that of"):
+        planned_config("gpt2-xl", params(n_head=3), 50257)
