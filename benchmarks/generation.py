@@ -60,9 +60,7 @@ def line(name: str, batch: int, way: str, best: dict[str, float]) -> str:
     )
 
 
-def turns(
-    candidates: dict[str, Callable[[int, int], None]], batch: int, number: int, rounds: int
-) -> dict[str, float]:
+def turns(candidates: dict[str, Callable[[int, int], None]], batch: int, number: int, rounds: int) -> dict[str, float]:
     """Tokens per second of each candidate's best turn; the first tokens of each are a warm-up."""
     best = dict.fromkeys(candidates, 0.0)
     for generate in candidates.values():
