@@ -93,8 +93,8 @@ def load(name: str, device: "str | torch.device", attention: "Attention") -> "Pu
     if initial.config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"--model {name} has a vocabulary of {initial.config.vocab_size:,} and no tokenizer, and GPT-2's has "
-            f"{tokenizer.vocab_size:,}; make it a model directory: train.init_from = {name} with train.eval_only = true, "
-            "on the tokens that it was trained on (download.source = bin:<folder of its .bin files and meta.pkl>)"
+            f"{tokenizer.vocab_size:,}; make it a model directory: train.init_from = {name} with train.eval_only = "
+            "true, on the tokens of its training (download.source = bin:<folder of its .bin files and meta.pkl>)"
         )
     gpt = initial.build(attention, torch.device(device))
     return PublishedModel(gpt.requires_grad_(False).eval(), tokenizer, {})
