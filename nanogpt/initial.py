@@ -115,7 +115,7 @@ def load_gpt2(name: str) -> tuple[GPTConfig, Weights]:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name} is neither a directory here nor a GPT-2 that the hub gives ({reason}); "
-            "correct train.init_from, or check the network"
+            "correct the name, or check the network"
         ) from error
 
 

@@ -46,21 +46,22 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys, values and tokens seen so far, for one batch of sequences that grow together."""
+    """Keys, values and tokens seen so far, for one batch of sequences that grow together. `length = 0` empties it."""
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)  # (B, H, T, D) of each layer
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.tokens = torch.zeros((batch, config.block_size), device=device, dtype=torch.long)
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new (B, H, t, D) and returns all so far, (B, H, length + t, D)."""
         end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys[:, :, self.length :] = k
+        values[:, :, self.length :] = v
+        return keys, values
 
 
 class LayerNorm(nn.Module):
@@ -217,7 +218,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats, a scalar.
 
-        With a cache, `tokens` continue what the cache holds: either it is empty, or T is 1.
+        With a cache, `tokens` continue what the cache holds: either it is empty, or T is 1; and the logits are those of
+        the last position alone, (B, 1, V).
         """
         T = tokens.size(1)
         start = cache.length if cache is not None else 0
@@ -231,6 +233,7 @@ class GPT(nn.Module):
             x = block(x, positions, cache)
         if cache is not None:
             cache.length += T
+            x = x[:, -1:]
         x = self.ln_f(x)
         if targets is None:
             return F.linear(x, self.head)  # (B, T, V)
@@ -242,13 +245,12 @@ class GPT(nn.Module):
         x: Tensor = self.wte(tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[start : start + T]
-        if self.previous:
-            if cache is not None:
-                cache.tokens[:, start : start + T] = tokens
-                tokens = cache.tokens[:, max(0, start - len(self.previous)) : start + T]
-            for distance, table in enumerate(self.previous, start=1):
-                earlier = table(tokens[:, :-distance])[:, -T:]  # (B, ≤ T, C): the first tokens of a text have none
-                x = x + F.pad(earlier, (0, 0, T - earlier.size(1), 0))
+        if cache is not None:
+            cache.tokens[:, start : start + T] = tokens
+            tokens = cache.tokens[:, max(0, start - len(self.previous)) : start + T]
+        for distance, table in enumerate(self.previous, start=1):
+            earlier = table(tokens[:, :-distance])[:, -T:]  # (B, ≤ T, C): the first tokens of a text have none
+            x = x + F.pad(earlier, (0, 0, T - earlier.size(1), 0))
         return x
 
     def parameter_count(self) -> int:

@@ -1,6 +1,7 @@
 """Writes text with the model: samples/samples.md and samples/samples.json."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,24 @@ from nanogpt.params import SampleParams, load_params
 from stages.console import Console, command
 
 if TYPE_CHECKING:
+    import torch
+
     from nanogpt.generate import Sampling
+    from nanogpt.model import Attention
     from nanogpt.published import PublishedModel
 
 MODEL, SAMPLES, PROMPTS = Path("model"), Path("samples"), Path("prompts")
+FOREIGN = r"gpt2(-medium|-large|-xl)?|hf:.+|nanogpt:.+"  # weights without a tokenizer.json: GPT-2's is theirs
 
 OPTIONS = [
     click.option("--prompt", "prompts", multiple=True, help="Text to continue, or FILE:<path>; print, write nothing."),
-    click.option("--model", "directory", default=str(MODEL), show_default=True, help="Model directory."),
+    click.option(
+        "--model",
+        default=str(MODEL),
+        show_default=True,
+        help="Model directory, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:<directory, or name on the hub>, "
+        "nanogpt:<ckpt.pt>.",
+    ),
     click.option("--stream", is_flag=True, help="Print one sample token by token; write nothing."),
     click.option("--num-samples", type=click.IntRange(1), help="Samples per prompt.  [default: params.yaml]"),
     click.option("--max-new-tokens", type=click.IntRange(1), help="Length.  [default: params.yaml]"),
@@ -29,20 +40,19 @@ OPTIONS = [
 
 
 @command("sample", *OPTIONS)
-def main(console: Console, directory: str, stream: bool, prompts: tuple[str, ...], **overrides: Any) -> None:
+def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], **overrides: Any) -> None:
     """Continues the prompts of params.yaml: samples/samples.md and .json. With an option, prints and writes nothing."""
     params = load_params()
     from nanogpt import numerics
 
     resolved = numerics.pin(params.numerics, params.runtime.device)
     from nanogpt.complete import encode_prompt
-    from nanogpt.published import load_model
 
-    gpt = load_model(directory, resolved.device, params.numerics.attention)
+    gpt = load(model, resolved.device, params.numerics.attention)
     given = {name: value for name, value in overrides.items() if value is not None}
     if prompts:
         given["prompts"] = list(prompts)
-    by_hand = bool(given) or stream or Path(directory) != MODEL
+    by_hand = bool(given) or stream or Path(model) != MODEL
     settings = params.sample.model_copy(update=given)
     texts = [read_prompt(prompt, anywhere=by_hand) for prompt in settings.prompts]
     for text in texts:
@@ -60,6 +70,34 @@ def main(console: Console, directory: str, stream: bool, prompts: tuple[str, ...
 
         files = {f"samples/{path.name}": path.read_text() for path in sorted(SAMPLES.iterdir())}
         report(console, params.tracking, sha256_tree(MODEL), params.sample, {}, files)
+
+
+def load(name: str, device: "str | torch.device", attention: "Attention") -> "PublishedModel":
+    """A model directory of ours, or a model of others that reads and writes GPT-2's tokens.
+
+    Raises ValueError if there is none, or if its vocabulary is not GPT-2's: then no tokenizer is known.
+    """
+    from nanogpt.published import PublishedModel, load_model
+
+    if not re.fullmatch(FOREIGN, name):
+        return load_model(name, device, attention)
+    import torch
+
+    from nanogpt.initial import Initial, load_gpt2
+    from nanogpt.pretrained import load_nanogpt
+    from nanogpt.tokenizer import Gpt2Tokenizer
+
+    kind, _, place = name.partition(":")
+    initial = Initial(*(load_nanogpt(Path(place)) if kind == "nanogpt" else load_gpt2(place or kind)))
+    tokenizer = Gpt2Tokenizer()
+    if initial.config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"--model {name} has a vocabulary of {initial.config.vocab_size:,} and no tokenizer, and GPT-2's has "
+            f"{tokenizer.vocab_size:,}; make it a model directory: train.init_from = {name} with train.eval_only = "
+            "true, on the tokens of its training (download.source = bin:<folder of its .bin files and meta.pkl>)"
+        )
+    gpt = initial.build(attention, torch.device(device))
+    return PublishedModel(gpt.requires_grad_(False).eval(), tokenizer, {})
 
 
 def read_prompt(prompt: str, anywhere: bool) -> str:

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from nanogpt import counter
-from nanogpt.generate import Sampling, choose, generate
+from nanogpt.generate import Sampling, choose, generate, uniforms
+from nanogpt.model import GPT
+from nanogpt.pretrained import from_huggingface
 from tests.nanogpt import tiny
+from tests.nanogpt.test_model import OPTIONS
 
 GREEDY = Sampling(temperature=0.0)
 PROMPT = [3, 1, 4]
@@ -64,6 +67,41 @@ def test_drawn_tokens_invert_the_distribution_at_the_numbers_of_their_sample_and
     found = grown(model, PROMPT, number, Sampling(seed=7), samples=3)
     for sample in range(3):
         assert found[sample].tolist() == reference(model, PROMPT, number, draw(7, sample))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("attention", ["fused", "plain"])
+def test_with_every_option_of_the_model_the_cache_changes_no_token(options, attention):
+    model = talker(attention=attention, **options)
+    greedy = grown(model, PROMPT, 20, samples=2)  # over the edge of the context, three times
+    expected = reference(model, PROMPT, 20, lambda logits, _: int(logits.argmax()))
+    assert greedy.tolist() == [expected, expected]
+    drawn = grown(model, PROMPT, 20, Sampling(seed=5), samples=2)
+    assert drawn.tolist() == [reference(model, PROMPT, 20, draw(5, sample)) for sample in (0, 1)]
+
+
+def test_greedy_tokens_are_those_of_transformers_and_beyond_the_context_those_of_its_forward_passes():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(4)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=16, vocab_size=13)).eval()
+    for name, parameter in theirs.named_parameters():  # with biases one token would win everywhere
+        torch.nn.init.normal_(parameter, std=0.0 if name.endswith("bias") else 1.0)
+    config, weights = from_huggingface(theirs.config.to_dict(), theirs.state_dict())
+    ours = GPT(config)
+    ours.load_state_dict(weights)
+    found = grown(ours, PROMPT, 40)[0].tolist()
+
+    prompt = torch.tensor([PROMPT])
+    with torch.no_grad():
+        within = theirs.generate(prompt, max_new_tokens=13, do_sample=False, eos_token_id=None, pad_token_id=0)
+        context = list(PROMPT)
+        for token in found:
+            context = context if len(context) <= 16 else context[-8:]
+            assert token == int(theirs(torch.tensor([context])).logits[0, -1].argmax())
+            context.append(token)
+    assert found[:13] == within[0, 3:].tolist()
+    assert len(set(found)) > 3
 
 
 def test_up_to_the_edge_of_the_context_it_is_nanogpts_cropping_rule():
@@ -137,6 +175,13 @@ def test_on_a_gpu_it_runs_with_deterministic_algorithms_and_says_the_same(sampli
         assert grown(talker().to("cuda"), PROMPT, 30, sampling, samples=2).tolist() == expected
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_numbers_drawn_ahead_are_those_of_their_positions():
+    found = torch.stack(list(uniforms(3, 2, 300)))
+    assert found.shape == (300, 2)
+    for position in (0, 255, 256, 299):
+        assert found[position].tolist() == [counter.uniform(3, sample, position)[0] for sample in (0, 1)]
 
 
 # --- one token --------------------------------------------------------------------------------------------------------

@@ -115,8 +115,11 @@ def test_with_a_cache_the_logits_are_those_without(prefill, options):
         steps = [TOKENS[:, :prefill], *(TOKENS[:, i : i + 1] for i in range(prefill, 8))]
         cached = torch.cat([model(step, cache=cache) for step in steps], dim=1)
         # The products have other shapes with a cache and so round otherwise.
-        torch.testing.assert_close(cached, model(TOKENS), rtol=1e-5, atol=1e-5)
-    assert cache.length == 8
+        torch.testing.assert_close(cached, model(TOKENS)[:, prefill - 1 :], rtol=1e-5, atol=1e-5)
+        assert cache.length == 8
+        cache.length = 0  # begins anew, and nothing of before is left
+        again = model(TOKENS[:, 5:], cache=cache)
+        torch.testing.assert_close(again, model(TOKENS[:, 5:])[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 def test_a_sequence_longer_than_the_context_is_refused():
