@@ -1,7 +1,7 @@
 """GPT-2's architecture (Radford et al. 2019): learned positions, pre-LayerNorm, GELU, the head tied to the embedding.
 
 And what came after it, each a field of GPTConfig that is off in GPT-2: RMSNorm, rotary positions, QK-norm, squared
-ReLU, a head of its own, projections that begin at zero, embeddings of previous tokens.
+ReLU, a head of its own, projections that begin at zero, embeddings of previous tokens, a norm after the embeddings.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary (padded).
 """
@@ -36,6 +36,7 @@ class GPTConfig:
     tie_embeddings: bool = True
     zero_init: bool = False
     previous_tokens: int = 0
+    embedding_norm: bool = False
     dropout: float = 0.0
     vocab_multiple: int = 1
 
@@ -191,6 +192,7 @@ class GPT(nn.Module):
         self.previous = nn.ModuleList(
             nn.Embedding(config.padded_vocab_size, config.n_embd) for _ in range(config.previous_tokens)
         )
+        self.ln_e = make_norm(config) if config.embedding_norm else nn.Identity()
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.init_weights()
 
@@ -251,7 +253,8 @@ class GPT(nn.Module):
         for distance, table in enumerate(self.previous, start=1):
             earlier = table(tokens[:, :-distance])[:, -T:]  # (B, ≤ T, C): the first tokens of a text have none
             x = x + F.pad(earlier, (0, 0, T - earlier.size(1), 0))
-        return x
+        embedded: Tensor = self.ln_e(x)
+        return embedded
 
     def parameter_count(self) -> int:
         """Parameters, the tied head once and positions included."""

@@ -119,7 +119,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         product = x @ x.mT
-        x = a * x + (b * product + c * product @ product) @ x
+        x = torch.baddbmm(x, torch.baddbmm(product, product, product, beta=b, alpha=c), x, beta=a)
     return (x.mT if transposed else x).to(matrices.dtype)
 
 

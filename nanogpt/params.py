@@ -66,6 +66,7 @@ class ModelParams(Section):
     tie_embeddings: bool | None
     zero_init: bool | None
     previous_tokens: Annotated[int, Field(ge=0, le=64)] | None
+    embedding_norm: bool | None
     dropout: BelowOne | None
     vocab_multiple: Natural | None
 

@@ -230,6 +230,7 @@ def _check_gpt2(config: GPTConfig, activations: Collection[str], where: str) -> 
         "qk_norm": [False],
         "tie_embeddings": [True],
         "previous_tokens": [0],
+        "embedding_norm": [False],
     }
     for name, values in known.items():
         if (value := getattr(config, name)) not in values:

@@ -64,7 +64,7 @@ def parameters(config: GPTConfig) -> Parts:
         "previous_tokens": config.previous_tokens * table,
         "positions": config.block_size * config.n_embd if config.position == "learned" else 0,
         **layers,
-        "norms": layers["norms"] * (2 * config.n_layer + 1) // (2 * config.n_layer),  # and the final one
+        "norms": layers["norms"] * (2 * config.n_layer + 1 + config.embedding_norm) // (2 * config.n_layer),  # all
         "head": 0 if config.tie_embeddings else table,
     }
 

@@ -80,6 +80,7 @@ MODERN = {
     "qk_norm": True,
     "tie_embeddings": False,
     "previous_tokens": 3,
+    "embedding_norm": True,
 }
 OPTIONS = [{}, MODERN, *({name: value} for name, value in MODERN.items())]
 
