@@ -128,6 +128,7 @@ def small(name: str) -> dict[str, Any]:
     changes |= {"sample.num_samples": 1, "sample.max_new_tokens": 8, "tracking.sample_tokens": 8}
     changes |= {"runtime.processes": 1}
     if not preset["train"]["eval_only"]:
+        changes |= {"train.processes": 1}
         given = preset["train"]
         changes |= {"train.max_iters": 3, "train.warmup_iters": min(given["warmup_iters"], 1)}
         changes |= {"train.gradient_accumulation_steps": min(given["gradient_accumulation_steps"], 2)}
@@ -137,8 +138,8 @@ def small(name: str) -> dict[str, Any]:
     return changes
 
 
-@pytest.mark.parametrize("name", ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu"])
-def test_one_of_nanogpts_trains_from_scratch(name: str, laid: Laid, texts: None, gpt2_files: Path) -> None:
+@pytest.mark.parametrize("name", ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu", "shakespeare_speedrun"])
+def test_one_trains_from_scratch(name: str, laid: Laid, texts: None, gpt2_files: Path) -> None:
     params = laid(name, **small(name))
     output = run_all()
     assert metrics("train")["steps"] == 3

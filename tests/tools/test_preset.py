@@ -98,6 +98,8 @@ def checked(*layers: dict[str, dict[str, Any]]) -> Params:
 def without_effect(params: dict[str, Any]) -> set[str]:
     """Keys on which no result depends, the others being as they are."""
     unused = {key for key in params if key.startswith("runtime.")}
+    if params["train.optimizer"] != "muon":
+        unused |= {"train.muon_learning_rate", "train.muon_momentum", "train.muon_weight_decay"}
     if params["download.source"] != "grammar":
         unused.add("download.documents")
     if not params["download.source"].startswith("file:"):
