@@ -31,10 +31,11 @@ Figures = dict[str, float]
 
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "bias": False, "dropout": 0.0}
 GPT2 = {"norm": "layernorm", "activation": "gelu", "position": "learned", "qk_norm": False, "tie_embeddings": True}
-PLAIN = {"zero_init": False, "previous_tokens": 0, "vocab_multiple": 1}
+PLAIN = {"zero_init": False, "previous_tokens": 0, "embedding_norm": False, "vocab_multiple": 1}
 OPTIMIZER = {"learning_rate": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0}
 BATCH = {"batch_size": 12, "gradient_accumulation_steps": 1, "eval_iters": 20}
 OURS = {"init_from": "scratch", "data_order": "random", "optimizer": "adamw", "lr_decay": "cosine", "publish": "last"}
+ALONE = {"embedding_lr_multiplier": 1.0, "patience": None, "processes": 1}
 SETTINGS = ["float32-eager", "float32-compiled", "bfloat16-eager", "bfloat16-compiled"]
 MODES = ["off", "machine", "portable"]
 DATASET = "shakespeare_char"  # the one of nanoGPT's that is of characters
@@ -189,7 +190,7 @@ def nanogpt_arguments(work: dict[str, Any]) -> list[str]:
 def our_params(work: dict[str, Any]) -> Params:
     """The same training in our words."""
     params, steps, every = load_params(), work["steps"], eval_interval(work["steps"])
-    train = {**OPTIMIZER, **BATCH, **OURS, "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": 100}
+    train = {**OPTIMIZER, **BATCH, **OURS, **ALONE, "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": 100}
     numerics = {"determinism": work["candidate"], **{name: work[name] for name in ("threads", "dtype", "compile")}}
     return params.model_copy(
         update={

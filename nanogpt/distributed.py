@@ -231,7 +231,7 @@ def _connect(ranks: Ranks, device: torch.device) -> None:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             limit = timedelta(seconds=_COLLECTIVE)
             dist.init_process_group(backend, store=ranks.store, rank=ranks.rank, world_size=ranks.size, timeout=limit)
-            for place in {torch.device("cpu"), device}:
+            for place in dict.fromkeys([torch.device("cpu"), device]):  # in the same order everywhere
                 number = torch.ones((), device=place)
                 dist.all_reduce(number)
                 assert number.item() == ranks.size

@@ -1,6 +1,7 @@
 """What a training begins with: a new model, or the weights that train.init_from names, checked against params.yaml."""
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ GPT2_SHAPES = {  # n_layer, n_head, n_embd
 
 @dataclass(frozen=True)
 class Initial:
-    """A model's shape and, unless it is new, its weights and their sha256."""
+    """A model's shape and, unless it is new, its weights and the sha256 of both."""
 
     config: GPTConfig
     weights: Weights | None = None
@@ -93,7 +94,7 @@ def load_initial(init_from: str, params: ModelParams, tokenizer: Tokenizer) -> I
             f"{tokenizer.vocab_size:,}; set tokenize.tokenizer to the source's (GPT-2's: gpt2)"
         )
     config, weights = _fitted(init_from, config, weights, params)
-    return Initial(config, weights, sha256_weights(weights))
+    return Initial(config, weights, sha256_of(config, weights))
 
 
 def load_gpt2(name: str) -> tuple[GPTConfig, Weights]:
@@ -101,11 +102,11 @@ def load_gpt2(name: str) -> tuple[GPTConfig, Weights]:
 
     `name@revision` names a commit of the hub. Raises ValueError if there is no such model.
     """
-    if Path(name).exists():
-        return load_huggingface(Path(name))
     repository, _, revision = name.partition("@")
     if name in GPT2_REVISIONS:
         repository, revision = f"openai-community/{name}", GPT2_REVISIONS[name]
+    elif Path(name).exists():
+        return load_huggingface(Path(name))
     from transformers import GPT2LMHeadModel
 
     try:
@@ -126,9 +127,9 @@ def crop_block_size(config: GPTConfig, weights: Weights, block_size: int) -> tup
     return replace(config, block_size=block_size), weights
 
 
-def sha256_weights(weights: Weights) -> str:
-    """The sha256 of names, dtypes, shapes and numbers."""
-    digest = hashlib.sha256()
+def sha256_of(config: GPTConfig, weights: Weights) -> str:
+    """The sha256 of a model: its config, and the names, dtypes, shapes and numbers of its weights."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nanogpt.params import NumericsParams
+from nanogpt.params import Attention, NumericsParams
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ class Numerics:
     threads: int
     dtype: str
     compile: bool
+    attention: Attention
     device: str
     device_name: str
     instruction_set: str
@@ -68,6 +69,7 @@ def pin(params: NumericsParams, device: str) -> Numerics:
         threads=params.threads,
         dtype=params.dtype,
         compile=params.compile,
+        attention=params.attention,
         device=resolved.type,
         device_name=name,
         instruction_set=instruction_set,

@@ -71,6 +71,8 @@ class MuonAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[Group], momentum: float, dtype: torch.dtype, **adamw: Any):
         super().__init__(groups, **adamw)
         self.momentum, self.dtype = momentum, dtype
+        # Fused, AdamW would have torch's GradScaler call step() with infinite gradients; Muon wants them left out.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -90,6 +92,7 @@ class MuonAdamW(torch.optim.AdamW):
             gradient, state = parameter.grad, self.state[parameter]
             if not state:
                 state["step"], state["momentum_buffer"] = torch.zeros(()), torch.zeros_like(parameter)
+            state["step"] = state["step"].cpu()  # load_state_dict puts it where the parameter is
             momentum, buffer = momentum_at(int(state["step"]), self.momentum), state["momentum_buffer"]
             state["step"] += 1
             buffer.lerp_(gradient, 1 - momentum)

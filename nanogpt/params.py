@@ -32,6 +32,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
+Attention = Literal["fused", "plain"]
+
 
 class DownloadParams(Section):
     source: Annotated[str, Field(pattern=r"^(grammar|shakespeare|openwebtext|hf:.+|file:.+|bin:.+)$")]
@@ -131,7 +133,7 @@ class NumericsParams(Section):
     threads: Natural
     dtype: Literal["float32", "bfloat16", "float16"]
     compile: bool
-    attention: Literal["fused", "plain"]
+    attention: Attention
 
 
 class RuntimeParams(Section):

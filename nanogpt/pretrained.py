@@ -163,7 +163,9 @@ def from_nanogpt(checkpoint: Any, vocab_size: int | None = None) -> tuple[GPTCon
         raise ValueError(f"bias is {arguments['bias']!r:.40}, which is neither True nor False")
     rows = _integer(arguments, "vocab_size")
     wanted = _GPT2_PADDED.get(rows, rows) if vocab_size is None else vocab_size
-    if not 1 <= wanted <= rows or rows >= 2**32:
+    # nanoGPT pads to a multiple of 64; other differences tell of another tokenizer.
+    multiple = next((m for m in (1, 64) if -(-wanted // m) * m == rows), None)
+    if multiple is None or rows >= 2**32:
         raise ValueError(f"its vocabulary has {rows} tokens, the tokenizer {wanted}")
     config = GPTConfig(
         n_layer=_integer(arguments, "n_layer"),
@@ -174,8 +176,7 @@ def from_nanogpt(checkpoint: Any, vocab_size: int | None = None) -> tuple[GPTCon
         bias=arguments.get("bias", True),
         activation="gelu",
         dropout=_dropout(arguments.get("dropout", 0.0)),
-        # 64 is nanoGPT's own; `rows` fits whatever the padding is.
-        vocab_multiple=next(m for m in (1, 64, rows) if -(-wanted // m) * m == rows),
+        vocab_multiple=multiple,
     )
     return config, _checked(config, {str(name).removeprefix("_orig_mod."): t for name, t in tensors.items()})
 

@@ -26,6 +26,7 @@ class Setup:
     dtype: str = "float32"
     device: str = "cpu"
     determinism: str = "off"
+    parallel: bool = False  # several processes share the step
 
     @property
     def size(self) -> int:
@@ -168,6 +169,7 @@ def memory(config: GPTConfig, setup: Setup) -> Parts:
         "gradients": FLOAT32 * total,
         "moments": 2 * FLOAT32 * total,  # AdamW's means of the gradient and of its square
         "autocast": 0 if setup.dtype == "float32" else setup.size * matrices,  # the matrices' copies, kept for backward
+        "buckets": FLOAT32 * total * setup.parallel,  # in which DistributedDataParallel sums gradients
         "activations": sum(activations(config, setup).values()),
         "backward": backward_bytes(config, setup),
         # A tied wte is used twice: its gradient as input, and the sum of that and of its gradient as head, a third.
@@ -185,7 +187,7 @@ def peak_bytes(config: GPTConfig, setup: Setup) -> int:
     begin = part["activations"] + part["autocast"] + part["backward"] + setup.accumulates * part["gradients"]
     earlier = setup.accumulates * FLOAT32 * parameters(config)["token_embedding"]  # of wte, beside those three
     end = part["gradients"] + part["embedding_gradient"] + earlier
-    return part["weights"] + part["moments"] + max(begin, end)
+    return part["weights"] + part["moments"] + part["buckets"] + max(begin, end)
 
 
 def checkpoint_bytes(config: GPTConfig) -> int:

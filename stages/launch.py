@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 _TICK = 0.1  # seconds
-_GRACE = 30.0  # seconds that the others have to end after one has failed
+_GRACE = 30.0  # seconds that the others have to end after one has failed, beside what they wait for MLflow
 
 
 def rank() -> int:
@@ -36,10 +36,11 @@ def check_started(processes: int) -> None:
         )
 
 
-def launch(processes: int, *arguments: str) -> int:
+def launch(processes: int, wait_seconds: float, *arguments: str) -> int:
     """Runs `python ARGUMENTS` in so many processes and returns their exit code; 128 + n if a signal n ended one.
 
-    SIGINT and SIGTERM are passed on. When one process fails, the others are ended.
+    SIGINT and SIGTERM are passed on. When one process fails, the others are ended; `wait_seconds` are those that the
+    first one may wait for MLflow before it tells the error.
     """
     import torch.distributed as dist
 
@@ -71,7 +72,7 @@ def launch(processes: int, *arguments: str) -> int:
             command = [sys.executable, *arguments]
             running.append(subprocess.Popen(command, env={**os.environ, **shared, **own}, start_new_session=True))
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        return _wait(running)
+        return _wait(running, wait_seconds + _GRACE)
     finally:
         for process in running:
             process.kill()
@@ -79,7 +80,7 @@ def launch(processes: int, *arguments: str) -> int:
             signal.signal(number, handler)
 
 
-def _wait(running: "list[subprocess.Popen[bytes]]") -> int:
+def _wait(running: "list[subprocess.Popen[bytes]]", grace: float) -> int:
     """The exit code of the first process that failed, when all have ended; 0 if none did.
 
     Of several that have failed by the same tick, one that a signal ended has drawn the others along.
@@ -87,7 +88,7 @@ def _wait(running: "list[subprocess.Popen[bytes]]") -> int:
     first, deadline = 0, float("inf")
     while None in (codes := [process.poll() for process in running]):
         if not first and any(codes):
-            first, deadline = min(code for code in codes if code), time.monotonic() + _GRACE
+            first, deadline = min(code for code in codes if code), time.monotonic() + grace
             for process in running:
                 process.terminate()
         if time.monotonic() > deadline:

@@ -28,7 +28,7 @@ def main(console: Console) -> None:
 
     resolved = numerics.pin(params.numerics, params.runtime.device)
     if params.train.processes > 1 and started() is None:
-        sys.exit(launch(params.train.processes, "-m", "stages.train"))
+        sys.exit(launch(params.train.processes, params.tracking.wait_seconds, "-m", "stages.train"))
     check_started(params.train.processes)
     from nanogpt.distributed import PeerFailed, join
 

@@ -86,7 +86,7 @@ def _quiet(params: Params) -> Params:
     return params.model_copy(
         update={
             "train": params.train.model_copy(update={"eval_interval": never, "patience": None}),
-            "runtime": params.runtime.model_copy(update={"checkpoint_interval": never}),
+            "runtime": params.runtime.model_copy(update={"checkpoint_interval": never, "profile_steps": 0}),
             "tracking": params.tracking.model_copy(update={"prompts": []}),
         }
     )

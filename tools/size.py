@@ -80,19 +80,29 @@ def size(
     config = planned_config(params.train.init_from, params.model, vocab_size)
     train, steps = params.train, params.train.last_step
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
+    micro_steps = train.gradient_accumulation_steps // train.processes  # of each process, as its time and memory are
+    own_tokens = tokens // train.processes
     if measuring:
         from tools.timing import median_seconds
 
-        seconds = median_seconds(config, train, resolved)
+        own = train.model_copy(update={"gradient_accumulation_steps": micro_steps})
+        seconds = median_seconds(config, own, resolved)
         device, peak = resolved.device, peak * 1e12 if peak else measured_peak(resolved)
-        share = sizing.share_of_peak(config, tokens, seconds, peak)
+        share = sizing.share_of_peak(config, own_tokens, seconds, peak)
     else:
         device, known = planned_device(params)
         peak = peak * 1e12 if peak else known
         if share is not None and peak is not None:
-            seconds = sizing.step_seconds(config, tokens, share, peak)
-    micro_steps, chinchilla = train.gradient_accumulation_steps, sizing.chinchilla_tokens(config)
-    setup = sizing.Setup(train.batch_size, micro_steps > 1, params.numerics.dtype, device, params.numerics.determinism)
+            seconds = sizing.step_seconds(config, own_tokens, share, peak)
+    chinchilla, numerics_params = sizing.chinchilla_tokens(config), params.numerics
+    setup = sizing.Setup(
+        train.batch_size,
+        micro_steps > 1,
+        numerics_params.dtype,
+        device,
+        numerics_params.determinism,
+        parallel=train.processes > 1,
+    )
     return {
         "model": asdict(config),
         "setup": {"device": device, "dtype": setup.dtype, "batch_size": setup.batch_size, "micro_steps": micro_steps},
@@ -194,10 +204,11 @@ def flop_lines(figures: Mapping[str, Any]) -> list[str]:
 
 def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     amount, setup = figures["bytes"], figures["setup"]
-    names = ["weights", "gradients", "moments", "autocast", "activations", "backward"]
+    names = ["weights", "gradients", "moments", "autocast", "buckets", "activations", "backward"]
     said = {
         "moments": "AdamW's two",
         "autocast": "the matrices in half precision",
+        "buckets": "in which the processes sum gradients",
         "backward": "gradients of the logits, or of a block",
     }
     rows = [line(name, megabytes(amount[name])) + (f"   {said[name]}" if name in said else "") for name in names]
@@ -206,9 +217,9 @@ def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     return [
         "",
         f"{line('memory', 'MB')}   {where}",
-        *rows[:5],
+        *rows[:6],
         *parts,
-        rows[5],
+        rows[6],
         line("peak", megabytes(amount["peak"])) + "   not all is there at once; the process itself comes on top",
         line("checkpoint", megabytes(amount["checkpoint"])) + "   on disk; the two newest and the best are kept",
     ]

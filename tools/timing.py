@@ -51,7 +51,7 @@ def step_seconds(
     """
     device, last = torch.device(resolved.device), WARM_UP + steps
     run = {"max_iters": last, "eval_interval": last, "lr_decay_iters": params.lr_decay_iters or params.max_iters}
-    model = GPT(config).to(device)
+    model = GPT(config, resolved.attention).to(device)
     stamps = [time.perf_counter()]
     score = Score(math.log(config.vocab_size), 1)  # an evaluation that costs nothing
 

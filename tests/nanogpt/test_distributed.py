@@ -19,7 +19,7 @@ from nanogpt.distributed import PeerFailed, join, synchronizing
 
 
 def two(program: str, expected: int = 0) -> None:
-    assert launch(2, "-c", HEAD + program) == expected
+    assert launch(2, 0.0, "-c", HEAD + program) == expected
 
 
 def test_alone_everything_is_given_back_as_it_is():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanogpt import sizing
-from nanogpt.initial import GPT2_REVISIONS, crop_block_size, load_initial, planned_config, sha256_weights
+from nanogpt.initial import GPT2_REVISIONS, crop_block_size, load_initial, planned_config, sha256_of
 from nanogpt.model import GPT
 from nanogpt.params import ModelParams
 from nanogpt.pretrained import save_nanogpt, to_nanogpt
@@ -67,7 +67,7 @@ def test_a_directory_of_hugging_faces(tmp_path, tokenizer):
     ours = initial.build("fused", CPU)
     assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
     assert all(parameter.requires_grad for parameter in ours.parameters())
-    assert initial.sha256 == sha256_weights(tiny.weights(ours))
+    assert initial.sha256 == sha256_of(ours.config, tiny.weights(ours))
 
 
 @pytest.fixture
@@ -88,6 +88,14 @@ def test_gpt2_of_the_hub_is_taken_at_its_pinned_commit(hub, tokenizer, name):
     initial = load_initial(name, NOTHING, tokenizer)
     assert initial.config.activation == "gelu_tanh"
     assert (logits(initial.build("fused", CPU)) - logits(theirs)).abs().max() < 1e-5
+
+
+def test_a_directory_of_the_same_name_is_not_taken_for_gpt2(hub, tokenizer, tmp_path, monkeypatch):
+    theirs = hub("openai-community/gpt2", GPT2_REVISIONS["gpt2"])
+    hugging_face(tmp_path / "gpt2", seed=1)
+    monkeypatch.chdir(tmp_path)
+    found = load_initial("gpt2", NOTHING, tokenizer).build("fused", CPU)
+    assert (logits(found) - logits(theirs)).abs().max() < 1e-5
 
 
 def test_a_model_of_the_hub_at_a_commit(hub, tokenizer):
@@ -124,7 +132,7 @@ def test_one_of_ours(tmp_path, tokenizer, published):
     initial = load_initial(f"model:{tmp_path / 'ours'}", NOTHING, tokenizer)
     assert initial.config == published.config
     assert torch.equal(logits(initial.build("fused", CPU)), logits(published))
-    assert initial.sha256 == sha256_weights(tiny.weights(published))
+    assert initial.sha256 == sha256_of(published.config, tiny.weights(published))
 
 
 def test_one_of_ours_with_another_tokenizer_is_refused_with_the_remedy(tmp_path, published):
@@ -179,8 +187,10 @@ def test_the_hash_sees_every_bit(published):
     name = "h.0.attn.c_attn.weight"
     changed = {**weights, name: weights[name].clone()}
     changed[name].view(torch.int32)[0, 0] ^= 1
-    assert sha256_weights(weights) == sha256_weights(dict(reversed(weights.items())))
-    assert sha256_weights(changed) != sha256_weights(weights)
+    config = published.config
+    assert sha256_of(config, weights) == sha256_of(config, dict(reversed(weights.items())))
+    assert sha256_of(config, changed) != sha256_of(config, weights)
+    assert sha256_of(replace(config, n_head=1), weights) != sha256_of(config, weights)
     assert math.isclose(changed[name][0, 0], weights[name][0, 0], rel_tol=1e-6)
 
 

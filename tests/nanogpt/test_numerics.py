@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -142,6 +143,7 @@ def test_what_is_resolved_holds_all_that_the_bits_depend_on(keeps_threads, monke
         "threads": 1,
         "dtype": "float32",
         "compile": False,
+        "attention": "fused",
         "device": "cpu",
         "device_name": os.uname().machine,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -169,3 +171,7 @@ def test_one_core_gives_the_bits_of_two(portable):
 @pytest.mark.parametrize(("name", "value"), THREADS_AND_INSTRUCTIONS.items())
 def test_no_single_variable_of_the_caller_changes_the_bits(portable, name, value):
     assert bits(**{name: value}) == portable
+
+
+def test_every_knob_of_numerics_is_in_what_was_resolved():
+    assert set(NumericsParams.model_fields) <= {field.name for field in dataclasses.fields(numerics.Numerics)}

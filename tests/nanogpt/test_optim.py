@@ -172,3 +172,18 @@ def test_a_step_of_muon_is_the_one_of_torch():
 
 def test_the_momentum_of_muon_rises_and_stays():
     assert [momentum_at(step, 0.95) for step in (0, 50, 100, 1000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+def test_a_step_with_infinite_gradients_is_left_out_as_the_scaler_wants():
+    model = tiny.gpt(std=0.2)
+    optimizer = make_optimizer(model, tiny.train_params(optimizer="muon"), "cpu", "float32")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = tiny.weights(model)
+    tokens = torch.from_numpy(tiny.tokens(8).reshape(1, 8).astype("int64"))
+    scaler.scale(model(tokens, tokens)).backward()
+    model.h[0].mlp.c_fc.weight.grad[0, 0] = torch.inf
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert tiny.same(tiny.weights(model), before)
+    assert scaler.get_scale() == 2.0

@@ -37,7 +37,10 @@ def main() -> None:
     with (
         patch("nanogpt.replicator.start"),
         patch("nanogpt.replicator.wait", return_value="MLflow is left out"),
-        patch("stages.train.launch", lambda processes, *_: launch.launch(processes, "-m", "tests.stages.ranks")),
+        patch(
+            "stages.train.launch",
+            lambda processes, wait, *_: launch.launch(processes, wait, "-m", "tests.stages.ranks"),
+        ),
         patch("nanogpt.numerics.pin", _pin_and(lambda: patch("nanogpt.train.batch", spy).start())),
     ):
         train.main()

@@ -167,14 +167,14 @@ if os.environ["RANK"] == "0":
 time.sleep(60)
 """
     before = signal.getsignal(signal.SIGINT)
-    assert launch(2, "-c", program) == 130
+    assert launch(2, 0.0, "-c", program) == 130
     assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(("does", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137), ("sys.exit(0)", 0)])
 def test_what_ends_one_ends_all_and_is_the_exit_code(does, code):
     other = "time.sleep(60)" if code else "pass"
-    assert launch(2, "-c", f"import os, sys, time\nif os.environ['RANK'] == '1': {does}\n{other}") == code
+    assert launch(2, 0.0, "-c", f"import os, sys, time\nif os.environ['RANK'] == '1': {does}\n{other}") == code
 
 
 def test_they_listen_to_this_machine_alone(tmp_path):
@@ -186,7 +186,7 @@ with join("cpu") as ranks:
     found = {{c.laddr.ip for p in both for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}}
     open(f"{tmp_path}/{{ranks.rank}}", "w").write(str(found))
 """
-    assert launch(2, "-c", program) == 0
+    assert launch(2, 0.0, "-c", program) == 0
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["{'127.0.0.1'}"] * 2
 
 

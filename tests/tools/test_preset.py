@@ -86,6 +86,14 @@ def test_what_the_committed_preset_has_set_no_other_leaves_behind() -> None:
         assert after == alone, f"{second} on a committed {first}"
 
 
+def test_each_preset_names_every_key_that_another_one_sets_and_its_result_depends_on() -> None:
+    default, all_of = YAML(typ="safe").load(COMMITTED), {name: values(Path(f"presets/{name}.yaml")) for name in NAMES}
+    keys = {name: {f"{s}.{key}" for s, section in all_of[name].items() for key in section} for name in NAMES}
+    for name in NAMES:
+        unused = without_effect(flatten(checked(default, all_of[name])))
+        assert set.union(*keys.values()) - unused - keys[name] == set(), name
+
+
 def checked(*layers: dict[str, dict[str, Any]]) -> Params:
     sections = {name: dict(section) for name, section in layers[0].items()}
     for name, section in itertools.chain.from_iterable(layer.items() for layer in layers[1:]):
@@ -107,7 +115,7 @@ def without_effect(params: dict[str, Any]) -> set[str]:
     if params["tokenize.tokenizer"] != "bpe":
         unused.add("tokenize.vocab_size")
     if params["train.eval_only"]:
-        used = {"init_from", "pretrained", "eval_only", "batch_size", "eval_iters"}
+        used = {"init_from", "pretrained", "eval_only", "processes", "batch_size", "eval_iters"}
         unused |= {key for key in params if key.startswith("train.") and key.partition(".")[2] not in used}
     return unused
 

@@ -79,6 +79,19 @@ def test_tokens_of_another_tokenizer_tell_nothing() -> None:
     assert found["tokens"]["epochs"] is None
 
 
+def test_processes_share_the_time_and_not_the_memory() -> None:
+    change(train__gradient_accumulation_steps=8)
+    alone = figures("--mfu", "0.5", "--peak", "1")
+    change(train__processes=4)
+    shared = figures("--mfu", "0.5", "--peak", "1")
+    assert shared["time"]["seconds"] == pytest.approx(alone["time"]["seconds"] / 4)
+    assert shared["tokens"] == alone["tokens"]
+    assert shared["bytes"]["buckets"] == shared["bytes"]["gradients"]
+    assert shared["bytes"]["peak"] == alone["bytes"]["peak"] + shared["bytes"]["buckets"]
+    change(train__processes=8)  # one micro-batch each
+    assert figures()["bytes"]["peak"] < shared["bytes"]["peak"]
+
+
 def test_characters_that_were_not_counted_are_asked_for() -> None:
     change(tokenize__tokenizer="char")
     result = run()
