@@ -12,7 +12,7 @@ from tests.pipeline.clones import Clone
 pytestmark = pytest.mark.pipeline
 
 OUTS = ["data/raw", "data/tokens", "metrics/train.json", "model", "plots/loss.csv", "metrics/evaluate.json", "samples"]
-COSINE = "return min_lr + 0.5"
+COSINE = "return min_lr + share"
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def change_training(clone: Clone) -> None:
     source = clone.read("nanogpt/optim.py")
     assert source.count(COSINE) == 1
     old = clone.run("md5sum nanogpt/optim.py").split()[0]
-    clone.write("nanogpt/optim.py", source.replace(COSINE, "return min_lr + 1e-4 * (step >= 4) + 0.5"))
+    clone.write("nanogpt/optim.py", source.replace(COSINE, "return min_lr + 1e-4 * (step >= 4) + share"))
     new, size = clone.run("md5sum nanogpt/optim.py").split()[0], (clone.path / "nanogpt/optim.py").stat().st_size
     lock = re.sub(rf"{old}\n( +)size: \d+", rf"{new}\n\1size: {size}", clone.read("dvc.lock"))
     assert lock != clone.read("dvc.lock")
