@@ -8,7 +8,7 @@ from tests.nanogpt.tiny import config, tokens, train_params
 from tools import timing
 from tools.timing import WARM_UP, median_seconds, step_seconds
 
-RESOLVED = Numerics("off", 1, "float32", False, "cpu", "", "", "")
+RESOLVED = Numerics("off", 1, "float32", False, "fused", "cpu", "", "", "")
 
 
 @pytest.fixture
