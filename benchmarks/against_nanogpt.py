@@ -31,7 +31,7 @@ Figures = dict[str, float]
 
 MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "bias": False, "dropout": 0.0}
 GPT2 = {"norm": "layernorm", "activation": "gelu", "position": "learned", "qk_norm": False, "tie_embeddings": True}
-PLAIN = {"zero_init": False, "previous_tokens": 0, "embedding_norm": False, "vocab_multiple": 1}
+PLAIN = {"zero_init": False, "ngrams": 0, "embedding_norm": False, "vocab_multiple": 1}
 OPTIMIZER = {"learning_rate": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0}
 BATCH = {"batch_size": 12, "gradient_accumulation_steps": 1, "eval_iters": 20}
 OURS = {"init_from": "scratch", "data_order": "random", "optimizer": "adamw", "lr_decay": "cosine", "publish": "last"}
