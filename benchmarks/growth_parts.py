@@ -139,6 +139,12 @@ def step(layers: int, channels: int, vocabulary: int, block_size: int, batch_siz
     return figures
 
 
+def runs() -> Path:
+    """Where a training keeps its state: on the same disk, and ignored by git when a run is cut."""
+    Path(".runs").mkdir(exist_ok=True)
+    return Path(".runs")
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +168,7 @@ def checkpoint(megabytes: float) -> Figures:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    with tempfile.TemporaryDirectory(prefix="growth-", dir=".") as name:  # on the disk that .runs is on
+    with tempfile.TemporaryDirectory(prefix="growth-", dir=runs()) as name:
         folder = Path(name)
         checkpoints = Checkpoints(folder / "checkpoints", "growth")
         with measuring(figures, "save"):
@@ -198,7 +204,7 @@ def journal(records: float) -> Figures:
     from stages.training import loss_curve
 
     steps, figures = int(records), Figures()
-    with tempfile.TemporaryDirectory(prefix="growth-", dir=".") as name:
+    with tempfile.TemporaryDirectory(prefix="growth-", dir=runs()) as name:
         os.environ["DVC_ROOT"] = name
         attempt = Path(name).resolve() / ".runs" / "0" / "attempt-1"
         path = attempt / "journal.jsonl"
