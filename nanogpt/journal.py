@@ -206,6 +206,11 @@ class Journal:
         """All records from the first, checked again as they are read."""
         return (record for record, _ in read_records(self.path))
 
+    def records_of(self, kind: str) -> Iterator[Record]:
+        """The records of a kind in KEYED that has one record a step, in the order of steps. Reads no others."""
+        steps = self._index.get((kind, ""))
+        return (self._read(offset) for offset in steps.offsets) if steps else iter(())
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

@@ -37,17 +37,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK // head.size(0))
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], head).float()
-            chosen, largest = targets[part, None], logits.amax(dim=1, keepdim=True)
-            total += (largest - logits.gather(1, chosen)).sum()
-            exponentials = logits.sub_(largest).exp_()  # in the logits' own memory, as all that follows
-            sums = exponentials.sum(dim=1, keepdim=True)
-            total += sums.log().sum()
-            if hidden_grad is not None and head_grad is not None:
-                # the gradient by the logits: softmax, less one at the target
-                grad = exponentials.div_(sums).scatter_add_(1, chosen, torch.full_like(sums, -1.0))
-                hidden_grad[part] = grad @ head
-                head_grad += (grad.T @ hidden[part]).float()
+            own = None if hidden_grad is None else hidden_grad[part]
+            total += chunk_sum(hidden[part], head, targets[part], own, head_grad)
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.tokens = tokens
         return total / tokens
@@ -58,3 +49,28 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, head_grad = ctx.saved_tensors
         scale = grad / ctx.tokens
         return hidden_grad.mul_(scale), head_grad.mul_(scale), None
+
+
+def chunk_sum(
+    hidden: Tensor, head: Tensor, targets: Tensor, hidden_grad: Tensor | None, head_grad: Tensor | None
+) -> Tensor:
+    """The sum of a chunk's cross-entropies; its gradients go to hidden_grad and, added, to head_grad.
+
+    A function of its own, so that the chunk's logits are gone before the next chunk's are made.
+    """
+    product = F.linear(hidden, head)
+    chosen, logits = targets[:, None], product.float()
+    largest = logits.amax(dim=1, keepdim=True)
+    total = (largest - logits.gather(1, chosen)).sum()
+    exponentials = logits.sub_(largest).exp_()  # in the logits' own memory, as all that follows
+    sums = exponentials.sum(dim=1, keepdim=True)
+    total += sums.log().sum()
+    if hidden_grad is not None and head_grad is not None:
+        # the gradient by the logits: softmax, less one at the target
+        grad = exponentials.div_(sums).scatter_add_(1, chosen, torch.full_like(sums, -1.0))
+        hidden_grad.copy_(grad @ head)
+        if product.dtype == torch.float32:
+            head_grad.addmm_(grad.T, hidden)  # a product that is added afterwards would be as large as the head
+        else:
+            head_grad += (grad.T @ hidden).float()
+    return total

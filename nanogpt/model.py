@@ -7,18 +7,19 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanogpt.loss import cross_entropy
 
 Attention = Literal["fused", "plain"]
-
+RECOMPUTED = 2**22  # numbers, 16 MiB of float32, from which on they are computed again instead of kept
 HASH_PRIME, HASH_FACTOR = 2**31 - 1, 1_664_525  # of n-grams; any factor that mixes well would do
 
 
@@ -160,6 +161,17 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.dropout(weights, dropout) @ v
 
 
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) for an x that is large: what it would keep for the backward pass is computed again there, to the bit.
+
+    torch goes no further in this than it must: a product at the end is not repeated. Compiled, it chooses by itself.
+    """
+    if x.numel() < RECOMPUTED or torch.compiler.is_compiling():
+        return function(x)
+    result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -169,12 +181,17 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
+        x = recomputed(self.project, self.c_fc(x))
+        return F.dropout(x, self.dropout, self.training)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Activation and projection, (B, T, 4C) -> (B, T, C)."""
         if self.activation == "relu_squared":  # So et al. 2021, Primer
             x = F.relu(x).square()
         else:  # GPT-2's published weights were trained with the tanh approximation; nanoGPT trains with the exact GELU.
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        projected: Tensor = self.c_proj(x)
+        return projected
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ one moment of a matrix instead of two, and rotary positions, QK-norm and plain a
 
 from dataclasses import dataclass
 
-from nanogpt import loss
+from nanogpt import loss, model
 from nanogpt.flops import flops_per_token, mfu
 from nanogpt.model import GPTConfig
 
@@ -114,7 +114,8 @@ def activations(config: GPTConfig, setup: Setup) -> Parts:
         attention += 0 if p == 0 else (FLOAT32 + float_mask) * h * config.block_size  # its dropout: output and mask
     attention += s * c + residual_mask * c  # the output of attention, which is the input of c_proj; dropout's mask
     mlp = norm + s * c  # the LayerNorm; its output, which is the input of c_fc
-    mlp += s * 4 * c + s * 4 * c + residual_mask * c  # GELU's input; its output, the input of c_proj; dropout's mask
+    mlp += s * 4 * c + residual_mask * c  # GELU's input; dropout's mask
+    mlp += 0 if recomputed(config, setup) else s * 4 * c  # GELU's output, the input of c_proj
     per_token = {
         "embedding": INT64 + float_mask * c,  # the tokens; dropout's mask
         "attention": config.n_layer * attention,
@@ -136,22 +137,29 @@ def chunked(config: GPTConfig, setup: Setup) -> bool:
     return setup.batch_size * config.block_size * config.padded_vocab_size > loss.CHUNK
 
 
+def recomputed(config: GPTConfig, setup: Setup) -> bool:
+    """Whether the backward pass computes GELU's output again (model.py)."""
+    return setup.batch_size * config.block_size * 4 * config.n_embd >= model.RECOMPUTED
+
+
 def backward_bytes(config: GPTConfig, setup: Setup) -> int:
     """The most that the backward pass needs at its beginning, on top of what is saved.
 
     Either at its first step, the gradients of the log-probabilities and of the logits, both B x T x V in float32; or in
     the last block, when what the head saved is gone: the gradients of the residual stream and of GELU's input, as its
-    output gave way to that one's gradient, or, where attention is not fused, those of two T x T matrices, as GELU's
-    input and output are gone too; and the gradients of the two weights that come first. A loss in chunks has its own
-    peak before, when one chunk's logits are there.
+    output gave way to that one's gradient (one that is computed again comes on top), or, where attention is not fused,
+    those of two T x T matrices, as GELU's input and output are gone too; and the gradients of the two weights that come
+    first. A loss in chunks has its own peak before, when one chunk's logits are there.
     """
     c, s, v = config.n_embd, setup.size, config.padded_vocab_size
-    block = FLOAT32 * c + s * 4 * c
+    again = s * 4 * c if recomputed(config, setup) else 0
+    block = FLOAT32 * c + s * 4 * c + again
     if not setup.fused(config.dropout):
-        block = max(block, 2 * FLOAT32 * config.n_head * config.block_size - s * 8 * c)
+        block = max(block, 2 * FLOAT32 * config.n_head * config.block_size - s * 8 * c + again)
     positions = setup.batch_size * config.block_size
     if chunked(config, setup):
-        one_chunk = loss.CHUNK * (FLOAT32 + (s if s < FLOAT32 else 0)) + FLOAT32 * v * c  # its share of the gradient
+        # Its logits; in half precision these besides, and its share of the weight's gradient.
+        one_chunk = FLOAT32 * loss.CHUNK if s == FLOAT32 else (FLOAT32 + s) * loss.CHUNK + (FLOAT32 + s) * v * c
         return max(one_chunk, positions * (block - FLOAT32 * (c + 2)) + FLOAT32 * 4 * c * c)
     head = FLOAT32 * (c + 2) + s * c + FLOAT32 * v  # of activations()
     return max(positions * 2 * FLOAT32 * v, positions * (block - head) + FLOAT32 * (v * c + 4 * c * c))
@@ -164,6 +172,8 @@ def memory(config: GPTConfig, setup: Setup) -> Parts:
     matrices = sum(forward_flops(config).values()) // 2 - 2 * config.n_layer * config.block_size * config.n_embd
     if chunked(config, setup):
         matrices -= config.padded_vocab_size * config.n_embd  # the head's gradient is there already
+    if recomputed(config, setup):
+        matrices -= 4 * config.n_layer * config.n_embd**2  # the MLP's projection, copied again
     return {
         "weights": FLOAT32 * total,
         "gradients": FLOAT32 * total,

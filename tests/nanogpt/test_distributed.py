@@ -74,6 +74,24 @@ with join("cpu") as ranks:
     assert first[1] == second[1] == pytest.approx(1111 / 4)
 
 
+def test_parallel_a_model_may_compute_activations_again(tmp_path):
+    two(f"""
+from nanogpt import model
+from tests.nanogpt import tiny
+
+tokens = torch.arange(8)[None]
+with join("cpu") as ranks:
+    found = []
+    for model.RECOMPUTED in (2**40, 0):
+        gpt = tiny.gpt(std=0.2)
+        forward = ranks.parallel(gpt, fixed_order=True)
+        forward(tokens + ranks.rank, tokens).backward()
+        found.append({{name: parameter.grad for name, parameter in gpt.named_parameters()}})
+    json.dump(tiny.same(*found), open(f"{tmp_path}/{{ranks.rank}}", "w"))
+""")
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)] == [True, True]
+
+
 FAILURES = {  # what a process does, the exit code, and which processes tell the user
     "all have the same error": ('raise ValueError("the same")', 1, {0: "ValueError: the same"}),
     "rank 0 has one": ('assert ranks.rank, "only 0"', 1, {0: "AssertionError: only 0"}),

@@ -53,6 +53,19 @@ def test_values_come_back_exactly(path: Path) -> None:
     assert all(math.isnan(r["lr"]) and isinstance(r["t"], int) for r in records)
 
 
+def test_records_of_one_kind_are_read_without_the_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(path)
+    with Journal(path) as journal:
+        for step in (2, 4, 4, 3):  # one comes twice, and one late
+            journal.append("eval", step=step, tokens=10 * step, val_loss=1 / step)
+        expected = sorted((r for r in journal.records() if r["kind"] == "eval"), key=lambda record: record["step"])
+        read: list[int] = []
+        monkeypatch.setattr(journal, "_read", lambda offset: read.append(offset) or Journal._read(journal, offset))
+        assert list(journal.records_of("eval")) == expected
+        assert len(read) == len(expected) == 3
+        assert list(journal.records_of("checkpoint")) == []
+
+
 def test_append_many_is_one_block_and_reopening_continues_the_chain(path: Path) -> None:
     with Journal(path) as journal:
         assert journal.append_many({"kind": "step", "step": s, "t": 7, "loss": s / 3} for s in range(100)) == []

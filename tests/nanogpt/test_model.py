@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanogpt import model as model_module
 from nanogpt.model import GPT, GPTConfig, KVCache, RMSNorm, hashed_ngrams, rotate, rotation
 from tests.nanogpt import tiny
 
@@ -268,6 +269,52 @@ def test_squared_relu():
     hidden = torch.where(hidden > 0, hidden * hidden, 0)
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), F.linear(hidden, mlp.c_proj.weight, mlp.c_proj.bias))
+
+
+def step(model):
+    """Loss and gradients, dropout drawn anew."""
+    torch.manual_seed(1)
+    loss = model(TOKENS, TOKENS.roll(-1, 1))
+    loss.backward()
+    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu_squared"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"bias": False}])
+def test_what_is_computed_again_in_the_backward_pass_has_the_same_bits(monkeypatch, activation, dtype, options):
+    found = []
+    for limit in (2**40, 0):
+        monkeypatch.setattr(model_module, "RECOMPUTED", limit)
+        model = tiny.gpt(std=0.2, activation=activation, **options).train()
+        with torch.autocast("cpu", dtype=getattr(torch, dtype), enabled=dtype != "float32"):
+            found.append(step(model))
+    assert tiny.same(*found)
+
+
+def test_it_is_computed_again_in_training_alone(monkeypatch):
+    monkeypatch.setattr(model_module, "RECOMPUTED", 0)
+    gelu, calls = F.gelu, []
+    monkeypatch.setattr(F, "gelu", lambda *arguments, **options: calls.append(1) or gelu(*arguments, **options))
+    model = tiny.gpt(std=0.2)
+    with torch.no_grad():
+        model(TOKENS)
+    assert len(calls) == 2  # one a layer
+    model(TOKENS, TOKENS).backward()
+    assert len(calls) == 2 + 4
+
+
+def test_compiled_it_is_the_same_model(monkeypatch):
+    monkeypatch.setattr(model_module, "RECOMPUTED", 0)
+    model = tiny.gpt(std=0.2)
+    expected = step(model)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True)
+    loss = compiled(TOKENS, TOKENS.roll(-1, 1))
+    loss.backward()
+    torch.testing.assert_close(loss, expected["loss"], rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_an_untied_head_has_weights_of_its_own():

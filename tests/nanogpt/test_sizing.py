@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt import flops, loss, sizing
+from nanogpt import flops, loss, model, sizing
 from nanogpt.checkpoint import Checkpoints, Progress
 from nanogpt.journal import Journal
 from nanogpt.model import GPT
@@ -68,17 +68,19 @@ def test_parameters_by_part_are_those_of_the_model_s_modules():
 
 
 @pytest.mark.parametrize("multiple", [1, 64])
-def test_flops_are_what_torch_counts(multiple):
+@pytest.mark.parametrize("recomputed", [False, True])  # which repeats no product
+def test_flops_are_what_torch_counts(monkeypatch, recomputed, multiple):
+    monkeypatch.setattr(model, "RECOMPUTED", 0 if recomputed else 2**40)
     shape = config(n_layer=3, n_embd=32, vocab_multiple=multiple)
-    model, batch = GPT(shape), 5
+    gpt, batch = GPT(shape), 5
     tokens = torch.zeros(batch, shape.block_size, dtype=torch.long)
     per_token = sum(sizing.forward_flops(shape).values())
     # The fused kernel of a CPU has no formula in torch's counter; the products one by one have.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
-            loss = model(tokens, tokens)
+            value = gpt(tokens, tokens)
         with FlopCounterMode(display=False) as backward:
-            loss.backward()
+            value.backward()
     assert forward.get_total_flops() == per_token * tokens.numel()
     assert backward.get_total_flops() == 2 * per_token * tokens.numel()
 
@@ -117,7 +119,9 @@ def saved_bytes(model, batch, dtype):
     [*itertools.product(("float32", "bfloat16"), (0.0, 0.1), (True, False), ("gelu", "gelu_tanh"))],
 )
 @pytest.mark.parametrize("shape", [config(), WIDE], ids=["narrow", "wide"])
-def test_activations_are_what_autograd_saves(shape, dtype, dropout, bias, activation):
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_activations_are_what_autograd_saves(monkeypatch, recomputed, shape, dtype, dropout, bias, activation):
+    monkeypatch.setattr(model, "RECOMPUTED", 0 if recomputed else 2**40)
     shape = config(**{**vars(shape), "dropout": dropout, "bias": bias, "activation": activation})
     part = sizing.memory(shape, sizing.Setup(3, False, dtype))
     weight_of_loss = 4  # a number that cross_entropy keeps
@@ -182,6 +186,15 @@ def peak_of_a_step(shape, batch, micro_steps):
 def test_the_peak_is_what_the_allocator_gave_out(what, shape, batch, micro_steps):
     predicted = sizing.peak_bytes(shape, sizing.Setup(batch, micro_steps > 1))
     assert predicted == pytest.approx(peak_of_a_step(shape, batch, micro_steps), rel=0.05), what
+
+
+def test_the_peak_with_activations_that_are_computed_again(monkeypatch):
+    shape = config(n_layer=8, n_embd=64, block_size=64)
+    kept = sizing.peak_bytes(shape, sizing.Setup(8, False))
+    monkeypatch.setattr(model, "RECOMPUTED", 0)
+    predicted = sizing.peak_bytes(shape, sizing.Setup(8, False))
+    assert predicted == pytest.approx(peak_of_a_step(shape, 8, 1), rel=0.05)
+    assert predicted < 0.9 * kept
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
