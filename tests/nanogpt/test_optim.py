@@ -132,11 +132,7 @@ def test_its_steps_and_its_state_are_those_of_torchs_own_adamw():
     models = [tiny.gpt(std=0.2), tiny.gpt(std=0.2)]
     ours = make_optimizer(models[0], params, "cpu", "float32")
     theirs = torch.optim.AdamW(
-        [
-            {**group, "params": list(group["params"])}
-            for group in make_optimizer(models[1], params, "cpu", "float32").param_groups
-        ],
-        **{name: ours.defaults[name] for name in ("lr", "betas", "fused")},
+        parameter_groups(models[1], params), **{name: ours.defaults[name] for name in ("lr", "betas", "fused")}
     )
     for step in range(6):
         for model, optimizer in zip(models, (ours, theirs), strict=True):
