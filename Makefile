@@ -71,7 +71,7 @@ test: $(READY)  ## the fast tests
 	pytest -n 2 -m "not pipeline"
 
 test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
-	pytest -n 2 -m pipeline
+	pytest -n 2 --dist loadscope --no-loadscope-reorder -m pipeline
 
 soak: $(READY)  ## kill the pipeline at 100 random moments; nothing may be left of that (15 minutes)
 	python -m tests.faults.soak --kills 100

@@ -1,4 +1,4 @@
-"""What tracking costs the training loop: with a database, with a server that is gone, and with one that is slow.
+"""What tracking costs the training loop: the journal, MLflow's process beside it, system metrics, a bad server.
 
 Each run is a process of its own, and the candidates take turns, so that a noisy machine is unfair to none.
 """
@@ -21,38 +21,55 @@ from stages.console import Console
 from tools.first_steps import TOKENS
 from tools.retrace import Retrace
 
-CANDIDATES = ("none", "database", "gone", "slow")
+CANDIDATES = {
+    "nothing": "neither journal nor MLflow",
+    "journal": "the journal alone",
+    "unsampled": "journal and MLflow, no system metrics",
+    "database": "all of it",
+    "gone": "all of it, a server that is gone",
+    "slow": "all of it, a server that fails after 2 s",
+}
+# MLflow's process, as replicator starts it, without the system metrics.
+UNSAMPLED = """
+from nanogpt import tracking_follow
+from tools.sync import main
+tracking_follow._start_metrics = lambda *_: None
+main()
+"""
 
 
 @click.command()
 @click.option("--steps", default=200, show_default=True, help="Steps of each run.")
 @click.option("--rounds", default=5, show_default=True, help="Turns of each candidate.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
-@click.option("--only", type=click.Choice(CANDIDATES), hidden=True, help="Measure one candidate in this process.")
+@click.option("--only", type=click.Choice([*CANDIDATES]), hidden=True, help="Measure one candidate in this process.")
 def main(steps: int, rounds: int, out: Path | None, only: str | None) -> None:
-    """Trains on data/tokens as params.yaml says, with and without the process that fills MLflow beside it."""
+    """Trains on data/tokens as params.yaml says, with more and more of what tracks it."""
     if only:
         click.echo(json.dumps(measure(steps, only)))
         return
     times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
     for number in range(rounds):
-        for name in CANDIDATES if number % 2 else reversed(CANDIDATES):
+        for name in CANDIDATES if number % 2 else reversed([*CANDIDATES]):
             command = [sys.executable, "-m", "benchmarks.tracking_overhead", "--steps", str(steps), "--only", name]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             times[name].append(json.loads(output.splitlines()[-1]))
     # Of one round, so that what the machine does meanwhile is in both.
-    ratios = {name: statistics.median(a / b for a, b in zip(times[name], times["none"], strict=True)) for name in times}
-    click.echo(f"{'MLflow':10} {'ms/step':>8} {'of none':>8}")
-    for name in CANDIDATES:
-        click.echo(f"{name:10} {1e3 * statistics.median(times[name]):8.2f} {ratios[name]:8.3f}")
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times[name], times["nothing"], strict=True)) for name in times
+    }
+    click.echo(f"{'tracked by':40} {'ms/step':>8} {'ratio':>8}")
+    for name, what in CANDIDATES.items():
+        click.echo(f"{what:40} {1e3 * statistics.median(times[name]):8.2f} {ratios[name]:8.3f}")
     if out:
         out.write_text(json.dumps({"seconds_per_step": times, "ratios": ratios}, indent=1) + "\n")
 
 
 def measure(steps: int, candidate: str) -> float:
-    """Seconds per step of the whole loop: journal, evaluations and checkpoints included."""
+    """Seconds per step of the whole loop: evaluations and checkpoints included."""
     params = load_params()
-    from nanogpt import numerics, provenance, replicator
+    from nanogpt import numerics, provenance
+    from nanogpt.journal import NoJournal
     from stages.attempt import describe
 
     resolved = numerics.pin(params.numerics, params.runtime.device)
@@ -66,21 +83,34 @@ def measure(steps: int, candidate: str) -> float:
             retrace.journal.append("start", step=0, resumed=False, environment=environment)
             dataset = {"name": "benchmark", "source": str(TOKENS), "sha256": "0" * 64}
             describe(attempt, params, {"fingerprint": "0" * 64}, dataset)
-            follower = replicator.start(attempt, Path.cwd(), 0) if candidate != "none" else None
+            if candidate == "nothing":
+                retrace.training.journal = NoJournal()
+            follower = start(candidate, attempt) if candidate not in {"nothing", "journal"} else None
             if follower:
                 time.sleep(5)  # its imports are a fixed cost, not the loop's
             begin = time.perf_counter()
             retrace.to(steps)
             seconds = time.perf_counter() - begin
             if follower:
-                follower.process.kill()
-                follower.process.wait()
+                follower.kill()
+                follower.wait()
     return seconds / steps
+
+
+def start(candidate: str, attempt: Path) -> "subprocess.Popen[bytes]":
+    """The process that fills MLflow."""
+    from nanogpt import replicator
+
+    if candidate != "unsampled":
+        return replicator.start(attempt, Path.cwd(), 0).process
+    command = [sys.executable, "-c", UNSAMPLED, str(attempt), "--follow", str(os.getpid()), "--wait-seconds", "0"]
+    environment = {**os.environ, "DVC_ROOT": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def uri(candidate: str, folder: str) -> str:
     """Where MLflow is, for a candidate."""
-    if candidate in {"none", "database"}:
+    if candidate not in {"gone", "slow"}:
         return f"sqlite:///{folder}/mlflow.db"
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -60,6 +58,8 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    import psutil
+
     try:
         return bool(
             psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt.model import GPT, Attention, GPTConfig
+from nanogpt.model import GPT, Attention, GPTConfig, without_weights
 from nanogpt.params import ModelParams
 from nanogpt.pretrained import Weights, from_huggingface, load_huggingface, load_nanogpt
 from nanogpt.published import load_model
@@ -40,8 +40,7 @@ class Initial:
         """The model; torch's generator draws the weights of a new one."""
         if self.weights is None:
             return GPT(self.config, attention).to(device)
-        with torch.device("meta"):
-            model = GPT(self.config, attention)
+        model = without_weights(self.config, attention)
         model.load_state_dict(self.weights, assign=True)
         return model.requires_grad_(True).to(device)
 

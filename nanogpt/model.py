@@ -9,12 +9,13 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vo
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.overrides import TorchFunctionMode
 
 from nanogpt.loss import cross_entropy
 
@@ -291,3 +292,19 @@ class GPT(nn.Module):
     def parameter_count(self) -> int:
         """Parameters, the tied head once and positions included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def without_weights(config: GPTConfig, attention: Attention = "fused") -> GPT:
+    """A GPT of shapes alone, on torch's meta device: `load_state_dict(weights, assign=True)` gives it weights."""
+    with torch.device("meta"), _NothingDrawn():
+        return GPT(config, attention)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out the drawing of first weights, for which torch imports its compiler on the meta device: two seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -53,7 +53,10 @@ def pin(params: NumericsParams, device: str) -> Numerics:
         torch.cuda.set_device(resolved)  # so that "cuda" is that one
     torch.set_num_threads(params.threads)
     if params.determinism != "off":
-        torch.use_deterministic_algorithms(True)
+        if params.compile:
+            torch.use_deterministic_algorithms(True)
+        else:  # the same without torch.compile's own setting, whose import takes two seconds
+            torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no such memory is read
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward is not deterministic

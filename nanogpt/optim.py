@@ -1,5 +1,6 @@
 """The optimizers, AdamW and Muon, and the learning-rate schedule."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -33,7 +34,7 @@ def make_optimizer(model: nn.Module, params: TrainParams, device_type: str, dtyp
         "fused": device_type in {"cpu", "cuda"},
     }
     if params.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **adamw)
+        return AdamW(groups, **adamw)
     return MuonAdamW(groups, params.muon_momentum, getattr(torch, dtype), **adamw)
 
 
@@ -61,7 +62,20 @@ def parameter_groups(model: nn.Module, params: TrainParams) -> list[Group]:
     return [{"params": members[kind], "kind": kind, **kinds[kind]} for kind in kinds if members[kind]]
 
 
-class MuonAdamW(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's, without its import of torch._dynamo, which takes two seconds.
+
+    torch wraps these methods for torch.compile, and `step` for gradients through it; nobody wants either here.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class MuonAdamW(AdamW):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the groups of kind `muon`; AdamW for the others.
 
     A step of Muon is its momentum with all singular values made about one, so that no direction of a matrix is left

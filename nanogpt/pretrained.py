@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.files import check_regular, read_bytes
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPTConfig, without_weights
 
 Weights = dict[str, Tensor]
 
@@ -290,8 +290,7 @@ def _checked(config: GPTConfig, tensors: dict[str, Tensor]) -> Weights:
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a GPT's weights; nothing of their size is made."""
     try:
-        with torch.device("meta"):
-            return {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
+        return {name: tuple(parameter.shape) for name, parameter in without_weights(config).named_parameters()}
     except RuntimeError as error:
         raise ValueError(f"n_embd {config.n_embd} is no possible number") from error
 

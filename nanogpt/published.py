@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt.files import read_bytes, replacing
-from nanogpt.model import GPT, Attention, GPTConfig
+from nanogpt.model import GPT, Attention, GPTConfig, without_weights
 from nanogpt.provenance import sha256_file, sha256_json
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -82,8 +82,7 @@ def load_model(
     weights = directory / "weights.safetensors"
     try:
         _check_fit(config, weights)
-        with torch.device("meta"):
-            model = GPT(config, attention)
+        model = without_weights(config, attention)
         model.load_state_dict(load_file(weights), assign=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -124,8 +123,7 @@ def _check_fit(config: GPTConfig, weights: Path) -> None:
         first["wpe.weight"] = (config.block_size, config.n_embd)
     if any(found.get(name) != shape for name, shape in first.items()):
         raise ValueError("wte.weight or wpe.weight has another size")
-    with torch.device("meta"):
-        single = GPT(replace(config, n_layer=1))
+    single = without_weights(replace(config, n_layer=1))
     expected: dict[str, tuple[int, ...]] = {}
     for name, parameter in single.named_parameters():
         layers = range(config.n_layer if name.startswith("h.0.") else 1)

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt.params import EvaluateParams, load_params
 from stages.console import Console, command
 
 if TYPE_CHECKING:
     from nanogpt.data import Split
     from nanogpt.evaluate import Score
+    from nanogpt.params import EvaluateParams
     from nanogpt.published import PublishedModel
 
 TOKENS, MODEL, METRICS = Path("data/tokens"), Path("model"), Path("metrics/evaluate.json")
@@ -18,9 +18,10 @@ TOKENS, MODEL, METRICS = Path("data/tokens"), Path("model"), Path("metrics/evalu
 @command("evaluate")
 def main(console: Console) -> None:
     """Scores every token of the validation split, and a fixed part of the train split: metrics/evaluate.json."""
-    params = load_params()
     from nanogpt import numerics
+    from nanogpt.params import load_params
 
+    params = load_params()
     resolved = numerics.pin(params.numerics, params.runtime.device)
     from nanogpt.data import load_meta, load_split
     from nanogpt.evaluate import Score
@@ -66,7 +67,7 @@ def main(console: Console) -> None:
 
 
 def score_split(
-    console: Console, gpt: "PublishedModel", split: "Split", limit: int, params: EvaluateParams, dtype: str
+    console: Console, gpt: "PublishedModel", split: "Split", limit: int, params: "EvaluateParams", dtype: str
 ) -> "Score":
     """Scores the first `limit` tokens of a split."""
     from nanogpt import numerics

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanogpt.params import SampleParams, load_params
 from stages.console import Console, command
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
     from nanogpt.generate import Sampling
     from nanogpt.model import Attention
+    from nanogpt.params import SampleParams
     from nanogpt.published import PublishedModel
 
 MODEL, SAMPLES, PROMPTS = Path("model"), Path("samples"), Path("prompts")
@@ -42,9 +42,10 @@ OPTIONS = [
 @command("sample", *OPTIONS)
 def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], **overrides: Any) -> None:
     """Continues the prompts of params.yaml: samples/samples.md and .json. With an option, prints and writes nothing."""
-    params = load_params()
     from nanogpt import numerics
+    from nanogpt.params import load_params
 
+    params = load_params()
     resolved = numerics.pin(params.numerics, params.runtime.device)
     from nanogpt.complete import encode_prompt
 
@@ -116,7 +117,7 @@ def read_prompt(prompt: str, anywhere: bool) -> str:
 
 
 def continue_all(
-    console: Console, gpt: "PublishedModel", prompts: list[str], settings: SampleParams
+    console: Console, gpt: "PublishedModel", prompts: list[str], settings: "SampleParams"
 ) -> list[dict[str, Any]]:
     from nanogpt.complete import continuations
 
@@ -147,7 +148,7 @@ def write(console: Console, samples: list[dict[str, Any]]) -> None:
     console.say(f"{len(samples)} samples -> {SAMPLES}/samples.md")
 
 
-def print_stream(gpt: "PublishedModel", prompt: str, settings: SampleParams) -> None:
+def print_stream(gpt: "PublishedModel", prompt: str, settings: "SampleParams") -> None:
     from nanogpt.complete import stream
 
     click.echo(prompt, nl=False)
@@ -156,7 +157,7 @@ def print_stream(gpt: "PublishedModel", prompt: str, settings: SampleParams) -> 
     click.echo()
 
 
-def sampling_of(settings: SampleParams) -> "Sampling":
+def sampling_of(settings: "SampleParams") -> "Sampling":
     from nanogpt.generate import Sampling
 
     return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)

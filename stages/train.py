@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt.params import Params, flatten, load_params
 from stages.console import Console, command, repository
 from stages.launch import check_started, launch, started
 from stages.stop import StopRequest
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from nanogpt.distributed import Ranks
     from nanogpt.initial import Initial
     from nanogpt.numerics import Numerics
+    from nanogpt.params import Params
 
 TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metrics/train.json"), Path("plots/loss.csv")
 
@@ -23,9 +23,10 @@ TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metric
 @command("train")
 def main(console: Console) -> None:
     """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
-    params = load_params()
     from nanogpt import numerics
+    from nanogpt.params import load_params
 
+    params = load_params()
     resolved = numerics.pin(params.numerics, params.runtime.device)
     if params.train.processes > 1 and started() is None:
         sys.exit(launch(params.train.processes, params.tracking.wait_seconds, "-m", "stages.train"))
@@ -40,12 +41,13 @@ def main(console: Console) -> None:
         sys.exit(1)
 
 
-def train(console: Console, params: Params, resolved: "Numerics", ranks: "Ranks") -> None:
+def train(console: Console, params: "Params", resolved: "Numerics", ranks: "Ranks") -> None:
     """Goes on with the training that params and data stand for, or publishes it if it is done."""
     from nanogpt import provenance
     from nanogpt.data import SplitName, check_block_size, load_meta, load_split
     from nanogpt.initial import load_initial
     from nanogpt.journal import RunLock, state
+    from nanogpt.params import flatten
     from nanogpt.tokenizer import load_tokenizer
     from stages.attempt import choose
 
@@ -96,7 +98,7 @@ def accompany(
     console: Console,
     directory: Path,
     fingerprint: str,
-    params: Params,
+    params: "Params",
     resolved: "Numerics",
     splits: "dict[SplitName, Split]",
     initial: "Initial",
@@ -121,7 +123,7 @@ def accompany(
 def run(
     console: Console,
     attempt: Path,
-    params: Params,
+    params: "Params",
     resolved: "Numerics",
     splits: "dict[SplitName, Split]",
     initial: "Initial",

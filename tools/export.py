@@ -4,27 +4,31 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from safetensors.torch import save_file
 
 from nanogpt.files import replacing
-from nanogpt.pretrained import save_nanogpt, to_huggingface, to_nanogpt
 from nanogpt.provenance import sha256_tree
-from nanogpt.published import PublishedModel, load_model
 from nanogpt.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, byte_characters
 from stages.console import explain, repository
 from stages.dvcfile import directory_md5
 from tools.history import holders, lock_of_workspace, out_md5
+
+if TYPE_CHECKING:
+    from nanogpt.published import PublishedModel
 
 UNKNOWN = "unknown"
 
 # --- the formats
 
 
-def export_huggingface(gpt: PublishedModel, directory: Path) -> str:
+def export_huggingface(gpt: "PublishedModel", directory: Path) -> str:
     """Writes what transformers loads; returns the lines of the model card that tell its use."""
+    from safetensors.torch import save_file
+
+    from nanogpt.pretrained import to_huggingface
+
     end, block_size = gpt.tokenizer.end_of_text, gpt.model.config.block_size
     config, tensors = to_huggingface(gpt.model.config, gpt.model.state_dict(), end)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -42,8 +46,10 @@ def export_huggingface(gpt: PublishedModel, directory: Path) -> str:
     )
 
 
-def export_nanogpt(gpt: PublishedModel, directory: Path) -> str:
+def export_nanogpt(gpt: "PublishedModel", directory: Path) -> str:
     """Writes nanoGPT's ckpt.pt; returns the lines of the model card that tell its use."""
+    from nanogpt.pretrained import save_nanogpt, to_nanogpt
+
     checkpoint = to_nanogpt(gpt.model.config, gpt.model.state_dict())
     start = _example(gpt.tokenizer).replace("\\", "\\\\")
     sample = f'python sample.py --out_dir=<this directory> --device=cpu --compile=False --start="{start}"'
@@ -72,7 +78,7 @@ def export_nanogpt(gpt: PublishedModel, directory: Path) -> str:
     return use
 
 
-Writer = Callable[[PublishedModel, Path], str]
+Writer = Callable[["PublishedModel", Path], str]
 FORMATS: dict[str, Writer] = {"huggingface": export_huggingface, "nanogpt": export_nanogpt}
 
 
@@ -186,7 +192,7 @@ def _finished(exported: Any, end_of_text: int | None) -> str:
 # --- the model card
 
 
-def model_card(gpt: PublishedModel, directory: Path, format_name: str, use: str) -> str:
+def model_card(gpt: "PublishedModel", directory: Path, format_name: str, use: str) -> str:
     """README.md: what the model is, how good, what it was made of, and how to make it again."""
     root, sha256, md5 = repository(), sha256_tree(directory), directory_md5(directory)
     held = holders(root, md5)
@@ -241,11 +247,13 @@ def _table(rows: dict[str, Any]) -> str:
 # --- the command
 
 
-def export(model: Path, format_name: str, out: Path) -> PublishedModel:
+def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
     """Writes the directory whole or not at all; the same model gives the same bytes. Returns what was exported.
 
     Raises ValueError, OSError.
     """
+    from nanogpt.published import load_model
+
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; remove it, or name another one")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nanogpt.journal import Record, attempts, read_records
-from nanogpt.params import Params, load_params
 from stages.console import Console, repository
 from tools.retrace import Retrace, first_difference
 
 if TYPE_CHECKING:
     from nanogpt.checkpoint import Checkpoint
+    from nanogpt.params import Params
 
 TOKENS = Path("data/tokens")
 ATTEMPT = click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path)
@@ -36,14 +36,15 @@ def main(step: int, attempt: Path | None, text: bool) -> None:
 
 def replay(step: int, attempt: Path, text: bool) -> bool:
     """Whether the recomputed steps are those of the journal."""
+    from nanogpt import numerics, provenance
+    from nanogpt.params import load_params
+
     run = json.loads((attempt / "run.json").read_bytes())
     params = load_params(attempt / "artifacts" / "params.yaml")
     known = [record for record, _ in read_records(attempt / "journal.jsonl") if record["kind"] == "step"]
     if not any(record["step"] == step for record in known):
         last = known[-1]["step"] if known else 0
         raise ValueError(f"--step {step} is not in {attempt / 'journal.jsonl'}, which has 1 to {last}; choose one")
-    from nanogpt import numerics, provenance
-
     resolved = numerics.pin(params.numerics, params.runtime.device)
     if provenance.sha256_tree(TOKENS) != run["tags"]["tokens.sha256"]:
         raise ValueError(
@@ -97,7 +98,7 @@ def show_values(found: Record, known: Record) -> None:
         click.echo(f"{name:10} {found[name]!r:24} {known[name]!r}")
 
 
-def batch_of(retrace: Retrace, params: Params, step: int) -> tuple[Any, Any]:
+def batch_of(retrace: Retrace, params: "Params", step: int) -> tuple[Any, Any]:
     """The samples of a step, (B, T) each: the loop counts from 0 what the journal counts from 1."""
     from nanogpt import counter
     from nanogpt.data import batch
@@ -109,7 +110,7 @@ def batch_of(retrace: Retrace, params: Params, step: int) -> tuple[Any, Any]:
     return batch(tokens, params.train.data_order, seed, step - 1, len(samples), samples, block_size)
 
 
-def sample_losses(retrace: Retrace, params: Params, step: int) -> list[float]:
+def sample_losses(retrace: Retrace, params: "Params", step: int) -> list[float]:
     """Mean loss of each sample before the step, in nats per token, without dropout."""
     import torch
 
@@ -121,7 +122,7 @@ def sample_losses(retrace: Retrace, params: Params, step: int) -> list[float]:
         return [float(model(one[None], target[None])) for one, target in pairs]
 
 
-def show_batch(retrace: Retrace, params: Params, step: int, losses: list[float]) -> None:
+def show_batch(retrace: Retrace, params: "Params", step: int, losses: list[float]) -> None:
     tokenizer = retrace.training.unfinished.tokenizer
     x, y = batch_of(retrace, params, step)
     for number, (tokens, following, loss) in enumerate(zip(x, y, losses, strict=True)):

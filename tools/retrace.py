@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanogpt.journal import Journal, Record
-from nanogpt.params import Params
 from stages.console import Console
 
 if TYPE_CHECKING:
     from nanogpt.checkpoint import Checkpoint
     from nanogpt.numerics import Numerics
+    from nanogpt.params import Params
 
 
 class Retrace:
@@ -24,7 +24,7 @@ class Retrace:
     def __init__(
         self,
         console: Console,
-        params: Params,
+        params: "Params",
         resolved: "Numerics",
         tokens: Path,
         fingerprint: str,
@@ -80,7 +80,7 @@ class Retrace:
         self._folder.cleanup()
 
 
-def _quiet(params: Params) -> Params:
+def _quiet(params: "Params") -> "Params":
     """The same training without what is told and kept of it on the way."""
     never = params.train.max_iters
     return params.model_copy(

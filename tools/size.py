@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanogpt.data import Meta, load_meta
-from nanogpt.params import Params, TokenizeParams, load_params
-
 if TYPE_CHECKING:
+    from nanogpt.data import Meta
     from nanogpt.model import GPTConfig
     from nanogpt.numerics import Numerics
+    from nanogpt.params import Params, TokenizeParams
     from nanogpt.sizing import Setup
 
 TOKENS = Path("data/tokens")
@@ -33,6 +32,8 @@ def main(vocab_size: int | None, mfu: float | None, peak: float | None, measurin
     """Parameters, FLOPs, memory, tokens and time of the training that params.yaml describes."""
     if measuring and mfu is not None:
         raise click.UsageError("--measure finds out what --mfu would tell: give one of them")
+    from nanogpt.params import load_params
+
     try:
         params = load_params()
         meta = known_meta(params.tokenize)
@@ -42,15 +43,17 @@ def main(vocab_size: int | None, mfu: float | None, peak: float | None, measurin
     click.echo(json.dumps(figures, indent=1) if as_json else table(figures))
 
 
-def known_meta(params: TokenizeParams) -> Meta | None:
+def known_meta(params: "TokenizeParams") -> "Meta | None":
     """What data/tokens says of itself, if it is there and of the tokenizer that params.yaml asks for."""
     if not (TOKENS / "meta.json").exists():
         return None
+    from nanogpt.data import load_meta
+
     meta = load_meta(TOKENS)
     return meta if meta.tokenizer == params.tokenizer else None
 
 
-def vocabulary(params: TokenizeParams, meta: Meta | None) -> int:
+def vocabulary(params: "TokenizeParams", meta: "Meta | None") -> int:
     if meta is not None:
         return meta.vocab_size
     if params.tokenizer == "char":
@@ -66,7 +69,7 @@ def vocabulary(params: TokenizeParams, meta: Meta | None) -> int:
 
 
 def size(
-    params: Params, vocab_size: int, meta: Meta | None, share: float | None, peak: float | None, measuring: bool
+    params: "Params", vocab_size: int, meta: "Meta | None", share: float | None, peak: float | None, measuring: bool
 ) -> dict[str, Any]:
     """All figures, as --json prints them; None is what is not known."""
     seconds = None
@@ -149,7 +152,7 @@ def model_figures(config: "GPTConfig", setup: "Setup") -> dict[str, Any]:
 # --- the device and its speed -----------------------------------------------------------------------------------------
 
 
-def planned_device(params: Params) -> tuple[str, float | None]:
+def planned_device(params: "Params") -> tuple[str, float | None]:
     """The kind of device that runtime.device means, which need not be in this machine; its peak, if that is known."""
     import torch
 

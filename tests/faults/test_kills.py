@@ -1,5 +1,6 @@
 """A short soak: some random kills, the same ones each time. `make soak` does a hundred and more."""
 
+import json
 import random
 
 import pytest
@@ -11,8 +12,14 @@ pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture(scope="module")
-def seconds(seed: Clone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    return kills.durations(kills.fresh_clone(seed, tmp_path_factory.mktemp("timed") / "clone"))
+def seconds(seed: Clone, once) -> dict[str, float]:
+    """What each stage takes, measured once, whatever the number of workers."""
+
+    def make(path):
+        clone = kills.fresh_clone(seed, path)
+        clone.write("seconds.json", json.dumps(kills.durations(clone)))
+
+    return json.loads(once("timed", make).read("seconds.json"))
 
 
 @pytest.mark.parametrize("number", [1, 2])

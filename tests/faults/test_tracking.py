@@ -113,6 +113,7 @@ def test_a_server_that_is_slow_or_broken_costs_the_stages_a_bounded_wait(server,
     proxy.close()
 
 
+@pytest.mark.long
 def test_eight_experiments_from_an_empty_machine_are_eight_complete_runs(fresh, copy_of):
     clone = copy_of(fresh)
     seeds = ",".join(map(str, range(1, 9)))

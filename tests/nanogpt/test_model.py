@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanogpt import model as model_module
-from nanogpt.model import GPT, GPTConfig, KVCache, RMSNorm, hashed_ngrams, rotate, rotation
+from nanogpt.model import GPT, GPTConfig, KVCache, RMSNorm, hashed_ngrams, rotate, rotation, without_weights
 from tests.nanogpt import tiny
 
 GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True, "activation": "gelu_tanh"}
@@ -18,6 +18,19 @@ def test_the_four_sizes_of_gpt2_have_their_published_number_of_parameters(n_laye
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **GPT2))
     assert model.parameter_count() == count
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "zero_init": True, "previous_tokens": 2}])
+def test_without_weights_there_are_the_same_shapes_and_nothing_is_drawn(changes):
+    config, before = tiny.config(**changes), torch.get_rng_state()
+    empty = without_weights(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    model = GPT(config)
+    shapes = [{name: (p.shape, p.dtype, p.requires_grad) for name, p in m.named_parameters()} for m in (empty, model)]
+    assert shapes[0] == shapes[1]
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(TOKENS % 13), model(TOKENS % 13))
 
 
 # --- parity with Hugging Face -----------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
 weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
-print(hashlib.sha256(weights).hexdigest(), resolved.threads, resolved.instruction_set, resolved.device)
+strict = torch.get_deterministic_debug_mode()  # 2: what is not deterministic is an error
+print(hashlib.sha256(weights).hexdigest(), resolved.threads, resolved.instruction_set, resolved.device, strict)
 """
 
 THREADS_AND_INSTRUCTIONS = {
@@ -65,8 +66,8 @@ def portable():
     return bits()
 
 
-def test_portable_resolves_to_two_threads_of_avx2_on_the_cpu(portable):
-    assert portable[1:] == ["2", "AVX2", "cpu"]
+def test_portable_resolves_to_two_threads_of_avx2_on_the_cpu_and_deterministic_algorithms(portable):
+    assert portable[1:] == ["2", "AVX2", "cpu", "2"]
 
 
 def test_what_the_caller_has_set_does_not_change_the_bits_of_portable(portable):

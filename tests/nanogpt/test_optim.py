@@ -1,11 +1,13 @@
+import copy
 import math
 
 import pytest
 import torch
 
-from nanogpt.optim import lr_at, make_optimizer, momentum_at, orthogonalize
+from nanogpt.optim import lr_at, make_optimizer, momentum_at, orthogonalize, parameter_groups
 from tests.nanogpt import tiny
 
+TOKENS = torch.arange(24).view(3, 8) % 13  # (B, T)
 SCHEDULE = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 3, "decay_iters": 7}
 
 
@@ -123,6 +125,27 @@ def test_the_fused_steps_are_the_plain_ones():
         # Five steps of 1e-2 each, rounded in another order.
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert not torch.equal(fused.wte.weight, tiny.gpt(std=0.2).wte.weight)
+
+
+def test_its_steps_and_its_state_are_those_of_torchs_own_adamw():
+    params = tiny.train_params()
+    models = [tiny.gpt(std=0.2), tiny.gpt(std=0.2)]
+    ours = make_optimizer(models[0], params, "cpu", "float32")
+    theirs = torch.optim.AdamW(
+        parameter_groups(models[1], params), **{name: ours.defaults[name] for name in ("lr", "betas", "fused")}
+    )
+    for step in range(6):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            model(TOKENS, TOKENS).backward()
+            optimizer.step()
+        if step == 2:  # each goes on with the other's state
+            states = [ours.state_dict(), theirs.state_dict()]
+            theirs.load_state_dict(copy.deepcopy(states[0]))
+            ours.load_state_dict(copy.deepcopy(states[1]))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(models[0].wte.weight, tiny.gpt(std=0.2).wte.weight)
 
 
 def test_what_muon_leaves_to_adamw_takes_its_very_steps():
