@@ -123,8 +123,8 @@ def done(work: Work) -> Figures:
     params = Params.model_validate(work["params"])
     from nanogpt import numerics
 
-    settings = {key: work[key] for key in ("dtype", "compile", "attention") if key in work}
-    settings = {"dtype": "float32", "compile": False, **settings, "determinism": "off"}
+    settings: Work = {"determinism": "off", "dtype": "float32", "compile": False}
+    settings |= {key: work[key] for key in ("dtype", "compile", "attention") if key in work}
     resolved = numerics.pin(params.numerics.model_copy(update=settings), work["device"])
     from nanogpt.initial import planned_config
 
@@ -161,10 +161,9 @@ def our_seconds(params: Params, config: "GPTConfig", resolved: Any, adamw: str) 
     """Seconds per step from report to report, of the loop itself; how often the host waits in a further interval."""
     import torch
 
+    from nanogpt.optim import make_optimizer
     from tools import timing
 
-    if adamw != "fused":
-        timing.make_optimizer = unfused  # what --write nowhere can choose, and is compared here
     stamps, gpu = [time.perf_counter()], resolved.device == "cuda"
     last = EVERY * (timing.WARM_UP + TIMED)
 
@@ -176,7 +175,8 @@ def our_seconds(params: Params, config: "GPTConfig", resolved: Any, adamw: str) 
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        timing.step_seconds(config, params.train, resolved, TIMED + gpu, every=EVERY, on_step=on_step)
+        made = make_optimizer if adamw == "fused" else unfused
+        timing.step_seconds(config, params.train, resolved, TIMED + gpu, every=EVERY, optimizer=made, on_step=on_step)
     waits = sum("synchroniz" in str(warning.message) for warning in caught) if gpu else None
     return [(after - before) / EVERY for before, after in pairwise(stamps)], waits
 
@@ -286,7 +286,7 @@ def sampling_speed(work: Work, config: "GPTConfig") -> float:
         start = time.perf_counter()
         sample(length)
         best = min(best, time.perf_counter() - start)
-    return samples * length / best
+    return float(samples * length / best)
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def step_seconds(
     budget: float = math.inf,
     checkpoint: bool = False,
     every: int = 1,
+    optimizer: Callable[..., torch.optim.Optimizer] = make_optimizer,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     """Seconds of up to `steps` steps that follow a warm-up, all that the loop does from one step to the next.
@@ -69,7 +70,7 @@ def step_seconds(
         train(
             model,
             torch.compile(model) if resolved.compile else model,
-            make_optimizer(model, params, device.type, resolved.dtype),
+            optimizer(model, params, device.type, resolved.dtype),
             torch.amp.GradScaler(device.type, enabled=resolved.dtype == "float16"),
             numerics.autocast(device, resolved.dtype),
             params.model_copy(update={**run, "eval_only": False, "patience": None}),
