@@ -57,6 +57,7 @@ class Done:
     """A step that the journal does not hold yet; its tensors are still where they were computed."""
 
     step: int
+    begin: float  # time.perf_counter
     loss: Tensor  # of this process's micro-batches
     grad_norm: Tensor
     lr: float
@@ -94,15 +95,13 @@ def train(
     batches = micro_batches(tokens, params, model.config.block_size, progress.step, micros, device)
     x, y = next(batches)
     pending: list[Done] = []
-    begin = time.perf_counter()  # of the first pending step
     model.train()
     while True:
         step, reason = progress.step, stop()
         evaluating = (step % params.eval_interval == 0 or step == params.last_step) and progress.evaluated != step
         saving = step > 0 and (step % intervals.checkpoint == 0 or ended(progress, params) or reason is not None)
         if pending and (evaluating or saving or step % intervals.log == 0):
-            exact = not scaler.is_enabled()
-            on_report(progress, record_steps(journal, ranks, pending, begin, params, tokens_per_step, exact))
+            on_report(progress, record_steps(journal, ranks, pending, params, tokens_per_step, not scaler.is_enabled()))
             pending = []
         if evaluating:
             train_score, val_score = evaluate()
@@ -122,8 +121,7 @@ def train(
         if reason is not None:
             raise Stopped(reason)
 
-        if not pending:
-            begin = time.perf_counter()
+        begin = time.perf_counter()
         lr = lr_at(step, params.learning_rate, params.min_lr, params.warmup_iters, decay_iters, params.lr_decay)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
@@ -143,7 +141,7 @@ def train(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        pending.append(Done(progress.step, loss_sum, grad_norm, lr))
+        pending.append(Done(progress.step, begin, loss_sum, grad_norm, lr))
 
 
 def micro_batches(
@@ -180,23 +178,16 @@ def ended(progress: Progress, params: TrainParams) -> bool:
 
 
 def record_steps(
-    journal: Journal,
-    ranks: Ranks,
-    pending: list[Done],
-    begin: float,
-    params: TrainParams,
-    tokens_per_step: int,
-    exact: bool,
+    journal: Journal, ranks: Ranks, pending: list[Done], params: TrainParams, tokens_per_step: int, exact: bool
 ) -> Report:
     """Writes steps to the journal, their losses the mean of all processes'. Raises Diverged where one is no number.
 
-    The values leave the device here, all at once, and not in the step; so only now it is known how long the steps took,
-    which began at `begin` (time.perf_counter). With a gradient scaler (`exact` false) an
-    infinite norm is no divergence: the scaler skips that step.
+    The values leave the device here, all at once, and not in the step; so only now the steps are known to be done. With
+    a gradient scaler (`exact` false) an infinite norm is no divergence: the scaler skips that step.
     """
     measured = [torch.stack([done.loss for done in pending]), torch.stack([done.grad_norm for done in pending])]
     own_losses, norms = torch.stack(measured).tolist()  # the norms are the same in all processes
-    seconds = (time.perf_counter() - begin) / len(pending)
+    seconds = (time.perf_counter() - pending[0].begin) / len(pending)
     losses = ranks.mean(own_losses)
     for done, loss, norm in zip(pending, losses, norms, strict=True):
         values = {"loss": loss, "grad_norm": norm, "lr": done.lr}

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -402,6 +403,20 @@ def test_a_device_whose_values_cannot_be_asked_for_can_train(settings, tmp_path)
             stop,
         )
     assert progress.step == 5
+
+
+def test_the_seconds_of_a_report_end_when_its_values_have_arrived(tmp_path, monkeypatch):
+    clock, tolist = [0.0], torch.Tensor.tolist
+
+    def arrives(tensor):
+        clock[0] += 7.0  # that a GPU still computed
+        return tolist(tensor)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.Tensor, "tolist", arrives)
+    run = Run(tmp_path, params=tiny.train_params(max_iters=4, eval_interval=4), intervals=Intervals(2, 4))
+    run.val_losses = {0: 1.0, 4: 1.0}
+    assert [report.seconds for report in run.go().reports] == [3.5, 3.5]
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
