@@ -196,6 +196,11 @@ def eval_interval(steps: int) -> int:
     return 250 if steps % 250 == 0 else steps
 
 
+def warmup(steps: int) -> int:
+    """As train_shakespeare_char.py, or half of a training that is shorter: train.py divides by what is left."""
+    return min(100, steps // 2)
+
+
 def nanogpt_arguments(work: dict[str, Any]) -> list[str]:
     """The command of nanoGPT's README, with the newest model saved and not the best."""
     steps = work["steps"]
@@ -206,7 +211,7 @@ def nanogpt_arguments(work: dict[str, Any]) -> list[str]:
         **BATCH,
         "max_iters": steps,
         "lr_decay_iters": steps,
-        "warmup_iters": 100,
+        "warmup_iters": warmup(steps),
     }
     values |= {"device": "cpu", "dtype": work["dtype"], "compile": work["compile"], "log_interval": 1}
     values |= {"eval_interval": eval_interval(steps), "always_save_checkpoint": True, "out_dir": work["model"]}
@@ -225,7 +230,7 @@ def our_params(work: dict[str, Any]) -> Params:
         **ALONE,
         "max_iters": steps,
         "lr_decay_iters": steps,
-        "warmup_iters": 100,
+        "warmup_iters": warmup(steps),
     }
     numerics = {name: work[name] for name in ("threads", "dtype", "compile", "attention")}
     return params.model_copy(

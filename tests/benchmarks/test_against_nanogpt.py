@@ -102,6 +102,13 @@ def test_the_last_step_is_evaluated_so_that_nanogpt_saves_it(steps: int, interva
     assert f"--eval_interval={interval}" in nanogpt_arguments(work(steps=steps))
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(2000, 100), (100, 50), (30, 15)])
+def test_the_warm_up_ends_before_the_training_in_both(steps: int, warmup: int, project: Callable[..., Path]) -> None:
+    project()
+    assert f"--warmup_iters={warmup}" in nanogpt_arguments(work(steps=steps))
+    assert our_params(work(steps=steps)).train.warmup_iters == warmup
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
