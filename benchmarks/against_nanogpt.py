@@ -29,11 +29,15 @@ from nanogpt.params import Params, load_params
 
 Figures = dict[str, float]
 
-MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "bias": False, "dropout": 0.0}
+SHAPES = {
+    "4x128": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},
+    "6x384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 8},
+}
 GPT2 = {"norm": "layernorm", "activation": "gelu", "position": "learned", "qk_norm": False, "tie_embeddings": True}
 PLAIN = {"zero_init": False, "ngrams": 0, "embedding_norm": False, "vocab_multiple": 1}
+REGULAR = {"bias": False, "dropout": 0.0}
 OPTIMIZER = {"learning_rate": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0}
-BATCH = {"batch_size": 12, "gradient_accumulation_steps": 1, "eval_iters": 20}
+BATCH = {"gradient_accumulation_steps": 1, "eval_iters": 20}
 OURS = {"init_from": "scratch", "data_order": "random", "optimizer": "adamw", "lr_decay": "cosine", "publish": "last"}
 ALONE = {"embedding_lr_multiplier": 1.0, "patience": None, "processes": 1}
 SETTINGS = ["float32-eager", "float32-compiled", "bfloat16-eager", "bfloat16-compiled"]
@@ -66,9 +70,12 @@ def among(known: list[str]) -> Callable[[click.Context, click.Parameter, str], l
 @click.option("--nanogpt", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout of nanoGPT.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A .txt file to train on.")
 @click.option("--steps", type=click.IntRange(WARM_UP + 2), default=2000, show_default=True, help="Of each training.")
+@click.option("--shapes", default="4x128", show_default=True, callback=among([*SHAPES]), help=", ".join(SHAPES))
 @click.option("--settings", default=SETTINGS[0], show_default=True, callback=among(SETTINGS), help=", ".join(SETTINGS))
 @click.option("--determinism", "modes", default="machine", show_default=True, callback=among(MODES), help="Of ours.")
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Turns of each candidate.")
+@click.option("--attention", type=click.Choice(["fused", "plain"]), default="fused", show_default=True, help="Of ours.")
+@click.option("--speed", is_flag=True, help="Training alone: no scores, no generation.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @click.option("--only", hidden=True, help="Do in this process what this JSON says.")
@@ -76,9 +83,12 @@ def main(
     nanogpt: Path | None,
     text: Path | None,
     steps: int,
+    shapes: list[str],
     settings: list[str],
     modes: list[str],
     rounds: int,
+    attention: str,
+    speed: bool,
     threads: int,
     out: Path | None,
     only: str | None,
@@ -92,7 +102,9 @@ def main(
         raise click.UsageError("both are needed: --nanogpt and --text")
     if "portable" in modes and settings != SETTINGS[:1]:
         raise click.UsageError(f"--determinism portable is for --settings {SETTINGS[0]} alone")
-    found: dict[str, dict[str, list[Figures]]] = {name: {c: [] for c in ["nanogpt", *modes]} for name in settings}
+    found: dict[str, dict[str, list[Figures]]] = {
+        f"{shape}, {setting}": {c: [] for c in ["nanogpt", *modes]} for shape in shapes for setting in settings
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
@@ -100,12 +112,14 @@ def main(
         except (ValueError, OSError) as error:
             raise click.ClickException(" ".join(str(error).split())) from error
         for _ in range(rounds):
-            for setting, candidates in found.items():
+            for title, candidates in found.items():
                 for candidate, figures in candidates.items():
-                    figures.append(measure(candidate, setting, checkout, tokens, folder / "model", steps, threads))
+                    work = {"candidate": candidate, "steps": steps, "threads": threads, "attention": attention}
+                    work |= {"checkout": str(checkout), "tokens": str(tokens), "model": str(folder / "model")}
+                    figures.append(measure({**work, **named(title)}, speed))
     medians = {setting: {c: median(all_) for c, all_ in candidates.items()} for setting, candidates in found.items()}
-    for setting, table in medians.items():
-        click.echo("\n".join(lines(f"{setting}, {steps:,} steps", table)))
+    for title, table in medians.items():
+        click.echo("\n".join(lines(f"{title}, {steps:,} steps", table)))
     if out:
         content = {"steps": steps, "threads": threads, "rounds": rounds, "median": medians, "all": found}
         out.write_text(json.dumps(content, indent=1) + "\n")
@@ -127,24 +141,28 @@ def prepare(nanogpt: Path, text: Path, folder: Path) -> tuple[Path, Path]:
     return checkout, tokens
 
 
-def measure(
-    candidate: str, setting: str, checkout: Path, tokens: Path, model: Path, steps: int, threads: int
-) -> Figures:
-    """Trains one candidate, then scores and samples what it has made."""
+def named(title: str) -> dict[str, Any]:
+    """What "4x128, float32-eager" means."""
+    shape, _, setting = title.partition(", ")
     dtype, _, how = setting.partition("-")
-    work = {"dtype": dtype, "compile": how == "compiled", "steps": steps, "threads": threads, "tokens": str(tokens)}
-    work |= {"candidate": candidate, "model": str(model)}
-    shutil.rmtree(model, ignore_errors=True)
-    variables = {"OMP_NUM_THREADS": str(threads)}
-    if candidate == "nanogpt":
-        output, peak = run([sys.executable, "train.py", *nanogpt_arguments(work)], checkout, variables)
+    return {"shape": shape, "dtype": dtype, "compile": how == "compiled"}
+
+
+def measure(work: dict[str, Any], speed: bool) -> Figures:
+    """Trains one candidate, then scores and samples what it has made, unless its speed is all that is wanted."""
+    shutil.rmtree(work["model"], ignore_errors=True)
+    variables = {"OMP_NUM_THREADS": str(work["threads"])}
+    if work["candidate"] == "nanogpt":
+        output, peak = run([sys.executable, "train.py", *nanogpt_arguments(work)], Path(work["checkout"]), variables)
         times = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", output, re.MULTILINE)]
     else:
         output, peak = run(child({**work, "task": "train"}), Path.cwd(), {})
         times = json.loads(output.splitlines()[-1])
-    output, _ = run(child({**work, "task": "judge", "checkout": str(checkout)}), Path.cwd(), variables)
-    judged: Figures = json.loads(output.splitlines()[-1])
-    return {**judged, "ms_per_step": statistics.median(times[WARM_UP:]), "peak_memory_mb": peak / 1e6}
+    figures = {"ms_per_step": statistics.median(times[WARM_UP:]), "peak_memory_mb": peak / 1e6}
+    if speed:
+        return figures
+    output, _ = run(child({**work, "task": "judge"}), Path.cwd(), variables)
+    return {**json.loads(output.splitlines()[-1]), **figures}
 
 
 def child(work: dict[str, Any]) -> list[str]:
@@ -178,10 +196,23 @@ def eval_interval(steps: int) -> int:
     return 250 if steps % 250 == 0 else steps
 
 
+def warmup(steps: int) -> int:
+    """As train_shakespeare_char.py, or half of a training that is shorter: train.py divides by what is left."""
+    return min(100, steps // 2)
+
+
 def nanogpt_arguments(work: dict[str, Any]) -> list[str]:
     """The command of nanoGPT's README, with the newest model saved and not the best."""
     steps = work["steps"]
-    values = {**MODEL, **OPTIMIZER, **BATCH, "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": 100}
+    values = {
+        **SHAPES[work["shape"]],
+        **REGULAR,
+        **OPTIMIZER,
+        **BATCH,
+        "max_iters": steps,
+        "lr_decay_iters": steps,
+        "warmup_iters": warmup(steps),
+    }
     values |= {"device": "cpu", "dtype": work["dtype"], "compile": work["compile"], "log_interval": 1}
     values |= {"eval_interval": eval_interval(steps), "always_save_checkpoint": True, "out_dir": work["model"]}
     return [f"config/train_{DATASET}.py", *(f"--{name}={value}" for name, value in values.items())]
@@ -190,13 +221,23 @@ def nanogpt_arguments(work: dict[str, Any]) -> list[str]:
 def our_params(work: dict[str, Any]) -> Params:
     """The same training in our words."""
     params, steps, every = load_params(), work["steps"], eval_interval(work["steps"])
-    train = {**OPTIMIZER, **BATCH, **OURS, **ALONE, "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": 100}
-    numerics = {"determinism": work["candidate"], **{name: work[name] for name in ("threads", "dtype", "compile")}}
+    shape = dict(SHAPES[work["shape"]])
+    train = {
+        "batch_size": shape.pop("batch_size"),
+        **OPTIMIZER,
+        **BATCH,
+        **OURS,
+        **ALONE,
+        "max_iters": steps,
+        "lr_decay_iters": steps,
+        "warmup_iters": warmup(steps),
+    }
+    numerics = {name: work[name] for name in ("threads", "dtype", "compile", "attention")}
     return params.model_copy(
         update={
-            "model": changed(params.model, {**MODEL, **GPT2, **PLAIN}),
+            "model": changed(params.model, {**shape, **REGULAR, **GPT2, **PLAIN}),
             "train": changed(params.train, {**train, "eval_interval": every, "eval_only": False}),
-            "numerics": changed(params.numerics, {**numerics, "attention": "fused"}),
+            "numerics": changed(params.numerics, {**numerics, "determinism": work["candidate"]}),
             "runtime": changed(params.runtime, {"device": "cpu", "log_interval": 1, "checkpoint_interval": every}),
             "tracking": changed(params.tracking, {"prompts": []}),
         }
@@ -270,7 +311,8 @@ def judge(work: dict[str, Any]) -> Figures:
                 pass
 
     val = load_split(Path(work["tokens"]), "val")
-    cut = windows(len(val.tokens) - (val.meta.first_context is None), MODEL["block_size"], MODEL["block_size"])  # type: ignore[arg-type]
+    block_size = SHAPES[work["shape"]]["block_size"]
+    cut = windows(len(val.tokens) - (val.meta.first_context is None), block_size, block_size)
     figures = {"val_loss": score(model, val.tokens, cut, 64, val.meta.first_context).loss}
     for number in (1, 10):
         figures[f"tokens_per_second_{number}"] = speed(sample, number)
@@ -304,13 +346,15 @@ def speed(sample: Callable[[int, int], None], number: int) -> float:
 
 
 def median(rounds: list[Figures]) -> Figures:
-    return {name: statistics.median(figures[name] for figures in rounds) for name in MEASURES}
+    return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
 
 
 def lines(title: str, table: dict[str, Figures]) -> Iterable[str]:
     """A table with a column for each candidate: each measure, and for ours its ratio to nanoGPT's."""
-    yield f"{title:24}" + "".join(f"{name:>20}" for name in table)
+    yield f"{title:38}" + "".join(f"{name:>20}" for name in table)
     for measure_, told in MEASURES.items():
+        if measure_ not in table["nanogpt"]:
+            continue
         theirs = table["nanogpt"][measure_]
         ratios = [
             f" ({figures[measure_] / theirs:.2f})" if name != "nanogpt" else "" for name, figures in table.items()
@@ -318,8 +362,8 @@ def lines(title: str, table: dict[str, Figures]) -> Iterable[str]:
         values = [figures[measure_] for figures in table.values()]
         texts = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in values]
         cells = [text + ratio for text, ratio in zip(texts, ratios, strict=True)]
-        yield f"{told:24}" + "".join(f"{cell:>20}" for cell in cells)
-    if title.startswith("bfloat16"):
+        yield f"{told:38}" + "".join(f"{cell:>20}" for cell in cells)
+    if "bfloat16" in title:
         yield "On a CPU nanoGPT computes in float32, whatever --dtype says."
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from nanogpt.loss import cross_entropy
 

@@ -1,8 +1,9 @@
 """The training loop."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -56,7 +57,7 @@ class Done:
     """A step that the journal does not hold yet; its tensors are still where they were computed."""
 
     step: int
-    seconds: float  # that it took
+    begin: float  # time.perf_counter
     loss: Tensor  # of this process's micro-batches
     grad_norm: Tensor
     lr: float
@@ -88,12 +89,11 @@ def train(
     functions of the step, and the rest is in the checkpoint. All of `ranks` run this loop and decide the same, so what
     `evaluate` and `stop` give must be the same in all; rank 0 alone saves.
     """
-    device = next(model.parameters()).device
-    data_seed, decay_iters = counter.derived_seed(params.seed, DATA), params.lr_decay_iters or params.max_iters
-    batch_size, block_size = params.batch_size, model.config.block_size
-    samples_per_step = batch_size * params.gradient_accumulation_steps  # of all processes
-    tokens_per_step = samples_per_step * block_size
+    device, decay_iters = next(model.parameters()).device, params.lr_decay_iters or params.max_iters
+    tokens_per_step = params.batch_size * params.gradient_accumulation_steps * model.config.block_size  # of all ranks
     micros = ranks.share(params.gradient_accumulation_steps)
+    batches = micro_batches(tokens, params, model.config.block_size, progress.step, micros, device)
+    x, y = next(batches)
     pending: list[Done] = []
     model.train()
     while True:
@@ -127,22 +127,48 @@ def train(
             group["lr"] = lr * group["lr_multiplier"]
         loss_sum = torch.zeros((), device=device)
         for micro in micros:
-            samples = range(micro * batch_size, (micro + 1) * batch_size)
-            x, y = batch(tokens, params.data_order, data_seed, step, samples_per_step, samples, block_size)
             if model.config.dropout > 0:
                 torch.manual_seed(counter.derived_seed(params.seed, DROPOUT, step, micro))
             with synchronizing(forward, micro == micros[-1]):
                 with autocast:
-                    loss = forward(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) / len(micros)
+                    loss = forward(x, y) / len(micros)
+                x, y = next(batches)  # while a GPU computes: nothing in a step waits for it
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip or math.inf)
+        grad_norm = clip_gradient(model, params.grad_clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        pending.append(Done(progress.step, time.perf_counter() - begin, loss_sum, grad_norm, lr))
+        pending.append(Done(progress.step, begin, loss_sum, grad_norm, lr))
+
+
+def micro_batches(
+    tokens: Tokens, params: TrainParams, block_size: int, step: int, micros: range, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and y (B, T) on the device, of each micro-batch of this process from step `step` on, without end.
+
+    A copy to a GPU begins in pinned memory, so that nobody waits for it; torch reuses that memory only when it is done.
+    """
+    seed, size = counter.derived_seed(params.seed, DATA), params.batch_size
+    per_step = size * params.gradient_accumulation_steps  # samples, of all processes
+    for later in itertools.count(step):
+        for micro in micros:
+            samples = range(micro * size, (micro + 1) * size)
+            pair = batch(tokens, params.data_order, seed, later, per_step, samples, block_size)
+            x, y = (torch.from_numpy(part) for part in pair)
+            if device.type == "cuda":
+                yield x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+            else:
+                yield x.to(device), y.to(device)
+
+
+def clip_gradient(model: GPT, highest: float) -> Tensor:
+    """Scales the gradient down to the norm `highest`, 0 for no clipping; returns its norm before, a scalar."""
+    if highest:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), highest)
+    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def ended(progress: Progress, params: TrainParams) -> bool:
@@ -156,17 +182,19 @@ def record_steps(
 ) -> Report:
     """Writes steps to the journal, their losses the mean of all processes'. Raises Diverged where one is no number.
 
-    The values leave the device here, all at once, and not in the step. With a gradient scaler (`exact` false) an
-    infinite norm is no divergence: the scaler skips that step.
+    The values leave the device here, all at once, and not in the step; so only now the steps are known to be done. With
+    a gradient scaler (`exact` false) an infinite norm is no divergence: the scaler skips that step.
     """
-    losses = ranks.mean(torch.stack([done.loss for done in pending]).tolist())
-    norms: list[float] = torch.stack([done.grad_norm for done in pending]).tolist()  # the same in all processes
+    measured = [torch.stack([done.loss for done in pending]), torch.stack([done.grad_norm for done in pending])]
+    own_losses, norms = torch.stack(measured).tolist()  # the norms are the same in all processes
+    seconds = (time.perf_counter() - pending[0].begin) / len(pending)
+    losses = ranks.mean(own_losses)
     for done, loss, norm in zip(pending, losses, norms, strict=True):
         values = {"loss": loss, "grad_norm": norm, "lr": done.lr}
         journal.append("step", step=done.step, t=done.t, **values, tokens=done.step * tokens_per_step)
         check_finite(done.step, f"loss {loss}, gradient norm {norm}", loss, *([norm] if exact else []))
     clipped = sum(norm > params.grad_clip for norm in norms) / len(norms) if params.grad_clip else None
-    return Report(losses[-1], sum(done.seconds for done in pending) / len(pending), clipped)
+    return Report(losses[-1], seconds, clipped)
 
 
 def check_finite(step: int, measured: str, *values: float) -> None:

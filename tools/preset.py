@@ -115,21 +115,29 @@ def overlaid(committed: str, preset: Path) -> tuple[str, list[str]]:
 
     Raises ValueError for a preset that is no YAML of sections, or that names a key which params.yaml has not.
     """
+    values = _sections(_yaml(), preset.read_text(encoding="utf-8"), str(preset))
+    return changed(committed, f"the commit's {PARAMS}", values, str(preset))
+
+
+def changed(text: str, name: str, changes: dict[str, dict[str, Any]], source: str) -> tuple[str, list[str]]:
+    """`text`, a params.yaml that is called `name`, with values that `source` sets, and a line for each that differs.
+
+    Comments and form are kept. Raises ValueError for a text that is no params.yaml, and for a key that it has not.
+    """
     yaml = _yaml()
-    params = _sections(yaml, committed, f"the commit's {PARAMS}")
-    changes = []
-    for section, values in _sections(yaml, preset.read_text(encoding="utf-8"), str(preset)).items():
+    params, differing = _sections(yaml, text, name), []
+    for section, values in changes.items():
         if section not in params:
-            raise _unknown(preset, section, params)
+            raise _unknown(source, section, name, params)
         for key, value in values.items():
             if key not in params[section]:
-                raise _unknown(preset, f"{section}.{key}", (f"{section}.{known}" for known in params[section]))
+                raise _unknown(source, f"{section}.{key}", name, (f"{section}.{known}" for known in params[section]))
             if (before := params[section][key]) != value:
-                changes.append(f"{section}.{key}: {_shown(before)} -> {_shown(value)}")
+                differing.append(f"{section}.{key}: {_shown(before)} -> {_shown(value)}")
                 params[section][key] = value
-    text = io.StringIO()
-    yaml.dump(params, text)
-    return text.getvalue(), changes
+    out = io.StringIO()
+    yaml.dump(params, out)
+    return out.getvalue(), differing
 
 
 def _yaml() -> YAML:
@@ -157,10 +165,10 @@ def _sections(yaml: YAML, text: str, name: str) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _unknown(preset: Path, key: str, known: Iterable[str]) -> ValueError:
+def _unknown(source: str, key: str, name: str, known: Iterable[str]) -> ValueError:
     known = list(known)
     remedy = f"did you mean {_near(key, known)}?" if _near(key, known) else f"known here: {', '.join(known)}"
-    return ValueError(f"{preset} sets {key}, which the commit's {PARAMS} has not; {remedy}")
+    return ValueError(f"{source} sets {key}, which {name} has not; {remedy}")
 
 
 def _near(name: str, known: Iterable[str]) -> str:

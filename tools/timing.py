@@ -41,24 +41,28 @@ def step_seconds(
     tokens: Tokens | None = None,
     budget: float = math.inf,
     checkpoint: bool = False,
+    every: int = 1,
+    optimizer: Callable[..., torch.optim.Optimizer] = make_optimizer,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     """Seconds of up to `steps` steps that follow a warm-up, all that the loop does from one step to the next.
 
     It ends early, but not before one step, when `budget` seconds are over; `checkpoint` writes one at the end, as a
-    training does. `on_step` is told how many steps are done, those of the warm-up included. The model is a new one,
-    whatever params.init_from names, and `tokens` are random ones if there are none.
+    training does. With `every` above 1 a figure is the mean of so many steps, and so are those of the warm-up: between
+    two reports a GPU works on while the host goes ahead. `on_step`, at each report, is told how many steps are done,
+    those of the warm-up included. The model is a new one, whatever params.init_from names, and `tokens` are random ones
+    if there are none.
     """
-    device, last = torch.device(resolved.device), WARM_UP + steps
+    device, last = torch.device(resolved.device), every * (WARM_UP + steps)
     run = {"max_iters": last, "eval_interval": last, "lr_decay_iters": params.lr_decay_iters or params.max_iters}
     model = GPT(config, resolved.attention).to(device)
     stamps = [time.perf_counter()]
     score = Score(math.log(config.vocab_size), 1)  # an evaluation that costs nothing
 
     def on_report(progress: Progress, *report: object) -> None:
-        stamps.append(time.perf_counter())  # with a report after each step, whose values the device had to hand over
+        stamps.append(time.perf_counter())  # at a report, for whose values the device had to be done
         on_step(progress.step)
-        over = progress.step > WARM_UP and stamps[-1] - stamps[0] >= budget
+        over = progress.step > every * WARM_UP and stamps[-1] - stamps[0] >= budget
         if over or (progress.step == last and not checkpoint):
             raise Stopped("measured")
 
@@ -66,7 +70,7 @@ def step_seconds(
         train(
             model,
             torch.compile(model) if resolved.compile else model,
-            make_optimizer(model, params, device.type, resolved.dtype),
+            optimizer(model, params, device.type, resolved.dtype),
             torch.amp.GradScaler(device.type, enabled=resolved.dtype == "float16"),
             numerics.autocast(device, resolved.dtype),
             params.model_copy(update={**run, "eval_only": False, "patience": None}),
@@ -75,13 +79,13 @@ def step_seconds(
             Progress(evaluated=0),  # not before the first step
             Checkpoints(Path(folder) / "checkpoints", "timing"),
             journal,
-            Intervals(log=1, checkpoint=last),
+            Intervals(log=every, checkpoint=last),
             Ranks(),
             on_report,
             lambda progress: None,
             lambda: None,
         )
-    return [after - before for before, after in zip(stamps[WARM_UP:], stamps[WARM_UP + 1 :], strict=False)]
+    return [(after - before) / every for before, after in zip(stamps[WARM_UP:], stamps[WARM_UP + 1 :], strict=False)]
 
 
 def median_seconds(

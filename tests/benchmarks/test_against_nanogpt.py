@@ -62,7 +62,8 @@ def checkout(tmp_path: Path) -> Path:
 def tiny(project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with params.yaml, and a small model instead of nanoGPT's."""
     small = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8}
-    monkeypatch.setattr(against_nanogpt, "MODEL", {**against_nanogpt.MODEL, **small})
+    shapes = {"4x128": {**small, "batch_size": 12}, "6x384": {**small, "batch_size": 8}}
+    monkeypatch.setattr(against_nanogpt, "SHAPES", shapes)
     monkeypatch.setattr(against_nanogpt, "GENERATED", 10)
     monkeypatch.setenv("DVC_ROOT", ".")  # so that what is set is unset afterwards
     return project(**{"tracking.prompts": ["not of these characters: 12345"], "train.seed": 1})
@@ -74,6 +75,7 @@ def invoke(*arguments: str) -> Result:
 
 def work(**changes: Any) -> dict[str, Any]:
     values = {"candidate": "off", "steps": 500, "threads": 1, "dtype": "float32", "compile": False, "model": "out"}
+    values |= {"shape": "4x128", "attention": "fused"}
     return {**values, **changes}
 
 
@@ -100,6 +102,13 @@ def test_the_last_step_is_evaluated_so_that_nanogpt_saves_it(steps: int, interva
     assert f"--eval_interval={interval}" in nanogpt_arguments(work(steps=steps))
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(2000, 100), (100, 50), (30, 15)])
+def test_the_warm_up_ends_before_the_training_in_both(steps: int, warmup: int, project: Callable[..., Path]) -> None:
+    project()
+    assert f"--warmup_iters={warmup}" in nanogpt_arguments(work(steps=steps))
+    assert our_params(work(steps=steps)).train.warmup_iters == warmup
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -107,6 +116,7 @@ def test_the_last_step_is_evaluated_so_that_nanogpt_saves_it(steps: int, interva
         (("--settings", "float64-eager"), "float64-eager is none of float32-eager"),
         (("--determinism", "of"), "of is none of off, machine, portable"),
         (("--steps", "20"), "--steps"),
+        (("--shapes", "5x5"), "5x5 is none of 4x128, 6x384"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: tuple[str, ...], told: str) -> None:
@@ -193,9 +203,9 @@ def test_medians_of_candidates_that_take_turns(
 ) -> None:
     turns: list[tuple[str, str]] = []
 
-    def measure(candidate: str, setting: str, *rest: Any) -> dict[str, float]:
-        turns.append((candidate, setting))
-        value = {"nanogpt": 10.0, "off": 5.0, "machine": 20.0}[candidate]
+    def measure(work: dict[str, Any], speed: bool) -> dict[str, float]:
+        turns.append((work["candidate"], f"{work['dtype']}-{'compiled' if work['compile'] else 'eager'}"))
+        value = {"nanogpt": 10.0, "off": 5.0, "machine": 20.0}[work["candidate"]]
         return dict.fromkeys(MEASURES, value * [1, 2, 4][(len(turns) - 1) // 6])
 
     monkeypatch.setattr(against_nanogpt, "measure", measure)
@@ -208,11 +218,44 @@ def test_medians_of_candidates_that_take_turns(
     assert turns == [(c, s) for s in settings for c in ("nanogpt", "off", "machine")] * 3
     content = json.loads((tmp_path / "out.json").read_text())
     assert content.keys() == {"steps", "threads", "rounds", "median", "all"}
-    assert content["median"]["float32-eager"]["off"] == dict.fromkeys(MEASURES, 10.0)
-    assert [figures["ms_per_step"] for figures in content["all"]["float32-eager"]["machine"]] == [20, 40, 80]
+    assert content["median"]["4x128, float32-eager"]["off"] == dict.fromkeys(MEASURES, 10.0)
+    assert [figures["ms_per_step"] for figures in content["all"]["4x128, float32-eager"]["machine"]] == [20, 40, 80]
     row = next(line for line in result.output.splitlines() if line.startswith("ms per step"))
     assert row.split() == ["ms", "per", "step,", "median", "20", "10", "(0.50)", "40", "(2.00)"]
     assert "nanoGPT computes in float32" in result.output
+
+
+@pytest.mark.parametrize("attention", ["fused", "plain"])
+def test_the_speed_alone_is_that_of_each_shape(
+    attention: str, checkout: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def stand_in(command: list[str], directory: Path, variables: dict[str, str]) -> tuple[str, int]:
+        if command[-2] == "--only":
+            given.append(json.loads(command[-1]))
+            return json.dumps([9.0] * 50), 1_000_000
+        return "\n".join(f"iter {i}: loss 1.0, time 18.00ms, mfu 1%" for i in range(50)), 2_000_000
+
+    tokens = prepare(checkout, checkout.parent / "text.txt", tmp_path / "work")
+    monkeypatch.setattr(against_nanogpt, "prepare", lambda *_: tokens)
+    monkeypatch.setattr(against_nanogpt, "run", stand_in)
+    both = ["--nanogpt", str(checkout), "--text", str(checkout.parent / "text.txt"), "--attention", attention]
+    result = invoke(*both, "--speed", "--shapes", "4x128,6x384", "--json", str(tmp_path / "out.json"))
+    assert result.exit_code == 0, result.output
+    assert [(work["task"], work["shape"]) for work in given] == [("train", "4x128"), ("train", "6x384")]
+    assert [our_params(work).train.batch_size for work in given] == [12, 8]
+    assert our_params(given[0]).numerics.attention == attention
+    figures = json.loads((tmp_path / "out.json").read_text())["median"]["6x384, float32-eager"]
+    assert figures["machine"] == {"ms_per_step": 9.0, "peak_memory_mb": 1.0}
+    assert [line.split()[0] for line in result.output.splitlines()] == [
+        "4x128,",
+        "ms",
+        "training,",
+        "6x384,",
+        "ms",
+        "training,",
+    ]
 
 
 def test_beside_a_real_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,5 +266,5 @@ def test_beside_a_real_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     both = ["--nanogpt", nanogpt, "--text", str(tmp_path / "text.txt"), "--steps", "22", "--threads", "1"]
     result = invoke(*both, "--json", str(tmp_path / "out.json"))
     assert result.exit_code == 0, result.output
-    figures = json.loads((tmp_path / "out.json").read_text())["median"][SETTINGS[0]]
+    figures = json.loads((tmp_path / "out.json").read_text())["median"][f"4x128, {SETTINGS[0]}"]
     assert figures["machine"]["val_loss"] == pytest.approx(figures["nanogpt"]["val_loss"], abs=0.2)

@@ -1,12 +1,14 @@
 import copy
 import json
 import math
+import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import counter
 from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
@@ -18,7 +20,7 @@ from nanogpt.journal import Journal
 from nanogpt.numerics import autocast
 from nanogpt.optim import lr_at, make_optimizer
 from nanogpt.params import TrainParams
-from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Report, Stopped, train
+from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Report, Stopped, micro_batches, train
 from tests.nanogpt import tiny
 
 TOKENS = tiny.tokens(200)
@@ -339,6 +341,117 @@ def test_the_scale_of_float16_is_part_of_the_checkpoint(tmp_path):
     run = Run(tmp_path, dtype="float16").go()
     assert run.checkpoints.read(ITERS).scaler["scale"] > 0
     assert Run(tmp_path / "plain").go().checkpoints.read(ITERS).scaler == {}
+
+
+# --- what a step does not wait for ------------------------------------------------------------------------------------
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for: on a GPU all that was begun has to end first."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.times += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_no_value_is_asked_for_between_two_reports(grad_clip, tmp_path):
+    params = tiny.train_params(max_iters=20, eval_interval=20, grad_clip=grad_clip, gradient_accumulation_steps=2)
+    run = Run(tmp_path, params=params, val_losses={0: 1.0, 20: 1.0}, intervals=Intervals(log=5, checkpoint=20))
+    counted, asked = [], Asked()
+    run.poison = lambda model, loss, step: counted.append(asked.times) or loss
+    with asked:
+        run.go()
+        assert torch.ones(1).item() == 1.0
+    assert asked.times >= 1  # it can count
+    reported = [counted[2 * step] for step in range(20)]
+    assert all(reported[step] == reported[step - 1] for step in range(1, 20) if step % 5)
+
+
+@pytest.mark.parametrize("settings", ["float32", "dropout", "accumulation", "muon"])
+def test_a_device_whose_values_cannot_be_asked_for_can_train(settings, tmp_path):
+    """On the meta device, where each such question raises."""
+    given = SETTINGS[settings]
+    params, model = given.get("params", tiny.train_params()), tiny.gpt(**given.get("config", {})).to("meta")
+    progress = Progress(evaluated=0)
+
+    def stop():
+        if progress.step == 5:
+            raise Killed
+
+    with closing(Journal(tmp_path / "journal.jsonl")) as journal, pytest.raises(Killed):
+        train(
+            model,
+            model,
+            make_optimizer(model, params, "meta", "float32"),
+            torch.amp.GradScaler("cpu", enabled=False),
+            autocast(CPU, "float32"),
+            params.model_copy(update={"eval_interval": 100}),
+            TOKENS,
+            lambda: None,
+            progress,
+            Checkpoints(tmp_path / "checkpoints", "run"),
+            journal,
+            Intervals(log=100, checkpoint=100),
+            Ranks(),
+            lambda progress, report: None,
+            lambda progress: None,
+            stop,
+        )
+    assert progress.step == 5
+
+
+def test_the_seconds_of_a_report_end_when_its_values_have_arrived(tmp_path, monkeypatch):
+    clock, tolist = [0.0], torch.Tensor.tolist
+
+    def arrives(tensor):
+        clock[0] += 7.0  # that a GPU still computed
+        return tolist(tensor)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.Tensor, "tolist", arrives)
+    run = Run(tmp_path, params=tiny.train_params(max_iters=4, eval_interval=4), intervals=Intervals(2, 4))
+    run.val_losses = {0: 1.0, 4: 1.0}
+    assert [report.seconds for report in run.go().reports] == [3.5, 3.5]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["random", "epochs"])
+@pytest.mark.parametrize("first", [0, 4])
+def test_batches_come_one_after_the_other_and_are_those_of_their_step(order, first):
+    params = tiny.train_params(gradient_accumulation_steps=4, data_order=order)
+    found = micro_batches(TOKENS, params, 8, first, range(2, 4), CPU)
+    seed = counter.derived_seed(params.seed, DATA)
+    for step in range(first, first + 3):
+        for micro in (2, 3):
+            expected = batch(TOKENS, order, seed, step, 12, range(micro * 3, micro * 3 + 3), 8)
+            for tensor, array in zip(next(found), expected, strict=True):
+                assert torch.equal(tensor, torch.from_numpy(array))
+
+
+def test_the_next_batch_is_gathered_before_the_backward_pass_of_this_one(tmp_path, monkeypatch):
+    events = []
+
+    def gather(*arguments):
+        events.append(f"batch {arguments[3]}")
+        return batch(*arguments)
+
+    def forward(model, loss, step):
+        events.append(f"forward {step}")
+        loss.register_hook(lambda grad: events.append(f"backward {step}"))
+        return loss
+
+    monkeypatch.setattr("nanogpt.train.batch", gather)
+    Run(tmp_path, params=tiny.train_params(max_iters=3), poison=forward).go()
+    assert events == ["batch 0"] + [
+        event for step in range(3) for event in (f"forward {step}", f"batch {step + 1}", f"backward {step}")
+    ]
 
 
 # --- the best model ---------------------------------------------------------------------------------------------------

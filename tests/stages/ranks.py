@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,22 +18,31 @@ from stages import launch, train
 
 def main() -> None:
     used = Path(f"used-{launch.rank()}.jsonl").open("a")  # noqa: SIM115
+    real: list[Any] = []
     rank, at, what = os.environ.get("DO", "-1 0 -").split(" ", 2)
 
-    def spy(tokens: Any, order: str, seed: int, step: int, per_step: int, samples: range, block_size: int) -> Any:
-        from nanogpt.data import batch
+    def spy(tokens: Any, params: Any, block_size: int, step: int, micros: range, device: Any) -> Iterator[Any]:
+        for number, batch in enumerate(real[0](tokens, params, block_size, step, micros, device)):
+            yield batch
+            # The loop asks for the next one when it has used this one.
+            now, micro = step + number // len(micros), micros[number % len(micros)]
+            samples = range(micro * params.batch_size, (micro + 1) * params.batch_size)
+            used.write(json.dumps([now, list(samples)]) + "\n")
+            used.flush()
+            if (launch.rank(), now) == (int(rank), int(at)):
+                if what == "launcher":
+                    os.kill(os.getppid(), signal.SIGKILL)
+                    time.sleep(1)  # stages/stop.py looks every 0.2 s
+                elif what.startswith("SIG"):
+                    os.kill(os.getpid(), getattr(signal, what))
+                else:
+                    raise ValueError(what)
 
-        used.write(json.dumps([step, list(samples)]) + "\n")
-        used.flush()
-        if (launch.rank(), step) == (int(rank), int(at)):
-            if what == "launcher":
-                os.kill(os.getppid(), signal.SIGKILL)
-                time.sleep(1)  # stages/stop.py looks every 0.2 s
-            elif what.startswith("SIG"):
-                os.kill(os.getpid(), getattr(signal, what))
-            else:
-                raise ValueError(what)
-        return batch(tokens, order, seed, step, per_step, samples, block_size)
+    def spy_on_batches() -> None:
+        from nanogpt import train
+
+        real.append(train.micro_batches)
+        patch.object(train, "micro_batches", spy).start()
 
     with (
         patch("nanogpt.replicator.start"),
@@ -41,7 +51,7 @@ def main() -> None:
             "stages.train.launch",
             lambda processes, wait, *_: launch.launch(processes, wait, "-m", "tests.stages.ranks"),
         ),
-        patch("nanogpt.numerics.pin", _pin_and(lambda: patch("nanogpt.train.batch", spy).start())),
+        patch("nanogpt.numerics.pin", _pin_and(spy_on_batches)),
     ):
         train.main()
 

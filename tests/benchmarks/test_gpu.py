@@ -1,0 +1,193 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from benchmarks import gpu
+from benchmarks.gpu import OURS, SAMPLES, THEIRS, line, main, missing
+from tools import timing
+
+PRESET = """# Small enough for a test
+tokenize: {tokenizer: char}
+model: {n_layer: 1, n_head: 2, n_embd: 8, block_size: 8, dropout: 0.2}
+train: {batch_size: 3, gradient_accumulation_steps: 4, eval_interval: 7}
+numerics: {determinism: off, threads: 1}
+"""
+# What stands for nanoGPT's model.py: the same calls, a model of one table.
+THEIR_MODEL = """
+import torch
+from torch import nn
+
+class GPTConfig:
+    def __init__(self, **shape):
+        assert shape == {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": False, "dropout": 0.2,
+                         "vocab_size": 65}
+
+class GPT(nn.Module):
+    calls = []
+
+    def __init__(self, config):
+        super().__init__()
+        self.table = nn.Embedding(65, 65)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+    def forward(self, x, y):
+        self.calls.append(tuple(x.shape))
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        return None, nn.functional.cross_entropy(self.table(x).flatten(0, 1), y.flatten())
+
+    def generate(self, idx, max_new_tokens, temperature, top_k):
+        self.calls.append((tuple(idx.shape), max_new_tokens))
+        return idx
+"""
+
+
+@pytest.fixture(autouse=True)
+def repository(project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a small preset and a checkout of what stands for nanoGPT."""
+    root = project()
+    (root / "presets").mkdir()
+    (root / "presets/tiny.yaml").write_text(PRESET)
+    (root / "nanogpt").mkdir()
+    (root / "nanogpt/model.py").write_text(THEIR_MODEL)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    return root
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def works(who: str, task: str = "train") -> list[dict[str, Any]]:
+    params = gpu.preset_params("tiny")
+    return [w for w in gpu.plan("tiny", params, Path("nanogpt"), "cpu") if (w["who"], w["task"]) == (who, task)]
+
+
+# --- a machine without a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cuda", "told"), [(None, "is built without CUDA; install"), ("13.0", "is built for CUDA 13.0 and sees no GPU")]
+)
+def test_without_a_gpu_one_line_says_what_is_missing(
+    cuda: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    result = run()
+    assert result.exit_code == 1
+    assert result.output == f"Error: {missing(torch.__version__, cuda)}\n"
+    assert told in result.output
+
+
+def test_a_preset_that_does_not_exist_is_refused_in_one_line() -> None:
+    result = run("--device", "cpu", "--preset", "missing")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[1:] == ["Error: there is no preset missing; known: tiny"]
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_all_is_planned_once_and_nanogpt_s_comes_first() -> None:
+    params = gpu.preset_params("tiny")
+    planned = list(gpu.plan("tiny", params, Path("nanogpt"), "cuda"))
+    assert len({json.dumps(work) for work in planned}) == len(planned) == len(OURS) + len(THEIRS) + 2 * len(SAMPLES)
+    assert [work["who"] for work in planned if work["task"] == "train"] == ["nanogpt"] * 5 + ["ours"] * 7
+    alone = list(gpu.plan("tiny", params, None, "cuda"))
+    assert {work["who"] for work in alone} == {"ours"}
+    assert len(alone) == len(OURS) + len(SAMPLES)
+
+
+def test_our_steps_are_timed_from_report_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    train = timing.train
+
+    def spy(*arguments: Any) -> None:
+        seen.append(arguments)
+        train(*arguments)
+
+    monkeypatch.setattr(timing, "train", spy)
+    figures = gpu.done({**works("ours")[0], "compile": False})
+    assert figures["tokens_per_second"] == pytest.approx(3 * 8 / (figures["ms_per_step"] / 1e3))
+    assert (figures["mfu"], figures["waits"]) == (None, None)  # a CPU's peak is in no table
+    params, intervals = seen[0][5], seen[0][11]
+    assert (params.batch_size, params.gradient_accumulation_steps, intervals.log) == (3, 1, gpu.EVERY)
+    assert seen[0][0].config.dropout == 0.2
+
+
+def test_an_optimizer_that_is_not_fused_is_one_of_ours() -> None:
+    found: list[Any] = []
+    work = next(work for work in works("ours") if work["adamw"] == "foreach")
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            found.append([(group["fused"], group["foreach"]) for group in self.param_groups])
+            super().step(closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Spy)
+        gpu.done({**work, "compile": False})
+    assert set(map(tuple, found)) == {((False, True),) * len(found[0])}
+
+
+def test_nanogpt_s_steps_are_as_many() -> None:
+    figures = gpu.done({**works("nanogpt")[0], "compile": False})
+    calls = sys.modules["model"].GPT.calls
+    assert calls == [(3, 8)] * gpu.EVERY * (timing.WARM_UP + gpu.TIMED)
+    assert figures.keys() == gpu.done({**works("ours")[0], "compile": False}).keys()
+    assert figures["ms_per_step"] > 0
+
+
+def test_both_generate_as_much() -> None:
+    for samples, theirs, ours in zip(SAMPLES, works("nanogpt", "sample"), works("ours", "sample"), strict=True):
+        assert gpu.done(ours)["tokens_per_second"] > 0
+        assert gpu.done(theirs)["tokens_per_second"] > 0
+        assert sys.modules["model"].GPT.calls == [((samples, 1), 5)] + [((samples, 1), 7)] * 3
+        sys.modules["model"].GPT.calls.clear()
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_json_hold_all_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(work: dict[str, Any]) -> dict[str, Any]:
+        if work.get("dtype") == "float16":
+            return {"failed": "out of memory"}
+        speed = 100.0 if work["who"] == "nanogpt" else 150.0
+        rest = {"ms_per_step": 1.0, "mfu": 0.5, "peak_memory_mb": 7.0, "first_seconds": 30.0, "waits": 1}
+        return {"tokens_per_second": speed, **(rest if work["task"] == "train" else {})}
+
+    monkeypatch.setattr(gpu, "in_a_process", stand_in)
+    result = run("--device", "cpu", "--preset", "tiny", "--nanogpt", "nanogpt", "--json", "out.json")
+    assert result.exit_code == 0, result.output
+    lines, content = result.output.splitlines(), json.loads(Path("out.json").read_text())
+    assert len(lines) - 1 == len(content["rows"]) == len(OURS) + len(THEIRS) + 2 * len(SAMPLES)
+    assert not [row for row in content["rows"] if {"nanogpt", "params"} & row.keys()]
+    ours = [text for text in lines if " ours " in text]
+    assert sum("1.50 of nanoGPT" in text for text in ours) == len(OURS) - 1 + len(SAMPLES)
+    assert sum(text.endswith("failed: out of memory") for text in lines) == 2
+    assert "MFU 0.500, first 30 s, 1 waits in 10 steps" in ours[0]
+
+
+def test_no_ratio_is_told_of_what_was_not_measured() -> None:
+    row = {**works("ours")[1], "tokens_per_second": 1.0, "ms_per_step": 1.0, "mfu": None, "peak_memory_mb": 1.0}
+    row |= {"first_seconds": 1.0, "waits": None}
+    failed = {**works("nanogpt")[1], "failed": "out of memory"}
+    assert "nanoGPT" not in line(row, [failed, row])
+    assert line(row, [failed, row]).endswith("MFU not known")
+
+
+def test_a_candidate_s_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpu.__file__).parents[1]))
+    failed = gpu.in_a_process({"task": "train", "params": {}})
+    assert failed.keys() == {"failed"}
+    assert failed["failed"]
