@@ -41,7 +41,7 @@ from nanogpt.raw import (
     document_spans,
     load_info,
     read_documents,
-    read_span,
+    read_spans,
     read_text,
     utf8_bytes,
 )
@@ -143,7 +143,7 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Token
     # Any byte-pair tokenizer cuts where this one may, so the words that are counted are whole.
     gpt2 = Gpt2Tokenizer()
     tasks = _tasks(raw, info, params, gpt2.last_cut)
-    texts = (read_span(raw, span) for name, spans in tasks if name == "train" for span in spans)
+    texts = (text for name, spans in tasks if name == "train" for text in read_spans(raw, spans))
     words = (part for text in texts for part in gpt2.parts(text))  # the library gathers 256 of them
     return train_bpe(words, params.vocab_size, end_of_text=several)
 
@@ -235,7 +235,7 @@ def _split_by_position(
 
 def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) -> Encoded:
     """The tokens of the texts that lie there, with an end-of-text token after each if `mark_ends`."""
-    texts = [read_span(raw, span) for span in spans]
+    texts = list(read_spans(raw, spans))
     try:
         ids = tokenizer.encode_all(texts, mark_ends)
     except UnknownCharacter as error:
