@@ -58,7 +58,7 @@ from nanogpt.tokenizer import (
 
 Item = TypeVar("Item")
 
-POOL_BYTES = 24_000_000  # a smaller corpus is encoded before other processes have started
+POOL_BYTES = 40_000_000  # a smaller corpus is encoded before other processes have started
 
 
 @dataclass(frozen=True)
