@@ -66,8 +66,8 @@ def main(
                     {"way": candidate, "megabytes": size, "mb_per_second": rate, "peak_megabytes": peak / 1e6}
                 )
                 if candidate in CANDIDATES:
-                    ours = rate
-                click.echo(f"{candidate:14} {size:5} {rate:8.1f} {peak / 1e6:8.0f} {rate / ours:8.2f}")
+                    our_rate = rate
+                click.echo(f"{candidate:14} {size:5} {rate:8.1f} {peak / 1e6:8.0f} {rate / our_rate:8.2f}")
                 same[candidate] = [path.read_bytes() for path in sorted((folder / candidate).glob("*.bin"))]
                 shutil.rmtree(folder / candidate, ignore_errors=True)
             for way in {"gpt2", "char"} & same.keys() if beside else ():
