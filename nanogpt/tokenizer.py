@@ -59,13 +59,16 @@ class Tokenizer(abc.ABC):
         """What tokenizer.json holds beside name, vocab_size and end_of_text."""
 
     def parts(self, text: str) -> Iterator[str]:
-        """The text in parts of about _PART characters, without a cut that changes its tokens."""
+        """The text in parts of about _PART characters, longer where there is no cut that does not change its tokens."""
         start = 0
         while start < len(text):
-            end = start + _PART
-            length = self.last_cut(text[start:end]) if end < len(text) else 0
-            yield text[start : start + length] if length else text[start:]
-            start = start + length if length else len(text)
+            size, length = _PART, 0
+            while not length and start + size < len(text):
+                length = self.last_cut(text[start : start + size])
+                size *= 2
+            length = length or len(text) - start
+            yield text[start : start + length]
+            start += length
 
     def encode_all(self, texts: Iterable[str], mark_ends: bool) -> Ids:
         """The ids of the texts one after the other, each followed by end of text if `mark_ends`."""

@@ -185,6 +185,16 @@ def test_cuts_lie_before_white_space(text: str, cut: int, trained: TrainedTokeni
     assert trained.last_cut(text) == cut
 
 
+def test_a_long_word_does_not_make_the_rest_one_part(trained: TrainedTokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Memory: what is encoded at once is larger only where it must be."""
+    monkeypatch.setattr("nanogpt.tokenizer._PART", 10)
+    text = "some words " * 5 + "x" * 75 + " some words" * 30
+    parts = list(trained.parts(text))
+    assert "".join(parts) == text
+    assert sorted(len(part) <= 10 for part in parts).count(False) == 1
+    assert 75 < max(map(len, parts)) <= 160
+
+
 @given(text=ANY_TEXT)
 @settings(max_examples=50, deadline=None)
 def test_any_text_comes_back_from_bytes(text: str, trained: TrainedTokenizer):
