@@ -19,45 +19,58 @@ import psutil
 
 SIZES = (10, 200)  # MB
 DOCUMENT = 5000  # characters, about as many as OpenWebText's have on average
+LINES, LETTERS = 5, 8  # one word of so many random letters every so many lines
 VAL_FRACTION, SEED, PROCESSES = 0.0005, 2357, 2
 # Way of ours -> what is measured beside it. nanoGPT has no bpe; tiktoken-alone is one process that encodes text which
-# is in memory and writes nothing: so many times the processes is what no way can exceed.
+# is in memory and writes nothing: so many times the processes is what no way that leaves all words to it can exceed.
 CANDIDATES = {"gpt2": ["nanogpt-gpt2", "tiktoken-alone"], "char": ["nanogpt-char"], "bpe": []}
+FORMS = {"nanogpt-gpt2": "dataset", "nanogpt-char": "text", "char": "raw-text", "bpe": "raw-text"}
+FORMS |= {"gpt2": "raw-documents", "tiktoken-alone": "raw-documents"}
 
 
 @click.command()
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Lines of this text file.")
 @click.option("--megabytes", type=int, multiple=True, default=SIZES, show_default=True, help="10^6 bytes of text.")
 @click.option("--way", "ways", type=click.Choice(list(CANDIDATES)), multiple=True, default=list(CANDIDATES))
+@click.option("--beside/--alone", default=True, help="Measure what is beside our ways, too.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @click.option("--only", nargs=2, hidden=True, help="Measure one candidate in this process, with files in this folder.")
 def main(
-    text: Path | None, megabytes: tuple[int, ...], ways: tuple[str, ...], out: Path | None, only: tuple[str, str] | None
+    text: Path | None,
+    megabytes: tuple[int, ...],
+    ways: tuple[str, ...],
+    beside: bool,
+    out: Path | None,
+    only: tuple[str, str] | None,
 ) -> None:
     """Lines of Python's own documentation (or of --text) in random order, in documents of 5,000 characters or one text.
 
-    So lines are repeated in the larger texts, which helps nobody: none of the ways remembers a word.
+    Lines are repeated in the larger texts, and our byte-pair ways remember words. So that new ones keep coming, as in
+    real text, every fifth line begins with a word of random letters. A --text that is large enough is taken as it is.
     """
     if only:
         click.echo(CHILDREN[only[0]](Path(only[1])))
         return
     results = []
-    click.echo(f"{'':14} {'MB':>5} {'MB/s':>8} {'peak MB':>8}")
+    click.echo(f"{'':14} {'MB':>5} {'MB/s':>8} {'peak MB':>8} {'of ours':>8}")
     for size in megabytes:
         with tempfile.TemporaryDirectory(prefix="tokenizing-") as name:
             folder = Path(name)
-            write_text_once(folder, text, size * 1_000_000)
+            candidates = [candidate for way in ways for candidate in (way, *CANDIDATES[way] * beside)]
+            write_text_once(folder, text, size * 1_000_000, {FORMS[candidate] for candidate in candidates})
             same = {}
-            for candidate in [candidate for way in ways for candidate in (way, *CANDIDATES[way])]:
+            for candidate in candidates:
                 seconds, peak = measure(candidate, folder)
                 rate = (folder / "text.txt").stat().st_size / 1e6 / seconds
                 results.append(
                     {"way": candidate, "megabytes": size, "mb_per_second": rate, "peak_megabytes": peak / 1e6}
                 )
-                click.echo(f"{candidate:14} {size:5} {rate:8.1f} {peak / 1e6:8.0f}")
+                if candidate in CANDIDATES:
+                    our_rate = rate
+                click.echo(f"{candidate:14} {size:5} {rate:8.1f} {peak / 1e6:8.0f} {rate / our_rate:8.2f}")
                 same[candidate] = [path.read_bytes() for path in sorted((folder / candidate).glob("*.bin"))]
                 shutil.rmtree(folder / candidate, ignore_errors=True)
-            for way in {"gpt2", "char"} & same.keys():
+            for way in {"gpt2", "char"} & same.keys() if beside else ():
                 assert same[way] == same[f"nanogpt-{way}"], f"{way}: ours are not nanoGPT's tokens"
     if out:
         out.write_text(
@@ -65,34 +78,47 @@ def main(
         )
 
 
-def write_text_once(folder: Path, source: Path | None, size: int) -> None:
-    """The same text in each form that is measured: a text file, data/raw of one and several, a dataset on the disk."""
-    import datasets
+def make_text(source: Path | None, size: int) -> str:
+    """About so many bytes of text, the same each time."""
     import numpy as np
-
-    from nanogpt.raw import Writer
 
     if source:
         content = source.read_text(encoding="utf-8")
+        if len(content.encode()) >= size:
+            return content.encode()[:size].decode(errors="ignore")
     else:
         from pydoc_data import topics
 
         content = "".join(topics.topics.values())
     lines = content.splitlines(keepends=True)
-    order, pieces, left = np.random.default_rng(SEED), [], size
+    draw, pieces, left = np.random.default_rng(SEED), [], size
     while left > 0:
-        pieces += [lines[i] for i in order.integers(len(lines), size=10_000)]
-        left -= sum(map(len, pieces[-10_000:]))
-    text = "".join(pieces)
+        chosen = [lines[i] for i in draw.integers(len(lines), size=10_000)]
+        letters = draw.integers(ord("a"), ord("z") + 1, size=10_000 // LINES * LETTERS, dtype=np.uint8)
+        for i, word in enumerate(np.frombuffer(letters, dtype=f"S{LETTERS}").tolist()):
+            chosen[i * LINES] = f"{word.decode()} {chosen[i * LINES]}"
+        pieces += chosen
+        left -= sum(len(line.encode()) for line in chosen)
+    return "".join(pieces)
+
+
+def write_text_once(folder: Path, source: Path | None, size: int, forms: set[str]) -> None:
+    """The same text in each form: a text file, data/raw of one and of several, a dataset on the disk."""
+    import datasets
+
+    from nanogpt.raw import Writer
+
+    text = make_text(source, size)
     documents = [text[start : start + DOCUMENT] for start in range(0, len(text), DOCUMENT)]
     (folder / "text.txt").write_text(text, encoding="utf-8", newline="")
-    for name, parts in (("raw-documents", documents), ("raw-text", [text])):
+    for name in forms & {"raw-documents", "raw-text"}:
         writer = Writer(folder / name, 1000.0, lambda done: None)
-        for part in parts:
+        for part in documents if name == "raw-documents" else [text]:
             writer.add([part])
         writer.close("file:text.txt")
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"text": documents}).save_to_disk(str(folder / "dataset"))
+    if "dataset" in forms:
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_dict({"text": documents}).save_to_disk(str(folder / "dataset"))
 
 
 def measure(candidate: str, folder: Path) -> tuple[float, int]:

@@ -21,10 +21,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ from nanogpt.raw import (
     document_spans,
     load_info,
     read_documents,
-    read_span,
+    read_spans,
     read_text,
     utf8_bytes,
 )
@@ -55,8 +56,9 @@ from nanogpt.tokenizer import (
     train_bpe,
 )
 
-POOL_BYTES = 24_000_000  # a smaller corpus is encoded before other processes have started
-_WORDS = 2**16  # characters that a tokenizer is trained on at once; the library gathers 256 such texts
+Item = TypeVar("Item")
+
+POOL_BYTES = 40_000_000  # a smaller corpus is encoded before other processes have started
 
 
 @dataclass(frozen=True)
@@ -86,20 +88,26 @@ def prepare(
     if params.tokenizer == "bpe" and tokenizer.vocab_size < params.vocab_size:
         warn(f"the text yields {tokenizer.vocab_size} tokens, not tokenize.vocab_size = {params.vocab_size}")
     tokenizer.save(directory / "tokenizer.json")
-    writers: dict[SplitName, _Writer] = {name: _Writer(directory / f"{name}.bin") for name in ("train", "val")}
     if info.kind == "tokens":
         encoded_parts = _counted(raw, tokenizer)
     else:
         tasks = _tasks(raw, info, params, tokenizer.last_cut)
         encoded_parts = _encode_all(tasks, raw, info, directory / "tokenizer.json", tokenizer, processes)
-    done = 0
-    for name, encoded in encoded_parts:
-        writers[name].write(encoded)
-        done += encoded.bytes
-        update(done)
-    train, val = writers["train"], writers["val"]
+    with ThreadPoolExecutor(2) as threads:
+        train, val = _Writer(directory / "train.bin", threads), _Writer(directory / "val.bin", threads)
+        done = 0
+        for name, encoded in encoded_parts:
+            (train if name == "train" else val).write(encoded)
+            done += encoded.bytes
+            update(done)
+        meta = _meta(info, tokenizer, train, val)
+    write_text(directory / "meta.json", json.dumps(meta.model_dump(), sort_keys=True, indent=2) + "\n")
+    return meta
+
+
+def _meta(info: CorpusInfo, tokenizer: Tokenizer, train: "_Writer", val: "_Writer") -> Meta:
     ends = train.ends + val.ends
-    meta = Meta(
+    return Meta(
         dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer.name,
@@ -109,8 +117,6 @@ def prepare(
         train=train.close(tokenizer.end_of_text, tokenizer.end_of_text if ends else None),
         val=val.close(tokenizer.end_of_text, tokenizer.end_of_text if ends else train.last),
     )
-    write_text(directory / "meta.json", json.dumps(meta.model_dump(), sort_keys=True, indent=2) + "\n")
-    return meta
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -130,14 +136,15 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Token
         return Gpt2Tokenizer()
     if params.tokenizer == "char":
         alphabet = Alphabet()
-        for text in read_documents(raw) if several else read_text(raw):
-            alphabet.add(text)
+        with ThreadPoolExecutor(1) as thread:
+            for text in read_documents(raw) if several else _ahead(read_text(raw), thread):
+                alphabet.add(text)
         return CharTokenizer(alphabet.characters(), end_of_text=several)
     # Any byte-pair tokenizer cuts where this one may, so the words that are counted are whole.
-    last_cut = Gpt2Tokenizer().last_cut
-    tasks = _tasks(raw, info, params, last_cut)
-    texts = (read_span(raw, span) for name, spans in tasks if name == "train" for span in spans)
-    words = (part for text in texts for part in _parts(text, last_cut))
+    gpt2 = Gpt2Tokenizer()
+    tasks = _tasks(raw, info, params, gpt2.last_cut)
+    texts = (text for name, spans in tasks if name == "train" for text in read_spans(raw, spans))
+    words = (part for text in texts for part in gpt2.parts(text))  # the library gathers 256 of them
     return train_bpe(words, params.vocab_size, end_of_text=several)
 
 
@@ -149,16 +156,6 @@ def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
             "name another one, or give one text (download.source)"
         )
     return tokenizer
-
-
-def _parts(text: str, last_cut: Callable[[str], int]) -> Iterator[str]:
-    """The text in parts of about _WORDS characters, without a cut that changes its tokens."""
-    start = 0
-    while start < len(text):
-        end = start + _WORDS
-        length = last_cut(text[start:end]) if end < len(text) else 0
-        yield text[start : start + length] if length else text[start:]
-        start = start + length if length else len(text)
 
 
 # --- split and cut ----------------------------------------------------------------------------------------------------
@@ -238,17 +235,13 @@ def _split_by_position(
 
 def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) -> Encoded:
     """The tokens of the texts that lie there, with an end-of-text token after each if `mark_ends`."""
-    end = np.array([tokenizer.end_of_text] if mark_ends else [], dtype=tokenizer.dtype)
-    parts, size = [end[:0]], 0
-    for span in spans:
-        text = read_span(raw, span)
-        size += utf8_bytes(text)
-        try:
-            parts += [tokenizer.encode(part) for part in _parts(text, tokenizer.last_cut)]
-        except UnknownCharacter as error:
-            raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error}") from error
-        parts.append(end)
-    return Encoded(np.concatenate(parts), size, len(spans) * mark_ends)
+    texts = list(read_spans(raw, spans))
+    try:
+        ids = tokenizer.encode_all(texts, mark_ends)
+    except UnknownCharacter as error:
+        span = next(span for span, text in zip(spans, texts, strict=True) if error.character in text)
+        raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error}") from error
+    return Encoded(ids, sum(map(utf8_bytes, texts)), len(spans) * mark_ends)
 
 
 def _counted(raw: Path, tokenizer: Tokenizer) -> Iterator[tuple[SplitName, Encoded]]:
@@ -274,7 +267,9 @@ def _encode_all(
     """
     mark_ends = info.kind == "documents"
     if processes == 1 or info.bytes < POOL_BYTES or isinstance(tokenizer, CharTokenizer):
-        yield from ((name, encode(raw, spans, tokenizer, mark_ends)) for name, spans in tasks)
+        with ThreadPoolExecutor(1) as thread:
+            for name, spans in _ahead(tasks, thread):
+                yield name, encode(raw, spans, tokenizer, mark_ends)
         return
     # A fresh interpreter for each: a fork would share the threads of a tokenizer that was trained here.
     spawn = multiprocessing.get_context("spawn")
@@ -292,6 +287,14 @@ def _encode_all(
         raise ValueError("a tokenizer process died, perhaps for want of memory; lower runtime.processes") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
+    """The items, each made by the thread while the one before is in use: files are read and hashed without the lock."""
+    following = thread.submit(next, items, None)
+    while (item := following.result()) is not None:
+        following = thread.submit(next, items, None)
+        yield item
 
 
 def _first_result(under_way: "deque[tuple[SplitName, Future[Encoded]]]") -> tuple[SplitName, Encoded]:
@@ -323,25 +326,38 @@ def _end_with_parent() -> None:
 
 
 class _Writer:
-    """Writes one .bin file and counts what meta.json says of it."""
+    """Writes one .bin file and counts what meta.json says of it.
 
-    def __init__(self, path: Path):
-        self.path, self.file = path, path.open("wb")
+    A thread hashes and writes one block, without Python's lock, while the next one is encoded.
+    """
+
+    def __init__(self, path: Path, threads: ThreadPoolExecutor):
+        self.file, self.threads = path.open("wb"), threads
         self.digest = hashlib.sha256()
+        self.under_way: Future[None] | None = None
         self.tokens = self.bytes = self.ends = 0
         self.last: int | None = None
 
     def write(self, encoded: Encoded) -> None:
-        data = encoded.ids.tobytes()
-        self.file.write(data)
-        self.digest.update(data)
+        self._wait()
+        self.under_way = self.threads.submit(self._append, encoded.ids.tobytes())
         self.tokens += len(encoded.ids)
         self.bytes += encoded.bytes
         self.ends += encoded.ends
         if len(encoded.ids):
             self.last = int(encoded.ids[-1])
 
+    def _append(self, data: bytes) -> None:
+        self.digest.update(data)
+        self.file.write(data)
+
+    def _wait(self) -> None:
+        """Raises what went wrong with the last block."""
+        if self.under_way is not None:
+            self.under_way.result()
+
     def close(self, end_of_text: int | None, first_context: int | None) -> SplitMeta:
+        self._wait()
         self.file.close()
         return SplitMeta(
             tokens=self.tokens,

@@ -10,6 +10,7 @@ Text goes by in pieces of some hundred kilobytes; only a document of several mus
 
 import bisect
 import codecs
+import contextlib
 import hashlib
 import itertools
 import json
@@ -250,18 +251,26 @@ def document_spans(raw: Path, chosen: Iterable[int]) -> Iterator[Span]:
         yield Span(names[number], start - bases[number], ends[document] - bases[number])
 
 
-def read_span(raw: Path, span: Span) -> str:
-    """The text that lies there, from a file whose sha256 somebody compares. Raises ValueError as `read_documents`."""
-    path = raw / span.file
-    try:
-        with path.open("rb") as file:
-            file.seek(span.start)
-            data = file.read(span.size)
-        return _document(data, path) if path.suffix == ".jsonl" else data.decode()
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise _damaged(path, "is damaged") from error
+def read_spans(raw: Path, spans: Iterable[Span]) -> Iterator[str]:
+    """The texts that lie there, from files whose sha256 somebody compares. Raises ValueError as `read_documents`.
+
+    A file is opened once: there are documents that take less time to read than their file takes to open.
+    """
+    with contextlib.ExitStack() as stack:
+        files: dict[str, tuple[Path, BinaryIO]] = {}
+        for span in spans:
+            try:
+                if span.file not in files:
+                    path = raw / span.file
+                    files[span.file] = path, stack.enter_context(path.open("rb"))
+                path, file = files[span.file]
+                file.seek(span.start)
+                data = file.read(span.size)
+                yield _document(data, path) if span.file.endswith(".jsonl") else data.decode()
+            except OSError as error:
+                raise _damaged(raw / span.file, f"cannot be read ({error.strerror})") from error
+            except UnicodeDecodeError as error:
+                raise _damaged(raw / span.file, "is damaged") from error
 
 
 def _check_number(raw: Path, info: CorpusInfo, found: int) -> None:

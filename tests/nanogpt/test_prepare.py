@@ -15,6 +15,7 @@ import pytest
 
 from nanogpt import prepare as prepare_module
 from nanogpt import raw as raw_module
+from nanogpt import tokenizer as tokenizer_module
 from nanogpt.corpus import write_corpus
 from nanogpt.data import Meta, load_meta, load_split
 from nanogpt.params import TokenizeParams
@@ -103,7 +104,7 @@ def test_pieces_leave_no_trace(
     tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, documents: list[str]
 ):
     run(tmp_path, documents, params(kind), name="whole")
-    monkeypatch.setattr(prepare_module, "_WORDS", 100)
+    monkeypatch.setattr(tokenizer_module, "_PART", 100)
     for size in (7, 100):
         for module in (raw_module, prepare_module):
             monkeypatch.setattr(module, "PIECE", size)

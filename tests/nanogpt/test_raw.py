@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt import raw as raw_module
-from nanogpt.raw import CorpusInfo, Writer, document_spans, lines, load_info, read_documents, read_span, read_text
+from nanogpt.raw import CorpusInfo, Writer, document_spans, lines, load_info, read_documents, read_spans, read_text
 
 
 def write(
@@ -82,7 +82,7 @@ def test_any_document_is_found_by_its_number(
         write(raw, ([text] for text in documents))
         numbers = [random.randrange(len(documents)) for _ in range(10)]
         spans = list(document_spans(raw, numbers))
-    assert [read_span(raw, span) for span in spans] == [documents[number] for number in numbers]
+    assert list(read_spans(raw, spans)) == [documents[number] for number in numbers]
 
 
 @given(st.binary(max_size=60).map(lambda data: data.replace(b"a", b"\n")), st.integers(1, 9))

@@ -63,6 +63,23 @@ def test_end_of_text_written_out_is_ordinary_text(tokenizer: Tokenizer):
     assert tokenizer.decode([tokenizer.end_of_text]) == END_OF_TEXT
 
 
+@pytest.mark.parametrize("size", [5, 60, 2**16])
+@pytest.mark.parametrize("mark_ends", [True, False])
+def test_many_texts_at_once_have_the_tokens_of_each(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, size: int, mark_ends: bool
+):
+    monkeypatch.setattr("nanogpt.tokenizer._PART", size)
+    monkeypatch.setattr("nanogpt.words._BATCH", size)
+    texts = ["", TEXT, " ", "the ", " \n", "", "cat's", END_OF_TEXT, "1234 ünïcödé 你好 🙂\n\n", ""]
+    expected: list[int] = []
+    for text in texts:
+        expected += [*tokenizer.encode(text), *[tokenizer.vocab_size - 1] * mark_ends]
+    ids = tokenizer.encode_all(texts, mark_ends)
+    assert ids.dtype == tokenizer.dtype
+    assert ids.tolist() == expected
+    assert tokenizer.encode_all([], mark_ends).tolist() == []
+
+
 def test_a_stream_holds_unfinished_characters_back(tokenizer: Tokenizer):
     parts = list(tokenizer.stream(int(token) for token in tokenizer.encode("🙂 你好")))
     assert "".join(parts) == "🙂 你好"
@@ -166,6 +183,16 @@ def test_a_cut_anywhere_would_change_the_tokens(gpt2_files: Path):
 )
 def test_cuts_lie_before_white_space(text: str, cut: int, trained: TrainedTokenizer):
     assert trained.last_cut(text) == cut
+
+
+def test_a_long_word_does_not_make_the_rest_one_part(trained: TrainedTokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Memory: what is encoded at once is larger only where it must be."""
+    monkeypatch.setattr("nanogpt.tokenizer._PART", 10)
+    text = "some words " * 5 + "x" * 75 + " some words" * 30
+    parts = list(trained.parts(text))
+    assert "".join(parts) == text
+    assert sorted(len(part) <= 10 for part in parts).count(False) == 1
+    assert 75 < max(map(len, parts)) <= 160
 
 
 @given(text=ANY_TEXT)

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import tokenizing
+from nanogpt.raw import read_documents
+
+TEXT = "One line.\nAnother, with an é and a \u2019.\n"
+
+
+def test_the_text_is_the_same_each_time_and_as_large_as_asked():
+    text = tokenizing.make_text(None, 300_000)
+    assert text == tokenizing.make_text(None, 300_000)
+    assert 300_000 <= len(text.encode()) < 3_000_000
+
+
+def test_new_words_keep_coming():
+    """Ours remembers words, so a text of repeated lines alone would flatter it."""
+    words = tokenizing.make_text(None, 2_000_000).split()
+    half = len(words) // 2
+    assert len(set(words[half:]) - set(words[:half])) > half / 100
+
+
+def test_a_text_that_is_large_enough_is_taken_as_it_is(tmp_path: Path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert tokenizing.make_text(tmp_path / "text.txt", 12) == TEXT[:12]
+    assert len(tokenizing.make_text(tmp_path / "text.txt", 1000).encode()) >= 1000
+
+
+def test_every_way_has_its_form_of_the_same_text(tmp_path: Path):
+    beside = [candidate for candidates in tokenizing.CANDIDATES.values() for candidate in candidates]
+    assert {*tokenizing.CANDIDATES, *beside} == tokenizing.FORMS.keys() == tokenizing.CHILDREN.keys()
+    tokenizing.write_text_once(tmp_path, None, 20_000, {"raw-documents", "raw-text"})
+    text = (tmp_path / "text.txt").read_text(encoding="utf-8")
+    assert "".join(read_documents(tmp_path / "raw-documents")) == text
+    assert list(read_documents(tmp_path / "raw-text")) == [text]
+
+
+def test_ours_and_nanogpts_characters_are_the_same_bytes(tmp_path: Path):
+    tokenizing.write_text_once(tmp_path, None, 20_000, {"raw-text"})
+    for candidate in ("char", "nanogpt-char"):
+        assert tokenizing.CHILDREN[candidate](tmp_path) > 0
+    for name in ("train.bin", "val.bin"):
+        assert (tmp_path / "char" / name).read_bytes() == (tmp_path / "nanogpt-char" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("flag", "names"), [("--beside", ["char", "nanogpt-char"]), ("--alone", ["char"])])
+def test_the_table_tells_the_ratio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, names: list[str]):
+    """A way that takes four times as long has a quarter of the rate."""
+
+    def measure(candidate: str, folder: Path) -> tuple[float, int]:
+        (folder / candidate).mkdir()
+        return (1.0 if candidate == "char" else 4.0), 50_000_000
+
+    monkeypatch.setattr(tokenizing, "measure", measure)
+    monkeypatch.setattr(tokenizing, "make_text", lambda source, size: TEXT * 1000)
+    result = CliRunner().invoke(tokenizing.main, ["--megabytes", "1", "--way", "char", flag])
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.output.splitlines()[1:]]
+    assert [row[0] for row in rows] == names
+    assert [row[-1] for row in rows] == ["1.00", "0.25"][: len(rows)]
