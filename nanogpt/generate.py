@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nanogpt import counter
 from nanogpt.model import GPT, KVCache, rotation
 
-LARGE = 2**22  # weights of a matrix, 16 MiB of float32, from which on it is not copied for speed
+LARGE = 2**22  # weights, 16 MiB of float32: a larger matrix is not copied for speed
 
 ACTIVATIONS = {
     "gelu": F.gelu,
