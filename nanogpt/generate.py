@@ -3,9 +3,10 @@
 Shapes: B samples, T time, C channels, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from nanogpt.model import GPT, KVCache, rotation
 
 LARGE = 2**22  # weights, 16 MiB of float32: a larger matrix is not copied for speed
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu_squared": lambda x: F.relu(x).square(),
@@ -85,15 +86,17 @@ class Decoder:
         self.model, self.cache = model, cache
         self.by_columns = cache.tokens.size(0) == 1 and cache.tokens.device.type == "cpu"
         self.activate = ACTIVATIONS[model.config.activation]
-        self.layers = [
+        blocks: Any = model.h
+        self.layers: list[tuple[Any, ...]] = [
             (
                 *(block.ln_1.forward, self.weights(block.attn.c_attn), block.attn.mix, self.weights(block.attn.c_proj)),
                 *(block.ln_2.forward, self.weights(block.mlp.c_fc), self.weights(block.mlp.c_proj)),
             )
-            for block in model.h
+            for block in blocks
         ]
 
     def weights(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """Its weight, by columns where that is faster, and its bias."""
         weight = linear.weight
         if self.by_columns and weight.size(0) > weight.size(1) and weight.numel() <= LARGE:
             weight = weight.t().contiguous().t()
