@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 COMMON: dict[str, Any] = {"vocab_size": 65, "bias": False}
 CONTEXTS = ("within", "beyond")
-Generate = Callable[[int, int, bool], None]
+STRIDE = 8
+Generate = Callable[[int, bool], int]
 
 
 @click.command()
@@ -41,9 +42,8 @@ def main(nanogpt: Path | None, rounds: int, threads: int, out: Path | None) -> N
         candidates = make_candidates(shape, nanogpt)
         for batch in (1, 10):
             for context in CONTEXTS:
-                number = shape["block_size"] if context == "within" else shape["block_size"] // 2
-                best = turns(candidates, batch, number, context == "beyond", rounds)
-                rows.append({"shape": name, "batch": batch, "context": context, "tokens": number, "tokens_per_s": best})
+                best = turns(candidates, batch, context == "beyond", rounds)
+                rows.append({"shape": name, "batch": batch, "context": context, "tokens_per_s": best})
                 click.echo(line(name, batch, context, best))
     if out:
         out.write_text(json.dumps({"threads": threads, "rounds": rounds, "rows": rows}, indent=1) + "\n")
@@ -59,24 +59,23 @@ def line(name: str, batch: int, context: str, best: dict[str, float]) -> str:
     )
 
 
-def turns(candidates: dict[str, Generate], batch: int, number: int, beyond: bool, rounds: int) -> dict[str, float]:
-    """Tokens per second of each candidate's best turn; a few tokens of each are a warm-up."""
+def turns(candidates: dict[str, Generate], batch: int, beyond: bool, rounds: int) -> dict[str, float]:
+    """Tokens per second of each candidate's best turn."""
     best = dict.fromkeys(candidates, 0.0)
-    for generate in candidates.values():
-        generate(batch, 8, beyond)
     for _ in range(rounds):
         for name, generate in candidates.items():
             begin = time.perf_counter()
-            generate(batch, number, beyond)
-            best[name] = max(best[name], batch * number / (time.perf_counter() - begin))
+            tokens = batch * generate(batch, beyond)
+            best[name] = max(best[name], tokens / (time.perf_counter() - begin))
     return best
 
 
 def make_candidates(shape: dict[str, Any], nanogpt: Path | None) -> dict[str, Generate]:
-    """From name to a function of (samples, tokens, beyond), all of one shape.
+    """From name to a function of (samples, beyond), all of one shape, that tells how many tokens of each it made.
 
-    Within the context each begins with one token and fills it. Beyond it nanoGPT begins with a full context, which
-    stays full, and ours with half of one, as after each time that the older half is dropped.
+    Within the context that is from one token until it is full. Beyond it nanoGPT's context is always full, and ours is
+    half full at first, as after each time that the older half is dropped. Ours makes all tokens; the others, which read
+    their whole context for each, one at every STRIDE-th length of it.
     """
     import torch
 
@@ -87,39 +86,45 @@ def make_candidates(shape: dict[str, Any], nanogpt: Path | None) -> dict[str, Ge
     block_size = shape["block_size"]
     model = GPT(GPTConfig(**shape, **COMMON)).eval()
 
-    def prompt(beyond: bool) -> list[int]:
-        return [0] * (block_size // 2 if beyond else 1)
+    def ours(batch: int, beyond: bool) -> int:
+        length, number = (block_size // 2, block_size // 2) if beyond else (1, block_size)
+        return sum(1 for _ in generate(model, [0] * length, batch, number, Sampling()))
 
-    candidates: dict[str, Generate] = {
-        "ours": lambda batch, number, beyond: exhaust(generate(model, prompt(beyond), batch, number, Sampling())),
-        "uncached": lambda batch, number, beyond: uncached(model, prompt(beyond), batch, number),
-    }
+    def uncached(batch: int, beyond: bool) -> int:
+        return one_token_each(model, batch, lengths(block_size // 2 if beyond else 0, block_size))
+
+    candidates: dict[str, Generate] = {"ours": ours, "uncached": uncached}
     if nanogpt:
         sys.path.insert(0, str(nanogpt))
         theirs = importlib.import_module("model")
         their_model = theirs.GPT(theirs.GPTConfig(dropout=0.0, **shape, **COMMON)).eval()
-        candidates["nanogpt"] = lambda batch, number, beyond: their_model.generate(
-            torch.zeros((batch, block_size if beyond else 1), dtype=torch.long), number
-        )
+
+        def nanogpts(batch: int, beyond: bool) -> int:
+            contexts = lengths(0, block_size)
+            for length in contexts:
+                their_model.generate(torch.zeros((batch, block_size if beyond else length), dtype=torch.long), 1)
+            return len(contexts)
+
+        candidates["nanogpt"] = nanogpts
     return candidates
 
 
-def exhaust(tokens: Iterator[list[int]]) -> None:
-    for _ in tokens:
-        pass
+def lengths(start: int, end: int) -> range:
+    """Every STRIDE-th length in start + 1 ... end, their mean that of all."""
+    return range(start + STRIDE // 2, end + 1, STRIDE)
 
 
-def uncached(model: "GPT", prompt: list[int], batch: int, number: int) -> None:
-    """The same tokens as generate's up to the end of the context, each by a forward pass over all before it."""
+def one_token_each(model: "GPT", batch: int, contexts: range) -> int:
+    """A token by a forward pass over each of these contexts."""
     import torch
 
     from nanogpt.generate import Sampling, choose, uniforms
 
     sampling = Sampling()
-    context = torch.tensor([prompt] * batch)
     with torch.inference_mode():
-        for uniform in uniforms(sampling.seed, batch, number):
-            context = torch.cat([context, choose(model(context)[:, -1], uniform, sampling)], dim=1)
+        for length, uniform in zip(contexts, uniforms(sampling.seed, batch, len(contexts)), strict=True):
+            choose(model(torch.zeros((batch, length), dtype=torch.long))[:, -1], uniform, sampling)
+    return len(contexts)
 
 
 if __name__ == "__main__":

@@ -57,18 +57,17 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
         shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)  # (B, H, T, D) of each layer
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.tokens = torch.zeros((batch, config.block_size), device=device, dtype=torch.long)
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the new (B, H, t, D) and returns all so far, (B, H, length + t, D)."""
-        end = self.length + k.size(2)
-        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-        keys[:, :, self.length :] = k
-        values[:, :, self.length :] = v
-        return keys, values
+        keys, values, new = self.keys[layer], self.values[layer], k.size(2)
+        keys.narrow(2, self.length, new).copy_(k)  # narrow, as an index of slices costs more than the copy
+        values.narrow(2, self.length, new).copy_(v)
+        return keys.narrow(2, 0, self.length + new), values.narrow(2, 0, self.length + new)
 
 
 class LayerNorm(nn.Module):
@@ -132,11 +131,14 @@ class CausalSelfAttention(nn.Module):
         self.attend = fused_attention if attention == "fused" else plain_attention
 
     def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-            for part in self.c_attn(x).split(C, dim=2)
-        )
+        y = self.mix(self.c_attn(x), positions, cache)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def mix(self, qkv: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        """Attention without its two projections: queries, keys and values (B, T, 3C) to weighted values (B, T, C)."""
+        B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+        # (B, H, T, D) each
+        q, k, v = (part.transpose(1, 2) for part in qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2))
         if self.qk_norm:  # Henry et al. 2020; as RMSNorm, so that logits of attention cannot grow
             q, k = F.rms_norm(q, q.shape[-1:], eps=1e-5), F.rms_norm(k, k.shape[-1:], eps=1e-5)
         if positions is not None:
@@ -144,8 +146,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return y.transpose(1, 2).reshape(B, T, C)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from nanogpt import counter
-from nanogpt.generate import Sampling, choose, generate, uniforms
-from nanogpt.model import GPT
+from nanogpt.generate import Decoder, Sampling, choose, generate, uniforms
+from nanogpt.model import GPT, KVCache
 from nanogpt.pretrained import from_huggingface
 from tests.nanogpt import tiny
 from tests.nanogpt.test_model import OPTIONS
@@ -78,6 +78,51 @@ def test_with_every_option_of_the_model_the_cache_changes_no_token(options, atte
     assert greedy.tolist() == [expected, expected]
     drawn = grown(model, PROMPT, 20, Sampling(seed=5), samples=2)
     assert drawn.tolist() == [reference(model, PROMPT, 20, draw(5, sample)) for sample in (0, 1)]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_more_token_by_plain_functions_has_the_logits_of_the_modules(samples, options, bias):
+    model = tiny.gpt(seed=1, std=0.2, n_embd=64, bias=bias, **options)
+    caches = [KVCache(model.config, samples, torch.device("cpu"), torch.float32) for _ in range(2)]
+    decoder = Decoder(model, caches[1])
+    tokens = torch.from_numpy(tiny.tokens(samples * 8).reshape(samples, 8).astype("int64"))
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens[:, :3], cache=cache)
+        for i in range(3, 8):
+            expected, found = model(tokens[:, i : i + 1], cache=caches[0]), decoder(tokens[:, i : i + 1])
+            if samples > 1:
+                assert torch.equal(found, expected)
+            else:  # the copies by columns add up in another order
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert caches[1].length == i + 1
+
+
+def test_a_matrix_is_copied_by_columns_only_for_one_sample_and_where_that_is_faster(monkeypatch):
+    model = tiny.gpt()
+    block = model.h[0]
+
+    def copied(samples):
+        decoder = Decoder(model, KVCache(model.config, samples, torch.device("cpu"), torch.float32))
+        return [
+            weight is not linear.weight
+            for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+            for weight, _ in [decoder.weights(linear)]
+        ]
+
+    assert copied(1) == [True, False, True, False]
+    assert copied(2) == [False] * 4
+    monkeypatch.setattr("nanogpt.generate.LARGE", 3 * 16 * 16)
+    assert copied(1) == [True, False, False, False]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_single_sample_of_a_wider_model_too_is_drawn_as_without_a_cache(options):
+    model = tiny.gpt(seed=1, std=0.2, bias=False, n_embd=64, **options)
+    drawn = grown(model, PROMPT, 20, Sampling(seed=5))  # over the edge of the context, three times
+    assert drawn[0].tolist() == reference(model, PROMPT, 20, draw(5, 0))
 
 
 def test_greedy_tokens_are_those_of_transformers_and_beyond_the_context_those_of_its_forward_passes():
