@@ -3,9 +3,8 @@
 Shapes: B samples, T time, C channels, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,6 @@ from nanogpt import counter
 from nanogpt.model import GPT, KVCache, rotation
 
 LARGE = 2**22  # weights, 16 MiB of float32: a larger matrix is not copied for speed
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu_squared": lambda x: F.relu(x).square(),
-}
 
 
 @dataclass(frozen=True)
@@ -85,12 +78,11 @@ class Decoder:
     def __init__(self, model: GPT, cache: KVCache):
         self.model, self.cache = model, cache
         self.by_columns = cache.tokens.size(0) == 1 and cache.tokens.device.type == "cpu"
-        self.activate = ACTIVATIONS[model.config.activation]
         blocks: Any = model.h
         self.layers: list[tuple[Any, ...]] = [
             (
                 *(block.ln_1.forward, self.weights(block.attn.c_attn), block.attn.mix, self.weights(block.attn.c_proj)),
-                *(block.ln_2.forward, self.weights(block.mlp.c_fc), self.weights(block.mlp.c_proj)),
+                *(block.ln_2.forward, self.weights(block.mlp.c_fc), block.mlp.activate, self.weights(block.mlp.c_proj)),
             )
             for block in blocks
         ]
@@ -109,9 +101,9 @@ class Decoder:
         positions = None
         if model.wpe is None:
             positions = rotation(cache.length, 1, model.config.n_embd // model.config.n_head, tokens.device)
-        for ln_1, c_attn, mix, attn_proj, ln_2, c_fc, mlp_proj in self.layers:
+        for ln_1, c_attn, mix, attn_proj, ln_2, c_fc, activate, mlp_proj in self.layers:
             x = x + F.linear(mix(F.linear(ln_1(x), *c_attn), positions, cache), *attn_proj)
-            x = x + F.linear(self.activate(F.linear(ln_2(x), *c_fc)), *mlp_proj)
+            x = x + F.linear(activate(F.linear(ln_2(x), *c_fc)), *mlp_proj)
         cache.length += 1
         return F.linear(model.ln_f(x), model.head)
 

@@ -188,12 +188,14 @@ class MLP(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Activation and projection, (B, T, 4C) -> (B, T, C)."""
-        if self.activation == "relu_squared":  # So et al. 2021, Primer
-            x = F.relu(x).square()
-        else:  # GPT-2's published weights were trained with the tanh approximation; nanoGPT trains with the exact GELU.
-            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        projected: Tensor = self.c_proj(x)
+        projected: Tensor = self.c_proj(self.activate(x))
         return projected
+
+    def activate(self, x: Tensor) -> Tensor:
+        if self.activation == "relu_squared":  # So et al. 2021, Primer
+            return F.relu(x).square()
+        # GPT-2's published weights were trained with the tanh approximation; nanoGPT trains with the exact GELU.
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
 
 class Block(nn.Module):
