@@ -5,8 +5,11 @@ Cold: no cache of DVC, none of torch.compile. Only the installation is done.
 
 import json
 import os
+import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,8 +18,11 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
+from benchmarks.against_nanogpt import nanogpt_arguments, prepare
 from nanogpt.journal import attempts, read_records
 from tools.clean_clone import CleanClone, CouldNotRun, clean_clone
+
+Curve = list[tuple[float, float]]  # seconds of training, validation loss
 
 FIGURES = ("val_loss", "train_seconds", "total_seconds", "tokens", "parameters", "steps")
 
@@ -28,14 +34,26 @@ FIGURES = ("val_loss", "train_seconds", "total_seconds", "tokens", "parameters",
 @click.option("--seed", "seeds", type=int, multiple=True, default=[1337], help="train.seed; give several for a mean.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the loss over seconds here (.png, .svg).")
+@click.option(
+    "--nanogpt", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout, to draw too."
+)
 def main(
-    preset: str, text: Path | None, target: float, seeds: tuple[int, ...], out: Path | None, picture: Path | None
+    preset: str,
+    text: Path | None,
+    target: float,
+    seeds: tuple[int, ...],
+    out: Path | None,
+    picture: Path | None,
+    nanogpt: Path | None,
 ) -> None:
     """Runs the pipeline once per seed; fails if the mean loss over the whole validation split is above the target.
 
     `train_seconds` are those of the training loop with its evaluations, checkpoints and compilation; `total_seconds`
-    those of `dvc repro`, all stages.
+    those of `dvc repro`, all stages. With --nanogpt, its own run for a CPU (train_shakespeare_char of its README) is
+    taken after it, on the same text.
     """
+    if nanogpt and (text is None or picture is None):
+        raise click.UsageError("--nanogpt is for the picture of a text: give --text and --picture too")
     click.echo(
         f"{'seed':>6} {'val loss':>9} {'train s':>8} {'total s':>8} {'tokens':>12} {'parameters':>12} {'steps':>7}"
     )
@@ -53,7 +71,10 @@ def main(
     if out:
         out.write_text(json.dumps({**mean, "target": target, "runs": runs}, indent=1) + "\n")
     if picture:
-        draw({preset: runs}, target, picture)
+        curves = {preset: [found["curve"] for found in runs]}
+        if nanogpt and text:
+            curves["nanoGPT's run for a CPU"] = [nanogpt_curve(nanogpt, text)]
+        draw(curves, target, picture)
     if mean["val_loss"] > target:
         raise click.ClickException(f"the validation loss {mean['val_loss']:.4f} is above the target {target}")
 
@@ -101,20 +122,41 @@ def set_params(clone: CleanClone, sections: dict[str, dict[str, Any]]) -> None:
         yaml.dump(params, file)
 
 
-def draw(curves: dict[str, list[dict[str, Any]]], target: float, path: Path) -> None:
+def nanogpt_curve(nanogpt: Path, text: Path) -> Curve:
+    """Seconds since its train.py had a model, and the validation loss that it tells, of each of its evaluations."""
+    with tempfile.TemporaryDirectory() as name:
+        checkout, _ = prepare(nanogpt, text, Path(name))
+        work = {"shape": "4x128", "dtype": "float32", "compile": False, "steps": 2000, "model": f"{name}/out"}
+        command = [sys.executable, "-u", "train.py", *nanogpt_arguments(work)]
+        with subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            begin, curve = time.perf_counter(), []
+            for line in process.stdout:
+                if line.startswith("number of parameters"):
+                    begin = time.perf_counter()
+                if found := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
+                    curve.append((time.perf_counter() - begin, float(found[1])))
+    if process.returncode or not curve:
+        raise click.ClickException(
+            f"{nanogpt}: train.py exited with {process.returncode} after {len(curve)} evaluations"
+        )
+    return curve
+
+
+def draw(curves: dict[str, list[Curve]], target: float, path: Path) -> None:
     """A line per run: validation loss, as it is estimated in training, over seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name, runs in curves.items():
-        for number, found in enumerate(runs):
-            seconds, losses = zip(*found["curve"], strict=True)
-            axes.plot(seconds, losses, color="C0", alpha=0.7, label=name if number == 0 else None)
+    for color, (name, runs) in enumerate(curves.items()):
+        for number, curve in enumerate(runs):
+            seconds, losses = zip(*curve, strict=True)
+            axes.plot(seconds, losses, color=f"C{color}", alpha=0.7, label=name if number == 0 else None)
     axes.axhline(target, color="grey", linestyle="--", label=f"{target}")
-    axes.set(xlabel="seconds of training", ylabel="validation loss, nats per token")
+    axes.set(xlabel="seconds of training", ylabel="validation loss, nats per token", ylim=(target - 0.1, target + 1.3))
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
