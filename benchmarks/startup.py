@@ -81,8 +81,9 @@ def main(rounds: int, out: Path | None) -> None:
         with clean_clone(root, git(root, "rev-parse", "HEAD")) as clone:
             make_small(clone)
             clone.run("dvc", "repro")
+            end = seconds_after_the_end(clone.path)
             figures = measure(clone, rounds)
-            figures["seconds"]["MLflow, end of the run"] = [seconds_after_the_end(clone.path)]
+            figures["seconds"]["MLflow, end of the run"] = [end]
     except CouldNotRun as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{'':28} {'time':>8} {'processor':>10}")
