@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qk_norm: false": {"model.qk_norm": False},
     "tie_embeddings: true": {"model.tie_embeddings": True},
     "zero_init: false": {"model.zero_init": False},
-    "ngrams: 0": {"model.ngrams": 0},
+    "previous_tokens: 0": {"model.previous_tokens": 0},
     "embedding_norm: false": {"model.embedding_norm": False},
     "optimizer: adamw": {"train.optimizer": "adamw", "train.learning_rate": 2e-3, "train.embedding_lr_multiplier": 1.0},
     "lr_decay: cosine": {"train.lr_decay": "cosine"},

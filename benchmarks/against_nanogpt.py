@@ -34,7 +34,7 @@ SHAPES = {
     "6x384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 8},
 }
 GPT2 = {"norm": "layernorm", "activation": "gelu", "position": "learned", "qk_norm": False, "tie_embeddings": True}
-PLAIN = {"zero_init": False, "ngrams": 0, "embedding_norm": False, "vocab_multiple": 1}
+PLAIN = {"zero_init": False, "previous_tokens": 0, "embedding_norm": False, "vocab_multiple": 1}
 REGULAR = {"bias": False, "dropout": 0.0}
 OPTIMIZER = {"learning_rate": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0}
 BATCH = {"gradient_accumulation_steps": 1, "eval_iters": 20}

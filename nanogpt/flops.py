@@ -26,12 +26,11 @@ _PEAKS = [
 def flops_per_token(config: GPTConfig, parameters: int) -> int:
     """FLOPs to train on one token, forward and backward: 6N + 12·L·H·Q·T (Chowdhery et al. 2022, PaLM, appendix B).
 
-    N leaves out what is looked up and not multiplied: learned positions, as nanoGPT counts it, embeddings of n-grams,
-    and the token embedding where it is not the head too.
+    N leaves out what is looked up and not multiplied: learned positions, as nanoGPT counts it, embeddings of previous
+    tokens, and the token embedding where it is not the head too.
     """
-    looked_up = max(0, config.ngrams - 1) * config.ngram_rows
-    looked_up += 0 if config.tie_embeddings else config.padded_vocab_size
-    looked_up += config.block_size if config.position == "learned" else 0
+    tables = config.previous_tokens + (not config.tie_embeddings)
+    looked_up = tables * config.padded_vocab_size + (config.block_size if config.position == "learned" else 0)
     n = parameters - looked_up * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
 

@@ -1,13 +1,13 @@
 """GPT-2's architecture (Radford et al. 2019): learned positions, pre-LayerNorm, GELU, the head tied to the embedding.
 
 And what came after it, each a field of GPTConfig that is off in GPT-2: RMSNorm, rotary positions, QK-norm, squared
-ReLU, a head of its own, projections that begin at zero, embeddings of n-grams, a norm after the embeddings.
+ReLU, a head of its own, projections that begin at zero, embeddings of previous tokens, a norm after the embeddings.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary (padded).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from nanogpt.loss import cross_entropy
 
 Attention = Literal["fused", "plain"]
 RECOMPUTED = 2**22  # numbers, 16 MiB of float32, from which on they are computed again instead of kept
-HASH_PRIME, HASH_FACTOR = 2**31 - 1, 1_664_525  # of n-grams; any factor that mixes well would do
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class GPTConfig:
     qk_norm: bool = False
     tie_embeddings: bool = True
     zero_init: bool = False
-    ngrams: int = 0  # embeddings of the last 2, 3, … so many tokens; below 2 none
-    ngram_rows: int = 1  # of each of their tables
+    previous_tokens: int = 0
     embedding_norm: bool = False
     dropout: float = 0.0
     vocab_multiple: int = 1
@@ -105,18 +103,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
-
-
-def hashed_ngrams(tokens: Tensor, longest: int, rows: int) -> Iterator[Tensor]:
-    """For n = 2 … longest, the row (B, T) of each token's last n tokens, by hashing; before the first token is none.
-
-    Two n-grams may share a row (Weinberger et al. 2009). Products stay below 2^62, so the rows are the same anywhere.
-    """
-    numbers = tokens + 1  # 0: no token
-    hashes = numbers
-    for n in range(2, longest + 1):
-        hashes = (hashes * HASH_FACTOR + F.pad(numbers, (n - 1, 0))[:, : tokens.size(1)]) % HASH_PRIME
-        yield hashes % rows
 
 
 class CausalSelfAttention(nn.Module):
@@ -225,7 +211,10 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
-        self.ngrams = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd) for _ in range(2, config.ngrams + 1))
+        # One table for each of the previous tokens: a causal convolution over the tokens, as a sum of embeddings.
+        self.previous = nn.ModuleList(
+            nn.Embedding(config.padded_vocab_size, config.n_embd) for _ in range(config.previous_tokens)
+        )
         self.ln_e = make_norm(config) if config.embedding_norm else nn.Identity()
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.init_weights()
@@ -240,11 +229,9 @@ class GPT(nn.Module):
         """Normal(0, 0.02); residual projections by 1/sqrt(2 n_layer) less, as each block adds two of them (GPT-2).
 
         With zero_init these and an untied head are zero: every block begins as the identity, every token as likely.
-        Embeddings of n-grams are zero anyway: what was never seen in training adds nothing.
         """
         for name, parameter in self.named_parameters():
-            at_zero = self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight"))
-            if at_zero or name.startswith("ngrams."):
+            if self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
                 parameter.zero_()
             elif name.endswith("c_proj.weight"):
                 parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -278,17 +265,17 @@ class GPT(nn.Module):
         return cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
 
     def embed(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
-        """(B, T) -> (B, T, C): the embeddings of tokens, positions and n-grams, added."""
+        """(B, T) -> (B, T, C): the tokens', the positions' and the previous tokens' embeddings, added."""
         T = tokens.size(1)
         x: Tensor = self.wte(tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[start : start + T]
         if cache is not None:
             cache.tokens[:, start : start + T] = tokens
-            tokens = cache.tokens[:, max(0, start + 1 - self.config.ngrams) : start + T]
-        rows = hashed_ngrams(tokens, self.config.ngrams, self.config.ngram_rows)
-        for table, chosen in zip(self.ngrams, rows, strict=True):
-            x = x + table(chosen[:, -T:])
+            tokens = cache.tokens[:, max(0, start - len(self.previous)) : start + T]
+        for distance, table in enumerate(self.previous, start=1):
+            earlier = table(tokens[:, :-distance])[:, -T:]  # (B, ≤ T, C): the first tokens of a text have none
+            x = x + F.pad(earlier, (0, 0, T - earlier.size(1), 0))
         embedded: Tensor = self.ln_e(x)
         return embedded
 

@@ -67,8 +67,7 @@ class ModelParams(Section):
     qk_norm: bool | None
     tie_embeddings: bool | None
     zero_init: bool | None
-    ngrams: Annotated[int, Field(ge=0, le=64)] | None
-    ngram_rows: Natural | None
+    previous_tokens: Annotated[int, Field(ge=0, le=64)] | None
     embedding_norm: bool | None
     dropout: BelowOne | None
     vocab_multiple: Natural | None

@@ -230,7 +230,7 @@ def _check_gpt2(config: GPTConfig, activations: Collection[str], where: str) -> 
         "position": ["learned"],
         "qk_norm": [False],
         "tie_embeddings": [True],
-        "ngrams": [0, 1],
+        "previous_tokens": [0],
         "embedding_norm": [False],
     }
     for name, values in known.items():

@@ -93,17 +93,15 @@ def load_model(
 def _checked(config: GPTConfig) -> GPTConfig:
     """The config, if a GPT can have it. Raises ValueError."""
     for name, hint in get_type_hints(GPTConfig).items():
-        value, least = getattr(config, name), 0 if name == "ngrams" else 1
+        value, least = getattr(config, name), 0 if name == "previous_tokens" else 1
         if hint is int and (type(value) is not int or not least <= value < 2**63):
             raise ValueError(f"{name} is no possible number")
         if hint is bool and type(value) is not bool:
             raise ValueError(f"{name} is neither true nor false")
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ValueError(f"{name} is not known")
-    if config.ngrams > _MOST_TABLES:
-        raise ValueError("ngrams is no possible number")
-    if config.position == "rotary" and config.n_embd // config.n_head % 2:
-        raise ValueError("n_embd and n_head are no model's with rotary positions")
+    if config.previous_tokens > _MOST_TABLES or (config.position == "rotary" and config.n_embd // config.n_head % 2):
+        raise ValueError("previous_tokens, n_embd and n_head are no model's")
     if config.n_layer > _MOST_LAYERS or config.n_embd % config.n_head:
         raise ValueError("n_layer, n_embd and n_head are no model's")
     if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:

@@ -62,7 +62,7 @@ def parameters(config: GPTConfig) -> Parts:
     table = config.padded_vocab_size * config.n_embd
     return {
         "token_embedding": table,
-        "ngrams": max(0, config.ngrams - 1) * config.ngram_rows * config.n_embd,
+        "previous_tokens": config.previous_tokens * table,
         "positions": config.block_size * config.n_embd if config.position == "learned" else 0,
         **layers,
         "norms": layers["norms"] * (2 * config.n_layer + 1 + config.embedding_norm) // (2 * config.n_layer),  # all

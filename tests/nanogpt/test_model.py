@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nanogpt import model as model_module
-from nanogpt.model import GPT, GPTConfig, KVCache, RMSNorm, hashed_ngrams, rotate, rotation, without_weights
+from nanogpt.model import GPT, GPTConfig, KVCache, RMSNorm, rotate, rotation, without_weights
 from tests.nanogpt import tiny
 
 GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True, "activation": "gelu_tanh"}
@@ -94,7 +93,7 @@ MODERN = {
     "position": "rotary",
     "qk_norm": True,
     "tie_embeddings": False,
-    "ngrams": 4,
+    "previous_tokens": 3,
     "embedding_norm": True,
 }
 OPTIONS = [{}, MODERN, *({name: value} for name, value in MODERN.items())]
@@ -348,35 +347,14 @@ def test_with_zero_init_the_first_loss_is_that_of_a_guess_and_gradients_flow():
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8])
-def test_embeddings_of_ngrams_are_added(length):
-    model = tiny.gpt(std=0.3, ngrams=3, ngram_rows=50)
+def test_embeddings_of_previous_tokens_are_added(length):
+    model = tiny.gpt(std=0.3, previous_tokens=3)
     tokens = TOKENS[:, :length]
     expected = model.wte(tokens) + model.wpe.weight[:length]
-    for batch, t in itertools.product(range(len(tokens)), range(length)):
-        for table, n in zip(model.ngrams, (2, 3), strict=True):
-            last = [tokens[batch, i].item() + 1 if i >= 0 else 0 for i in range(t, t - n, -1)]
-            number = last[0]
-            for one in last[1:]:
-                number = (number * 1_664_525 + one) % (2**31 - 1)
-            expected[batch, t] = expected[batch, t] + table.weight[number % 50]
+    for t in range(length):
+        for distance in range(1, min(t, 3) + 1):
+            expected[:, t] = expected[:, t] + model.previous[distance - 1](tokens[:, t - distance])
     torch.testing.assert_close(model.embed(tokens, 0, None), expected)
-
-
-def test_different_ngrams_have_different_rows_where_there_is_room():
-    every = torch.cartesian_prod(*[torch.arange(20)] * 3)  # all 8,000 texts of three tokens
-    rows = torch.stack([rows[:, -1] for rows in hashed_ngrams(every, 3, 2**31 - 1)])
-    assert [len(row.unique()) for row in rows] == [400, 8000]
-    few = list(hashed_ngrams(every, 3, 2**14))[1][:, -1]
-    assert few.max() < 2**14
-    assert len(few.unique()) > 0.95 * 2**14 * (1 - math.exp(-8000 / 2**14))  # as if drawn at random
-
-
-def test_an_ngram_that_training_never_saw_adds_nothing():
-    model = tiny.gpt(ngrams=3, ngram_rows=10_000)
-    assert all(torch.count_nonzero(table.weight) == 0 for table in model.ngrams)
-    model(TOKENS, TOKENS).backward()
-    seen = [len(rows.unique()) for rows in hashed_ngrams(TOKENS, 3, 10_000)]
-    assert [int(table.weight.grad.any(dim=1).sum()) for table in model.ngrams] == seen
 
 
 def test_all_of_it_compiles_to_the_same():

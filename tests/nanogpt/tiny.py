@@ -27,7 +27,6 @@ GPT2_SIZES = [  # n_layer, n_head, n_embd, the published number of parameters
     (48, 25, 1600, 1_557_611_200),
 ]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 13, "bias": True, "activation": "gelu"}
-SHAPE |= {"ngram_rows": 50}  # of models with n-grams
 
 
 def config(**changes: Any) -> GPTConfig:
