@@ -2,10 +2,12 @@
 
 Each measurement is a process of its own; its memory is the sum over that process and all that it starts, sampled. What
 is timed begins with text that lies on the disk in the form that each way downloads it to, and ends with train.bin and
-val.bin. Imports are not timed, starting worker processes is.
+val.bin. Imports are not timed, starting worker processes is. The processor's seconds, of all processes together, tell
+more than the rate where other programs are running.
 """
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -49,10 +51,10 @@ def main(
     real text, every fifth line begins with a word of random letters. A --text that is large enough is taken as it is.
     """
     if only:
-        click.echo(CHILDREN[only[0]](Path(only[1])))
+        click.echo(" ".join(map(str, CHILDREN[only[0]](Path(only[1])))))
         return
     results = []
-    click.echo(f"{'':14} {'MB':>5} {'MB/s':>8} {'peak MB':>8} {'of ours':>8}")
+    click.echo(f"{'':14} {'MB':>5} {'MB/s':>8} {'of ours':>8} {'CPU s':>8} {'of ours':>8} {'peak MB':>8}")
     for size in megabytes:
         with tempfile.TemporaryDirectory(prefix="tokenizing-") as name:
             folder = Path(name)
@@ -60,14 +62,14 @@ def main(
             write_text_once(folder, text, size * 1_000_000, {FORMS[candidate] for candidate in candidates})
             same = {}
             for candidate in candidates:
-                seconds, peak = measure(candidate, folder)
+                seconds, cpu, peak = measure(candidate, folder)
                 rate = (folder / "text.txt").stat().st_size / 1e6 / seconds
-                results.append(
-                    {"way": candidate, "megabytes": size, "mb_per_second": rate, "peak_megabytes": peak / 1e6}
-                )
+                results.append({"way": candidate, "megabytes": size, "mb_per_second": rate, "cpu_seconds": cpu,
+                                "peak_megabytes": peak / 1e6})  # fmt: skip
                 if candidate in CANDIDATES:
-                    our_rate = rate
-                click.echo(f"{candidate:14} {size:5} {rate:8.1f} {peak / 1e6:8.0f} {rate / our_rate:8.2f}")
+                    our_rate, our_cpu = rate, cpu
+                ratios = f"{rate / our_rate:8.2f} {cpu:8.1f} {cpu / our_cpu:8.2f}"
+                click.echo(f"{candidate:14} {size:5} {rate:8.1f} {ratios} {peak / 1e6:8.0f}")
                 same[candidate] = [path.read_bytes() for path in sorted((folder / candidate).glob("*.bin"))]
                 shutil.rmtree(folder / candidate, ignore_errors=True)
             for way in {"gpt2", "char"} & same.keys() if beside else ():
@@ -121,8 +123,8 @@ def write_text_once(folder: Path, source: Path | None, size: int, forms: set[str
         datasets.Dataset.from_dict({"text": documents}).save_to_disk(str(folder / "dataset"))
 
 
-def measure(candidate: str, folder: Path) -> tuple[float, int]:
-    """Seconds, and the highest sum of the resident memory of all processes in bytes."""
+def measure(candidate: str, folder: Path) -> tuple[float, float, int]:
+    """Seconds, seconds of the processor, and the highest sum of the resident memory of all processes in bytes."""
     command = [sys.executable, "-m", "benchmarks.tokenizing", "--only", candidate, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         peak, ended = [0], threading.Event()
@@ -133,7 +135,8 @@ def measure(candidate: str, folder: Path) -> tuple[float, int]:
         watcher.join()
     if child.returncode:
         raise click.ClickException(f"{candidate} failed")
-    return float(output.splitlines()[-1]), peak[0]
+    seconds, cpu = map(float, output.splitlines()[-1].split())
+    return seconds, cpu, peak[0]
 
 
 def watch(process: psutil.Process, peak: list[int], ended: threading.Event) -> None:
@@ -151,24 +154,37 @@ def watch(process: psutil.Process, peak: list[int], ended: threading.Event) -> N
         peak[0] = max(peak[0], total)
 
 
+Times = tuple[float, float]  # seconds, seconds of the processor in this process and those that it started and ended
+
+
+def clock() -> Times:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def since(begun: Times) -> Times:
+    seconds, cpu = clock()
+    return seconds - begun[0], cpu - begun[1]
+
+
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, tokenizer: str, raw: str) -> float:
+def ours(folder: Path, tokenizer: str, raw: str) -> Times:
     from nanogpt.params import TokenizeParams
     from nanogpt.prepare import prepare
 
     fraction = VAL_FRACTION if raw == "raw-documents" else 0.1
     params = TokenizeParams(tokenizer=tokenizer, vocab_size=1024, val_fraction=fraction, split_seed=SEED)
-    begun = time.perf_counter()
+    begun = clock()
     prepare(folder / raw, folder / tokenizer, params, PROCESSES)
-    return time.perf_counter() - begun
+    return since(begun)
 
 
 # --- nanoGPT's way, written anew --------------------------------------------------------------------------------------
 
 
-def nanogpt_gpt2(folder: Path) -> float:
+def nanogpt_gpt2(folder: Path) -> Times:
     """Hugging Face's datasets: split, map with tiktoken in two processes, gather into a memory map."""
     import datasets
     import numpy as np
@@ -183,7 +199,7 @@ def nanogpt_gpt2(folder: Path) -> float:
         ids = [*encoding.encode_ordinary(row["text"]), encoding.eot_token]
         return {"ids": ids, "len": len(ids)}
 
-    begun = time.perf_counter()
+    begun = clock()
     parts = datasets.load_from_disk(str(folder / "dataset")).train_test_split(
         test_size=VAL_FRACTION, seed=SEED, shuffle=True
     )
@@ -198,34 +214,34 @@ def nanogpt_gpt2(folder: Path) -> float:
             file[position : position + len(ids)] = ids
             position += len(ids)
         file.flush()
-    return time.perf_counter() - begun
+    return since(begun)
 
 
-def tiktoken_alone(folder: Path) -> float:
+def tiktoken_alone(folder: Path) -> Times:
     import tiktoken
 
     from nanogpt.raw import read_documents
 
     encoding = tiktoken.get_encoding("gpt2")
     documents = list(read_documents(folder / "raw-documents"))
-    begun = time.perf_counter()
+    begun = clock()
     for text in documents:
         encoding.encode_ordinary(text)
-    return time.perf_counter() - begun
+    return since(begun)
 
 
-def nanogpt_char(folder: Path) -> float:
+def nanogpt_char(folder: Path) -> Times:
     """Python's dicts and lists."""
     import numpy as np
 
     (folder / "nanogpt-char").mkdir()
-    begun = time.perf_counter()
+    begun = clock()
     text = (folder / "text.txt").read_text(encoding="utf-8")
     numbers = {character: number for number, character in enumerate(sorted(set(text)))}
     cut = int(len(text) * 0.9)
     for name, part in (("train.bin", text[:cut]), ("val.bin", text[cut:])):
         np.array([numbers[character] for character in part], dtype=np.uint16).tofile(folder / "nanogpt-char" / name)
-    return time.perf_counter() - begun
+    return since(begun)
 
 
 CHILDREN = {
