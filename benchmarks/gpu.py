@@ -192,25 +192,40 @@ def unfused(*arguments: Any) -> "torch.optim.Optimizer":
 
 
 def their_seconds(work: Work, params: Params, config: "GPTConfig") -> list[float]:
-    """The same of nanoGPT's model in the loop of its train.py."""
-    import torch
-
+    """The same of nanoGPT's step."""
     from tools.timing import WARM_UP
 
-    train, device = params.train, torch.device(work["device"])
+    settings = params.numerics.model_copy(update={key: work[key] for key in ("dtype", "compile")})
+    params = params.model_copy(update={"numerics": settings})
+    step = their_step(Path(work["nanogpt"]), params, config, work["device"])
+    stamps = [time.perf_counter()]
+    for number in range(1, EVERY * (WARM_UP + TIMED) + 1):
+        loss = step()
+        if number % EVERY == 0:
+            loss.item()
+            stamps.append(time.perf_counter())
+    return [(after - before) / EVERY for before, after in pairwise(stamps)]
+
+
+def their_step(checkout: Path, params: Params, config: "GPTConfig", device_name: str) -> "Callable[[], torch.Tensor]":
+    """A step of nanoGPT's model as its train.py takes it, of one micro-batch; gives its loss."""
+    import torch
+
+    train, numerics, device = params.train, params.numerics, torch.device(device_name)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py has it; ours do not
-    model = their_model(work, config).to(device)
-    forward: Any = torch.compile(model) if work["compile"] else model
+    model = their_model(checkout, config).to(device)
+    forward: Any = torch.compile(model) if numerics.compile else model
     optimizer = model.configure_optimizers(
         train.weight_decay, train.learning_rate, (train.beta1, train.beta2), device.type
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=work["dtype"] == "float16")
-    dtype = getattr(torch, work["dtype"])
+    scaler = torch.amp.GradScaler(device.type, enabled=numerics.dtype == "float16" and device.type == "cuda")
+    dtype = getattr(torch, numerics.dtype)
     precision = nullcontext() if device.type == "cpu" else torch.autocast(device.type, dtype=dtype)
     next_batch = their_batches(config, train.batch_size, device)
     x, y = next_batch()
-    stamps = [time.perf_counter()]
-    for step in range(1, EVERY * (WARM_UP + TIMED) + 1):
+
+    def step() -> "torch.Tensor":
+        nonlocal x, y
         with precision:
             _, loss = forward(x, y)
         x, y = next_batch()
@@ -221,15 +236,15 @@ def their_seconds(work: Work, params: Params, config: "GPTConfig") -> list[float
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if step % EVERY == 0:
-            loss.item()
-            stamps.append(time.perf_counter())
-    return [(after - before) / EVERY for before, after in pairwise(stamps)]
+        detached: torch.Tensor = loss.detach()
+        return detached
+
+    return step
 
 
-def their_model(work: Work, config: "GPTConfig") -> Any:
+def their_model(checkout: Path, config: "GPTConfig") -> Any:
     """nanoGPT's GPT of that shape, from the checkout."""
-    sys.path.insert(0, work["nanogpt"])
+    sys.path.insert(0, str(checkout))
     module = importlib.import_module("model")
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
     shape = {name: getattr(config, name) for name in names}
@@ -272,7 +287,7 @@ def sampling_speed(work: Work, config: "GPTConfig") -> float:
             for _ in generate(model, [0], samples, number, Sampling(temperature=0.8, top_k=200)):
                 pass
     else:
-        theirs = their_model(work, config).to(device).eval()
+        theirs = their_model(Path(work["nanogpt"]), config).to(device).eval()
         precision = nullcontext() if device.type == "cpu" else torch.autocast(device.type, dtype=torch.bfloat16)
 
         def sample(number: int) -> None:

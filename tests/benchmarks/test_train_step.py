@@ -1,12 +1,16 @@
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
-from benchmarks import train_step
+from benchmarks import gpu, train_step
 from benchmarks.train_step import main
+from tools import timing
 
 TINY = {
     "model.n_layer": 1,
@@ -23,7 +27,7 @@ TINY = {
 }
 FIGURES = {
     *("tokens_per_second", "ms_per_step", "mfu", "peak_tflops", "peak_memory_mb", "steps", "tokens_per_step"),
-    *("parameters", "device", "determinism", "dtype", "compile"),
+    *("parameters", "device", "determinism", "dtype", "compile", "attention"),
 }
 
 
@@ -84,6 +88,60 @@ def test_a_preset_is_laid_over_the_params() -> None:
         figures("--preset", "deep", "--vocab-size", "65")["parameters"] - 12 * 64 - 2 * 8
         == figures("--vocab-size", "65")["parameters"]
     )
+
+
+def test_values_are_set_on_top() -> None:
+    found = figures("--vocab-size", "65", "-S", "train.batch_size=5", "--set", "numerics.attention=plain")
+    assert (found["tokens_per_step"], found["attention"]) == (5 * 2 * 8, "plain")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("numerics.dtpye=float32", "--set numerics.dtpye=float32: params.yaml has no numerics.dtpye"),
+        ("batch_size", "--set batch_size: params.yaml has no batch_size"),
+        ("train.batch_size=many", "train.batch_size"),
+        ("model.n_head=3", "model.n_embd = 8 is not divisible by model.n_head = 3"),
+    ],
+)
+def test_a_value_that_cannot_be_set_is_refused_in_one_line(value: str, told: str) -> None:
+    result = run("-S", value)
+    assert result.exit_code == 1
+    assert told in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_nanogpt_s_steps_come_between_ours_and_are_not_counted_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, taken = [0.0], []
+
+    def their_step(checkout: Path, params: Any, config: Any, device: str) -> Callable[[], torch.Tensor]:
+        def step() -> torch.Tensor:
+            taken.append(params.train.batch_size)
+            clock[0] += 100.0 + len(taken)
+            return torch.zeros(())
+
+        return step
+
+    def steps(*arguments: Any, on_step: Callable[[int], None]) -> list[float]:
+        stamps = [0.0]
+        for done in range(1, timing.WARM_UP + arguments[3] + 1):
+            clock[0] += 10.0
+            stamps.append(clock[0])
+            on_step(done)
+        return [after - before for before, after in pairwise(stamps[timing.WARM_UP :])]
+
+    monkeypatch.setattr(gpu, "their_step", their_step)
+    monkeypatch.setattr(timing, "step_seconds", steps)
+    monkeypatch.setattr(train_step.time, "perf_counter", lambda: clock[0])
+    one = ("--vocab-size", "65", "-S", "train.gradient_accumulation_steps=1", "--nanogpt", ".")
+    found = figures("--steps", "3", *one)
+    assert found["ms_per_step"] == 10_000
+    assert found["nanogpt_ms_per_step"] == 1000 * (100 + timing.WARM_UP + 1)  # the middle one of three
+    assert found["times_as_fast"] == (100 + timing.WARM_UP + 1) / 10
+    assert taken == [3] * (timing.WARM_UP + 3)
+    result = run("--vocab-size", "65", "--nanogpt", ".")
+    assert result.exit_code == 1
+    assert "--set train.gradient_accumulation_steps=1" in result.output
 
 
 def test_a_wrong_preset_is_refused_in_one_line() -> None:
