@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from benchmarks import gpu
 from benchmarks.gpu import OURS, SAMPLES, THEIRS, line, main, missing
+from nanogpt import optim
 from tools import timing
 
 PRESET = """# Small enough for a test
@@ -128,13 +129,13 @@ def test_an_optimizer_that_is_not_fused_is_one_of_ours() -> None:
     found: list[Any] = []
     work = next(work for work in works("ours") if work["adamw"] == "foreach")
 
-    class Spy(torch.optim.AdamW):
+    class Spy(optim.AdamW):
         def step(self, closure: Any = None) -> None:
             found.append([(group["fused"], group["foreach"]) for group in self.param_groups])
             super().step(closure)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", Spy)
+        patch.setattr(optim, "AdamW", Spy)
         gpu.done({**work, "compile": False})
     assert set(map(tuple, found)) == {((False, True),) * len(found[0])}
 
