@@ -20,7 +20,10 @@ from nanogpt.journal import attempts, last_record
 from tools.clean_clone import CleanClone, CouldNotRun, clean_clone, git
 
 STAGES = ("download", "tokenize", "train", "evaluate", "sample")
-TOOLS = tuple("export fastest first_steps gc golden lineage preset replay size summary sync verify".split())
+TOOLS = (
+    *("export", "fastest", "first_steps", "gc", "golden", "lineage"),
+    *("preset", "replay", "size", "summary", "sync", "verify"),
+)
 HEAVY = ("torch", "torch._dynamo", "transformers", "datasets", "mlflow", "tokenizers", "matplotlib", "pyarrow")
 SMALL = {
     "download.documents": 60,
