@@ -6,7 +6,6 @@ machine:  the same bits on the same kind of machine. Threads and deterministic a
 off:      the fastest; two runs may differ.
 """
 
-import ctypes
 import os
 import platform
 import sys
@@ -47,7 +46,6 @@ def pin(params: NumericsParams, device: str) -> Numerics:
             raise RuntimeError("numerics.pin must come before the first import of torch")
         _check_machine(params.determinism)
         _pin_environment(params)
-    _keep_freed_memory()
     import torch
 
     resolved = _resolve_device(device, params.determinism)
@@ -121,19 +119,6 @@ def _pin_environment(params: NumericsParams) -> None:
     os.environ.update(pinned)
     for name in cleared:
         os.environ.pop(name, None)
-
-
-def _keep_freed_memory() -> None:
-    """Blocks that a step has freed are there for the next one, where the C library is glibc.
-
-    Else it gives them back to the system, which fills each page with zeros when it is asked for again: a quarter of a
-    small model's step. It changes no bits. (Blocks above 32 MiB it maps one by one, whatever it is told.)
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _resolve_device(name: str, determinism: str) -> "torch.device":

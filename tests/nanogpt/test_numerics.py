@@ -1,6 +1,5 @@
 import dataclasses
 import os
-import platform
 import subprocess
 import sys
 
@@ -177,36 +176,3 @@ def test_no_single_variable_of_the_caller_changes_the_bits(portable, name, value
 
 def test_every_knob_of_numerics_is_in_what_was_resolved():
     assert set(NumericsParams.model_fields) <= {field.name for field in dataclasses.fields(numerics.Numerics)}
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-FAULTS = """
-import resource, sys
-from nanogpt import numerics
-from nanogpt.params import NumericsParams
-params = NumericsParams(determinism="off", threads=1, dtype="float32", compile=False, attention="fused")
-if sys.argv[1] == "pinned":
-    numerics.pin(params, "cpu")
-import torch
-from nanogpt.model import GPT, GPTConfig
-torch.set_num_threads(1)
-model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=256, vocab_size=65, bias=True, activation="gelu"))
-x = torch.zeros(8, 256, dtype=torch.long)
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    model(x, x).backward()
-    model.zero_grad()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(sum([faults() for _ in range(30)][10:]))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
-def test_a_step_finds_the_memory_that_the_one_before_has_freed():
-    faults = {}
-    for how in ("pinned", "not"):
-        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
-        faults[how] = int(done.stdout)
-    assert faults["not"] > 5_000  # in twenty steps; else this test could not tell
-    assert faults["pinned"] < faults["not"] / 10
