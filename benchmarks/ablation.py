@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from benchmarks.train_step import with_values
 from nanogpt.params import Params
 from tools.preset import preset_params
 
@@ -40,21 +41,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @click.command()
 @click.option("--preset", default="shakespeare_speedrun", show_default=True)
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--set", "-S", "values", multiple=True, metavar="KEY=VALUE", help="Of all variants; several.")
 @click.option("--steps", type=int, help="train.max_iters of the preset itself.  [default: the preset's]")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--variant", "names", multiple=True, type=click.Choice(list(VARIANTS)), help="Only these.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @click.option("--only", hidden=True, help="Run in this process what this JSON says.")
 def main(
-    preset: str, text: Path, steps: int | None, seeds: int, names: tuple[str, ...], out: Path | None, only: str | None
+    preset: str,
+    text: Path,
+    values: tuple[str, ...],
+    steps: int | None,
+    seeds: int,
+    names: tuple[str, ...],
+    out: Path | None,
+    only: str | None,
 ) -> None:
     """Trains each variant for the preset's steps, and for as many as take the preset's time."""
+    try:
+        params = with_values(preset_params(preset), values)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
     if only:
-        click.echo(json.dumps(train_one(text, preset, **json.loads(only))))
+        click.echo(json.dumps(train_one(text, params, **json.loads(only))))
         return
     chosen = names or tuple(VARIANTS)
     chosen = ("the preset", *(name for name in chosen if name != "the preset"))
-    steps = steps or preset_params(preset).train.max_iters
+    steps = steps or params.train.max_iters
 
     def rounds(steps_of: Callable[[str], int]) -> dict[str, list[dict[str, float]]]:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
@@ -62,7 +75,7 @@ def main(
             for name in chosen:
                 work = {"name": name, "steps": steps_of(name), "seed": 1337 + seed}
                 command = [sys.executable, "-m", "benchmarks.ablation", "--preset", preset, "--text", str(text)]
-                command += ["--only", json.dumps(work)]
+                command += [*(f"--set={value}" for value in values), "--only", json.dumps(work)]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 found[name].append(json.loads(output.splitlines()[-1]))
         return found
@@ -91,7 +104,7 @@ def with_changes(params: Params, changes: dict[str, Any]) -> Params:
     return params
 
 
-def train_one(text: Path, preset: str, name: str, steps: int, seed: int) -> dict[str, float]:
+def train_one(text: Path, params: Params, name: str, steps: int, seed: int) -> dict[str, float]:
     """Loss at the end, and the median milliseconds of a step."""
     run = {
         "train.max_iters": steps,
@@ -100,7 +113,7 @@ def train_one(text: Path, preset: str, name: str, steps: int, seed: int) -> dict
         "train.publish": "last",
         "train.patience": None,
     }
-    params = with_changes(preset_params(preset), {**VARIANTS[name], **run})
+    params = with_changes(params, {**VARIANTS[name], **run})
     from nanogpt import numerics
 
     resolved = numerics.pin(params.numerics, "cpu")

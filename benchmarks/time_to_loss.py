@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 from benchmarks.against_nanogpt import nanogpt_arguments, prepare
 from nanogpt.journal import attempts, read_records
 from tools.clean_clone import CleanClone, CouldNotRun, clean_clone
+from tools.preset import changed
 
 Curve = list[tuple[float, float]]  # seconds of training, validation loss
 
@@ -30,6 +31,7 @@ FIGURES = ("val_loss", "train_seconds", "total_seconds", "tokens", "parameters",
 @click.command()
 @click.option("--preset", required=True, help="A file of presets/, without .yaml.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Instead of its source.")
+@click.option("--set", "-S", "values", multiple=True, metavar="KEY=VALUE", help="On top of the preset; several.")
 @click.option("--target", type=float, default=1.4697, show_default=True, help="Validation loss, nats per token.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=[1337], help="train.seed; give several for a mean.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
@@ -40,6 +42,7 @@ FIGURES = ("val_loss", "train_seconds", "total_seconds", "tokens", "parameters",
 def main(
     preset: str,
     text: Path | None,
+    values: tuple[str, ...],
     target: float,
     seeds: tuple[int, ...],
     out: Path | None,
@@ -60,7 +63,7 @@ def main(
     runs = []
     for seed in seeds:
         try:
-            runs.append(run(preset, text, seed))
+            runs.append(run(preset, text, values, seed))
         except CouldNotRun as error:
             raise click.ClickException(str(error)) from error
         click.echo(row(str(seed), runs[-1]))
@@ -86,15 +89,15 @@ def row(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def run(preset: str, text: Path | None, seed: int) -> dict[str, Any]:
+def run(preset: str, text: Path | None, values: tuple[str, ...], seed: int) -> dict[str, Any]:
     """The figures of one run, and its curve: seconds of training and validation loss of each evaluation."""
     with clean_clone(Path.cwd(), "HEAD") as clone, tempfile.TemporaryDirectory() as compiled:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
         clone.run("python", "-m", "tools.preset", preset)
-        set_params(clone, {"train": {"seed": seed}})
+        set_params(clone, (*values, f"train.seed={seed}"))
         if text is not None:
             shutil.copyfile(text, clone.path / "texts" / "text.txt")
-            set_params(clone, {"download": {"source": "file:texts/text.txt", "texts": "texts"}})
+            set_params(clone, ("download.source=file:texts/text.txt", "download.texts=texts"))
         begin = time.perf_counter()
         clone.run("dvc", "repro")
         total = time.perf_counter() - begin
@@ -113,13 +116,18 @@ def run(preset: str, text: Path | None, seed: int) -> dict[str, Any]:
     }
 
 
-def set_params(clone: CleanClone, sections: dict[str, dict[str, Any]]) -> None:
-    yaml = YAML()
-    params = yaml.load((clone.path / "params.yaml").read_text(encoding="utf-8"))
-    for section, values in sections.items():
-        params[section].update(values)
-    with (clone.path / "params.yaml").open("w", encoding="utf-8") as file:
-        yaml.dump(params, file)
+def set_params(clone: CleanClone, assignments: tuple[str, ...]) -> None:
+    """Edits the clone's params.yaml; each assignment is section.key=value. Raises CouldNotRun for an unknown key."""
+    path = clone.path / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        section, _, name = key.partition(".")
+        try:
+            text, _ = changed(text, path.name, {section: {name: YAML(typ="safe").load(value)}}, f"--set {assignment}")
+        except ValueError as error:
+            raise CouldNotRun(str(error)) from error
+    path.write_text(text, encoding="utf-8")
 
 
 def nanogpt_curve(nanogpt: Path, text: Path) -> Curve:

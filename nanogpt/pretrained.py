@@ -1,6 +1,6 @@
 """GPTs of other programs: weights of Hugging Face's GPT-2 and of nanoGPT's ckpt.pt, to ours and back.
 
-Each conversion is exact: the model on the other side computes the same logits, to rounding.
+And to Hugging Face's NanoChat, whose architecture is ours with the options that came after GPT-2. Each conversion is exact: the model on the other side computes the same logits, to rounding.
 """
 
 import json
@@ -37,6 +37,26 @@ _FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
+}
+# The options of a model that others know. zero_init is none of them: it changes what a training begins with alone.
+_GPT2: dict[str, Collection[Any]] = {
+    "norm": ["layernorm"],
+    "activation": ["gelu"],
+    "position": ["learned"],
+    "qk_norm": [False],
+    "tie_embeddings": [True],
+    "previous_tokens": [0],
+    "embedding_norm": [False],
+}
+_NANOCHAT: dict[str, Collection[Any]] = {
+    "bias": [False],
+    "norm": ["rmsnorm"],
+    "activation": ["relu_squared"],
+    "position": ["rotary"],
+    "qk_norm": [True],
+    "tie_embeddings": [False],
+    "previous_tokens": [0],
+    "embedding_norm": [True],
 }
 _GPT2_PADDED = {50304: 50257}  # nanoGPT's default vocabulary: rows of the embedding -> tokens
 _MOST_LAYERS = 2**12  # as in params.py
@@ -91,12 +111,16 @@ def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 
 def to_huggingface(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
-    """Our weights as a GPT2LMHeadModel's config and state dict.
+    """Our weights as a config and state dict of transformers: of GPT-2, or with rotary positions of NanoChat.
 
-    Padding of the vocabulary is cut off, as no token is ever drawn from it; a model without biases gets zeros, which
-    compute the same. Raises ValueError for what GPT-2 has not.
+    Padding of the vocabulary is cut off, as no token is ever drawn from it. Raises ValueError for what theirs has not.
     """
-    _check_gpt2(config, ["gelu", "gelu_tanh"], "Hugging Face's GPT-2")
+    return (_to_nanochat if config.position == "rotary" else _to_gpt2)(config, weights, end_of_text)
+
+
+def _to_gpt2(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
+    """As a GPT2LMHeadModel; a model without biases gets zeros, which compute the same."""
+    _check_options(config, {**_GPT2, "activation": ["gelu", "gelu_tanh"]}, "Hugging Face's GPT-2")
     theirs: dict[str, Any] = {
         "activation_function": "gelu" if config.activation == "gelu" else "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
@@ -122,6 +146,43 @@ def to_huggingface(config: GPTConfig, weights: Weights, end_of_text: int | None)
         if not config.bias and name.startswith(("h.", "ln_f.")):
             tensors[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.size(0))
     return theirs, {f"transformer.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _to_nanochat(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
+    """As a NanoChatForCausalLM, with as many keys as queries and logits without a cap."""
+    _check_options(config, _NANOCHAT, "Hugging Face's NanoChat")
+    theirs: dict[str, Any] = {
+        "architectures": ["NanoChatForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "bos_token_id": end_of_text,
+        "dtype": str(weights["wte.weight"].dtype).removeprefix("torch."),
+        "eos_token_id": end_of_text,
+        "final_logit_softcapping": None,
+        "hidden_act": "relu2",
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "max_position_embeddings": config.block_size,
+        "model_type": "nanochat",
+        "num_attention_heads": config.n_head,
+        "num_hidden_layers": config.n_layer,
+        "num_key_value_heads": config.n_head,
+        "pad_token_id": end_of_text,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"},
+        "tie_word_embeddings": False,
+        "vocab_size": config.vocab_size,
+    }
+    ours = _without_padding(config, weights)
+    tensors: Weights = {"lm_head.weight": ours["lm_head.weight"], "model.embed_tokens.weight": ours["wte.weight"]}
+    for layer in range(config.n_layer):
+        here, there = f"h.{layer}", f"model.layers.{layer}"
+        for name, part in zip("qkv", ours[f"{here}.attn.c_attn.weight"].chunk(3), strict=True):
+            tensors[f"{there}.self_attn.{name}_proj.weight"] = part.clone()
+        tensors[f"{there}.self_attn.o_proj.weight"] = ours[f"{here}.attn.c_proj.weight"]
+        tensors[f"{there}.mlp.fc1.weight"] = ours[f"{here}.mlp.c_fc.weight"]
+        tensors[f"{there}.mlp.fc2.weight"] = ours[f"{here}.mlp.c_proj.weight"]
+    return theirs, tensors
 
 
 def _is_conv1d(name: str, tensor: Tensor) -> bool:
@@ -183,7 +244,7 @@ def from_nanogpt(checkpoint: Any, vocab_size: int | None = None) -> tuple[GPTCon
 
 def to_nanogpt(config: GPTConfig, weights: Weights) -> dict[str, Any]:
     """Our weights as nanoGPT's ckpt.pt, without the padding. Raises ValueError for what nanoGPT has not."""
-    _check_gpt2(config, ["gelu"], "nanoGPT")
+    _check_options(config, _GPT2, "nanoGPT")
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     tensors = {f"transformer.{name}": tensor for name, tensor in _without_padding(config, weights).items()}
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # one tensor, as there
@@ -222,17 +283,8 @@ def _check_archive(path: Path) -> None:
 # --- what both have ---------------------------------------------------------------------------------------------------
 
 
-def _check_gpt2(config: GPTConfig, activations: Collection[str], where: str) -> None:
-    """Raises ValueError for an option of the model that is not GPT-2's."""
-    known: dict[str, Collection[Any]] = {
-        "norm": ["layernorm"],
-        "activation": activations,
-        "position": ["learned"],
-        "qk_norm": [False],
-        "tie_embeddings": [True],
-        "previous_tokens": [0],
-        "embedding_norm": [False],
-    }
+def _check_options(config: GPTConfig, known: Mapping[str, Collection[Any]], where: str) -> None:
+    """Raises ValueError for an option of the model whose value is none of those that are known there."""
     for name, values in known.items():
         if (value := getattr(config, name)) not in values:
             one = " or ".join(str(value) for value in values)
@@ -255,8 +307,9 @@ def _dropout(value: Any) -> float:
 
 
 def _without_padding(config: GPTConfig, weights: Weights) -> Weights:
-    """All weights, with those rows of the embedding that belong to a token."""
-    return {**weights, "wte.weight": weights["wte.weight"][: config.vocab_size].clone()}
+    """All weights, with those rows of embedding and head that belong to a token."""
+    tables = [name for name in ("wte.weight", "lm_head.weight") if name in weights]
+    return {**weights, **{name: weights[name][: config.vocab_size].clone() for name in tables}}
 
 
 def _checked(config: GPTConfig, tensors: dict[str, Tensor]) -> Weights:

@@ -202,6 +202,6 @@ def check_finite(step: int, measured: str, *values: float) -> None:
     if not all(map(math.isfinite, values)):
         raise Diverged(
             step,
-            f"training diverged at step {step}: {measured}; lower train.learning_rate, lengthen train.warmup_iters or "
-            "lower train.grad_clip",
+            f"training diverged at step {step}: {measured}; lower train.learning_rate (and, with Muon, "
+            "train.muon_learning_rate), lengthen train.warmup_iters or clip gradients (train.grad_clip)",
         )

@@ -274,8 +274,8 @@ def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
 def main(format_name: str, model: Path, out: Path) -> None:
     """Writes a trained model to the directory OUT, with its tokenizer and a model card.
 
-    huggingface: what GPT2LMHeadModel.from_pretrained and pipeline("text-generation") load. nanogpt: ckpt.pt, which its
-    sample.py loads.
+    huggingface: what AutoModelForCausalLM.from_pretrained and pipeline("text-generation") load. nanogpt: ckpt.pt, which
+    its sample.py loads.
     """
     try:
         gpt = export(model, format_name, out)

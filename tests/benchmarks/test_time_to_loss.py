@@ -1,12 +1,15 @@
 """What time_to_loss tells beside the times, which a test does not take."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
 
-from benchmarks.time_to_loss import draw, nanogpt_curve, row
+from benchmarks.time_to_loss import draw, nanogpt_curve, row, set_params
 from tests.benchmarks.test_against_nanogpt import checkout  # noqa: F401  (a fixture)
+from tests.conftest import REPOSITORY
 
 TRAIN = """
 import sys
@@ -49,3 +52,17 @@ def test_a_row_stands_below_its_title():
         "steps": 400,
     }
     assert row("1337", found).split() == ["1337", "1.4600", "58.2", "90.1", "800,000", "9,000,000", "400"]
+
+
+def test_values_are_set_on_top_of_the_preset(tmp_path: Path):
+    from nanogpt.params import load_params
+    from tools.clean_clone import CouldNotRun
+
+    shutil.copyfile(REPOSITORY / "params.yaml", tmp_path / "params.yaml")
+    set_params(SimpleNamespace(path=tmp_path), ("train.seed=7", "numerics.threads=1"))
+    params = load_params(tmp_path / "params.yaml")
+    assert (params.train.seed, params.numerics.threads) == (7, 1)
+    with pytest.raises(
+        CouldNotRun, match=r"--set numerics\.thread=1 sets numerics\.thread, which params"
+    ):
+        set_params(SimpleNamespace(path=tmp_path), ("numerics.thread=1",))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,44 @@ def test_our_logits_are_hugging_faces(changes):
     assert apart(model, theirs({**config, "activation_function": other}, tensors)) > 1e-4
     name = "transformer.h.1.attn.c_proj.weight"
     assert apart(model, theirs(config, {**tensors, name: tensors[name].t()})) > 1e-2
+
+
+@pytest.mark.parametrize("changes", [{}, {"vocab_multiple": 8}, {"dropout": 0.2}])
+def test_our_logits_are_nanochats(changes):
+    from transformers import NanoChatConfig, NanoChatForCausalLM
+
+    def theirs(config, tensors):
+        other = NanoChatForCausalLM(NanoChatConfig(**config)).eval()
+        assert other.load_state_dict(tensors, strict=True)
+        return other
+
+    model = tiny.gpt(std=STD, **tiny.NANOCHAT, **changes)
+    config, tensors = to_huggingface(model.config, tiny.weights(model), 12)
+    assert apart(model, theirs(config, tensors)) < 1e-5
+    # The comparison sees what the config says, and queries that were taken for keys.
+    for wrong in ({"final_logit_softcapping": 1.0}, {"hidden_act": "relu"}, {"rms_norm_eps": 0.1}):
+        assert apart(model, theirs({**config, **wrong}, tensors)) > 1e-4
+    q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
+    assert apart(model, theirs(config, {**tensors, q: tensors[k], k: tensors[q]})) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"previous_tokens": 2}, "NanoChat has no model.previous_tokens = 2; train with model.previous_tokens = 0"),
+        ({"bias": True}, "NanoChat has no model.bias = True"),
+        ({"norm": "layernorm"}, "NanoChat has no model.norm = layernorm; train with model.norm = rmsnorm"),
+        ({"activation": "gelu"}, "NanoChat has no model.activation = gelu"),
+        ({"qk_norm": False}, "NanoChat has no model.qk_norm = False"),
+        ({"tie_embeddings": True}, "NanoChat has no model.tie_embeddings = True"),
+        ({"embedding_norm": False}, "NanoChat has no model.embedding_norm = False"),
+        ({"position": "learned"}, "GPT-2 has no model.norm = rmsnorm"),
+    ],
+)
+def test_what_neither_gpt2_nor_nanochat_has_is_refused(changes, message):
+    model = tiny.gpt(**{**tiny.NANOCHAT, **changes})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        to_huggingface(model.config, tiny.weights(model), 12)
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])

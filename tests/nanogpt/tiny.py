@@ -27,6 +27,15 @@ GPT2_SIZES = [  # n_layer, n_head, n_embd, the published number of parameters
     (48, 25, 1600, 1_557_611_200),
 ]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 13, "bias": True, "activation": "gelu"}
+NANOCHAT = {  # the architecture of transformers' NanoChat
+    "bias": False,
+    "norm": "rmsnorm",
+    "activation": "relu_squared",
+    "position": "rotary",
+    "qk_norm": True,
+    "tie_embeddings": False,
+    "embedding_norm": True,
+}
 
 
 def config(**changes: Any) -> GPTConfig:

@@ -21,7 +21,7 @@ def experiments(seed: Clone, once) -> Clone:
         try:
             clone.run("dvc exp run --name alone --set-param train.seed=2")
             clone.run("git checkout --quiet . && dvc checkout")
-            clone.run("dvc exp run --queue -S train.learning_rate=0.001,0.002 -S train.min_lr=0")
+            clone.run("dvc exp run --queue -S train.learning_rate=0.001,0.002")
             clone.run("dvc exp run --queue --name diverging -S train.learning_rate=1e30")
             clone.run("dvc exp run --queue -S train.seed=3 -S sample.temperature=0.5,0.8")
             clone.run("dvc queue start -j 2")
