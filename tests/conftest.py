@@ -14,6 +14,16 @@ import pytest
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parents[1]
+GPT2 = {  # what makes params.yaml's model and training those of nanoGPT, but for their size
+    "model.norm": "layernorm",
+    "model.activation": "gelu",
+    "model.position": "learned",
+    "model.qk_norm": False,
+    "model.tie_embeddings": True,
+    "model.zero_init": False,
+    "model.embedding_norm": False,
+    "train.optimizer": "adamw",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from benchmarks import gpu
 from benchmarks.gpu import OURS, SAMPLES, THEIRS, line, main, missing
 from nanogpt import optim
+from tests.conftest import GPT2
 from tools import timing
 
 PRESET = """# Small enough for a test
@@ -53,7 +54,7 @@ class GPT(nn.Module):
 @pytest.fixture(autouse=True)
 def repository(project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a small preset and a checkout of what stands for nanoGPT."""
-    root = project()
+    root = project(**GPT2)
     (root / "presets").mkdir()
     (root / "presets/tiny.yaml").write_text(PRESET)
     (root / "nanogpt").mkdir()

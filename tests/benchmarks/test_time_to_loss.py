@@ -62,7 +62,5 @@ def test_values_are_set_on_top_of_the_preset(tmp_path: Path):
     set_params(SimpleNamespace(path=tmp_path), ("train.seed=7", "numerics.threads=1"))
     params = load_params(tmp_path / "params.yaml")
     assert (params.train.seed, params.numerics.threads) == (7, 1)
-    with pytest.raises(
-        CouldNotRun, match=r"--set numerics\.thread=1 sets numerics\.thread, which params"
-    ):
+    with pytest.raises(CouldNotRun, match=r"--set numerics\.thread=1 sets numerics\.thread, which params"):
         set_params(SimpleNamespace(path=tmp_path), ("numerics.thread=1",))

@@ -10,9 +10,10 @@ from click.testing import CliRunner, Result
 
 from benchmarks import gpu, train_step
 from benchmarks.train_step import main
+from tests.conftest import GPT2
 from tools import timing
 
-TINY = {
+TINY = GPT2 | {
     "model.n_layer": 1,
     "model.n_head": 2,
     "model.n_embd": 8,

@@ -291,7 +291,7 @@ def test_values_that_do_not_go_together_are_refused(changes, message, refused):
 @pytest.mark.parametrize(
     "changes",
     [
-        SHAPE | {"model__n_embd": 129, "model__n_head": 3},
+        SHAPE | {"model__n_embd": 129, "model__n_head": 3, "model__position": "learned"},
         SCHEDULE | {"train__max_iters": 51},
         SCHEDULE | {"train__lr_decay_iters": 51},
         SCHEDULE | {"train__min_lr": "3e-3"},

@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
+from tests.conftest import GPT2, REPOSITORY
 from tools import size, timing
 from tools.size import main, time_line
 
-REPOSITORY = Path(__file__).parents[2]
 META = {
     "corpus": {"documents": 2, "source": "grammar"},
     "dtype": "uint16",
@@ -25,9 +25,10 @@ META = {
 
 @pytest.fixture(autouse=True)
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with params.yaml alone, GPT-2's shape aside."""
+    """A folder with params.yaml alone, of a training whose figures are told here."""
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
+    change(train__max_iters=700, train__batch_size=8, model__block_size=128)
     return tmp_path
 
 
@@ -113,6 +114,7 @@ def test_damaged_tokens_are_told_in_one_line() -> None:
 
 
 def test_gpt2_as_nanogpt_trains_it() -> None:
+    change(**{key.replace(".", "__"): value for key, value in GPT2.items()})
     change(model__n_layer=12, model__n_head=12, model__n_embd=768, model__block_size=1024, model__bias=True)
     change(train__batch_size=12, train__gradient_accumulation_steps=40, train__max_iters=600_000)
     change(numerics__determinism="off", numerics__dtype="bfloat16", runtime__device="cuda")
