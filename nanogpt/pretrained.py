@@ -1,6 +1,7 @@
 """GPTs of other programs: weights of Hugging Face's GPT-2 and of nanoGPT's ckpt.pt, to ours and back.
 
-And to Hugging Face's NanoChat, whose architecture is ours with the options that came after GPT-2. Each conversion is exact: the model on the other side computes the same logits, to rounding.
+And to Hugging Face's NanoChat, whose architecture is ours with the options that came after GPT-2. Each conversion is
+exact: the model on the other side computes the same logits, to rounding.
 """
 
 import json
