@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from benchmarks.against_nanogpt import GPT2, PLAIN, REGULAR
 from nanogpt.params import NumericsParams, Params, load_params
 
 COLUMNS = ["mb", "predicted_mb", "with_process_mb", "memory_ratio", "ms", "predicted_ms", "time_ratio", "mfu"]
@@ -104,11 +105,11 @@ def child(task: str, shape: Shape, numerics_params: NumericsParams, steps: int) 
 
 
 def params_of(shape: Shape, numerics: NumericsParams) -> Params:
-    """params.yaml with this shape."""
+    """nanoGPT's model and optimizer in this shape; the rest as in params.yaml."""
     params = load_params()
     sizes = {name: getattr(shape, name) for name in ("n_layer", "n_embd", "n_head", "block_size")}
-    run = {"batch_size": shape.batch_size, "gradient_accumulation_steps": 1}
-    model = params.model.model_copy(update={**sizes, "dropout": 0.0, "vocab_multiple": 1})
+    run = {"batch_size": shape.batch_size, "gradient_accumulation_steps": 1, "optimizer": "adamw"}
+    model = params.model.model_copy(update={**sizes, **GPT2, **PLAIN, **REGULAR})
     return params.model_copy(
         update={"model": model, "train": params.train.model_copy(update=run), "numerics": numerics}
     )

@@ -87,6 +87,15 @@ def autocast(device: "torch.device", dtype: str) -> "torch.autocast":
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 
+def is_emulated(dtype: str) -> bool:
+    """Whether this x86-64 CPU multiplies matrices of that dtype without instructions for it: many times as slowly."""
+    import torch
+
+    instructions = {"bfloat16": ("avx512_bf16", "amx_bf16"), "float16": ("avx512_fp16", "amx_fp16")}
+    has = torch.cpu.get_capabilities()
+    return dtype in instructions and has["architecture"] == "x86_64" and not any(map(has.get, instructions[dtype]))
+
+
 def _check_machine(determinism: str) -> None:
     if determinism == "portable" and platform.machine().lower() not in {"x86_64", "amd64"}:
         raise ValueError(

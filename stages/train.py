@@ -43,7 +43,7 @@ def main(console: Console) -> None:
 
 def train(console: Console, params: "Params", resolved: "Numerics", ranks: "Ranks") -> None:
     """Goes on with the training that params and data stand for, or publishes it if it is done."""
-    from nanogpt import provenance
+    from nanogpt import numerics, provenance
     from nanogpt.data import SplitName, check_block_size, load_meta, load_split
     from nanogpt.initial import load_initial
     from nanogpt.journal import RunLock, state
@@ -91,6 +91,11 @@ def train(console: Console, params: "Params", resolved: "Numerics", ranks: "Rank
             hashes = {"fingerprint": fingerprint, "tokens.sha256": inputs["tokens"], "code.sha256": code}
             if initial.weights is not None:
                 hashes["initial.sha256"] = initial.sha256
+            if resolved.device == "cpu" and numerics.is_emulated(resolved.dtype):
+                console.warn(
+                    f"this CPU has no instructions for numerics.dtype = {resolved.dtype}, and may take ten times as long "
+                    "with it; set it to float32, or let `python -m tools.fastest --write` measure what is fastest"
+                )
             run(console, attempt, params, resolved, splits, initial, hashes, ranks)
 
 

@@ -26,6 +26,7 @@ from tools.preset import overlaid
 
 REPOSITORY = Path(__file__).parents[1]
 PRESETS = {path.stem: path for path in sorted((REPOSITORY / "presets").glob("*.yaml"))}
+SCRATCH = ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu", "shakespeare_speedrun", "shakespeare_best"]
 BLOCK = 64  # tokens of context of the stand-ins
 
 Laid = Callable[..., Params]
@@ -138,7 +139,7 @@ def small(name: str) -> dict[str, Any]:
     return changes
 
 
-@pytest.mark.parametrize("name", ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu", "shakespeare_speedrun"])
+@pytest.mark.parametrize("name", SCRATCH)
 def test_one_trains_from_scratch(name: str, laid: Laid, texts: None, gpt2_files: Path) -> None:
     params = laid(name, **small(name))
     output = run_all()
@@ -146,6 +147,16 @@ def test_one_trains_from_scratch(name: str, laid: Laid, texts: None, gpt2_files:
     assert 0 < metrics("evaluate")["val_loss"] < 12
     assert (params.train.publish == "last") == ("last at step 3" in output)
     assert len(json.loads(Path("samples/samples.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("has", [{}, {"amx_bf16": True}])
+def test_a_cpu_without_bfloat16_is_warned_of(
+    has: dict[str, bool], laid: Laid, texts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **has})
+    laid("shakespeare_speedrun", **small("shakespeare_speedrun"))
+    told = "warning: this CPU has no instructions for numerics.dtype = bfloat16, and may take ten times as long"
+    assert (told in run_all()) == (not has)
 
 
 def test_gpt2_is_finetuned_at_a_constant_rate(laid: Laid, texts: None, gpt2_files: Path, hub: Any) -> None:

@@ -23,16 +23,21 @@ chosen = {"determinism": sys.argv[1], "threads": int(sys.argv[2])}
 params = NumericsParams(**chosen, dtype="float32", compile=False, attention="fused")
 resolved = numerics.pin(params, "auto")
 import torch
-from nanogpt.model import GPT, GPTConfig
-torch.manual_seed(1)
-model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=65, bias=True, activation="gelu"))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
-for step in range(3):
-    x = torch.randint(65, (16, 65), generator=torch.Generator().manual_seed(step))
-    model(x[:, :-1], x[:, 1:]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-weights = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
+from nanogpt.model import GPT
+from nanogpt.optim import make_optimizer
+from tests.nanogpt import tiny
+torch.set_num_threads(resolved.threads)
+weights = b""
+for options, optimizer in ({}, "adamw"), (tiny.NANOCHAT, "muon"):
+    torch.manual_seed(1)
+    model = GPT(tiny.config(n_embd=64, block_size=64, vocab_size=65, **options))
+    optimizer = make_optimizer(model, tiny.train_params(optimizer=optimizer, beta2=0.99), "cpu", "float32")
+    for step in range(3):
+        x = torch.randint(65, (16, 65), generator=torch.Generator().manual_seed(step))
+        model(x[:, :-1], x[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights += b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
 strict = torch.get_deterministic_debug_mode()  # 2: what is not deterministic is an error
 print(hashlib.sha256(weights).hexdigest(), resolved.threads, resolved.instruction_set, resolved.device, strict)
 """
@@ -176,3 +181,26 @@ def test_no_single_variable_of_the_caller_changes_the_bits(portable, name, value
 
 def test_every_knob_of_numerics_is_in_what_was_resolved():
     assert set(NumericsParams.model_fields) <= {field.name for field in dataclasses.fields(numerics.Numerics)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "expected"),
+    [
+        ("bfloat16", {}, True),
+        ("bfloat16", {"amx_bf16": True}, False),
+        ("bfloat16", {"avx512_bf16": True}, False),
+        ("bfloat16", {"avx512_fp16": True}, True),
+        ("float16", {"avx512_fp16": True}, False),
+        ("float16", {"avx512_bf16": True}, True),
+        ("float32", {}, False),
+        ("bfloat16", {"architecture": "aarch64"}, False),  # not known there, so nothing is said
+    ],
+)
+def test_a_dtype_that_the_cpu_has_no_instructions_for_is_known(monkeypatch, dtype, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **has})
+    assert numerics.is_emulated(dtype) is expected
+
+
+def test_the_instructions_are_called_so_by_torch():
+    known = torch.cpu.get_capabilities()
+    assert known["architecture"] != "x86_64" or {"amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16"} <= known.keys()
