@@ -93,8 +93,8 @@ def train(console: Console, params: "Params", resolved: "Numerics", ranks: "Rank
                 hashes["initial.sha256"] = initial.sha256
             if resolved.device == "cpu" and numerics.is_emulated(resolved.dtype):
                 console.warn(
-                    f"this CPU has no instructions for numerics.dtype = {resolved.dtype}, and may take ten times as long "
-                    "with it; set it to float32, or let `python -m tools.fastest --write` measure what is fastest"
+                    f"this CPU has no instructions for numerics.dtype = {resolved.dtype}, and may take ten times as "
+                    "long; set it to float32, or let `python -m tools.fastest --write` measure what is fastest"
                 )
             run(console, attempt, params, resolved, splits, initial, hashes, ranks)
 

@@ -33,6 +33,8 @@ TINY = {
     "model.block_size": 32,
     "train.max_iters": 30,
     "train.warmup_iters": 2,
+    "train.batch_size": 8,
+    "train.grad_clip": 1.0,
     "train.eval_interval": 10,
     "train.eval_iters": 2,
     "evaluate.train_tokens": 2000,

@@ -26,7 +26,7 @@ def test_transformers_continues_as_the_pipelines_model_does(seed: Clone, copy_of
 
 def test_the_card_has_the_metrics_and_leads_back(seed: Clone, copy_of: Callable[..., Clone]) -> None:
     clone = copy_of(seed)
-    clone.run("python -m tools.export --format nanogpt build/exported")
+    clone.run("python -m tools.export --format huggingface build/exported")
     card = clone.read("build/exported/README.md")
     for name, value in clone.scores().items():
         assert f"| evaluation: {name.removeprefix('evaluate/')} | {value} |" in card
