@@ -26,7 +26,7 @@ from tools.preset import overlaid
 
 REPOSITORY = Path(__file__).parents[1]
 PRESETS = {path.stem: path for path in sorted((REPOSITORY / "presets").glob("*.yaml"))}
-SCRATCH = ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu", "shakespeare_speedrun", "shakespeare_best"]
+SCRATCH = ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu", "shakespeare_speedrun"]
 BLOCK = 64  # tokens of context of the stand-ins
 
 Laid = Callable[..., Params]
