@@ -101,7 +101,8 @@ def test_a_text_that_is_absent_is_refused_by_name(clone):
 def test_a_training_that_diverges_says_where_and_is_not_resumed(seed, clone):
     clone.set_params(**{"train.learning_rate": 1e30})
     expected = (
-        r"training diverged at step \d+: loss .*; lower train.learning_rate .*, lengthen train.warmup_iters or clip"
+        r"training diverged at step \d+: loss .*; lower train.learning_rate \(and, with Muon, "
+        r"train.muon_learning_rate\), lengthen train.warmup_iters or clip gradients \(train.grad_clip\)"
     )
     first = refused(clone, "dvc repro", "train", expected)
     step = int(re.search(r"at step (\d+)", first)[1])
