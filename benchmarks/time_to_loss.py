@@ -20,8 +20,6 @@ from ruamel.yaml import YAML
 
 from benchmarks.against_nanogpt import nanogpt_arguments, prepare
 from nanogpt.journal import attempts, read_records
-from nanogpt.numerics import is_emulated
-from nanogpt.params import load_params
 from tools.clean_clone import CleanClone, CouldNotRun, clean_clone
 from tools.preset import changed
 
@@ -55,7 +53,7 @@ def main(
 
     `train_seconds` are those of the training loop with its evaluations, checkpoints and compilation; `total_seconds`
     those of `dvc repro`, all stages. With --nanogpt, its own run for a CPU (train_shakespeare_char of its README) is
-    taken after it, on the same text. On a CPU without instructions for the preset's dtype, float32 takes its place.
+    taken after it, on the same text.
     """
     if nanogpt and (text is None or picture is None):
         raise click.UsageError("--nanogpt is for the picture of a text: give --text and --picture too")
@@ -96,9 +94,6 @@ def run(preset: str, text: Path | None, values: tuple[str, ...], seed: int) -> d
     with clean_clone(Path.cwd(), "HEAD") as clone, tempfile.TemporaryDirectory() as compiled:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
         clone.run("python", "-m", "tools.preset", preset)
-        if (dtype := load_params(clone.path / "params.yaml").numerics.dtype) != "float32" and is_emulated(dtype):
-            click.echo(f"this CPU has no instructions for {dtype}: numerics.dtype=float32 instead")
-            set_params(clone, ("numerics.dtype=float32",))
         set_params(clone, (*values, f"train.seed={seed}"))
         if text is not None:
             shutil.copyfile(text, clone.path / "texts" / "text.txt")

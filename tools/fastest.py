@@ -20,9 +20,10 @@ from typing import Any, get_args
 import click
 
 from nanogpt.files import replacing
+from nanogpt.numerics import is_emulated
 from nanogpt.params import NumericsParams, Params, ParamsError, TokenizeParams, check_combinations, load_params
 from tools.preset import changed
-from tools.size import duration, known_meta, vocabulary
+from tools.size import duration, known_meta, planned_device, vocabulary
 
 PARAMS = Path("params.yaml")
 KEYS = ("dtype", "compile", "attention")
@@ -94,12 +95,15 @@ def candidates(params: Params) -> Iterator[tuple[dict[str, Any], Params]]:
 
 
 def measured(params: Params, seconds: float) -> Iterator[Row]:
-    """Times one candidate after the other and prints its line; what is far behind eager is not compiled."""
+    """Times one candidate after the other and prints its line; what cannot be the fastest is left out."""
     click.echo(f"{'dtype':10}{'compile':9}{'attention':11}{'ms':>9}{'tokens/s':>12}{'compiling':>11}{'training':>15}")
     best, hopeless = float("inf"), set()
+    device, _ = planned_device(params)
     for settings, candidate in candidates(params):
         kind = (settings["dtype"], settings["attention"])
-        if settings["compile"] and kind in hopeless:
+        if device == "cpu" and is_emulated(settings["dtype"]):
+            row = Row(settings, None, "left out: this CPU has no instructions for it")
+        elif settings["compile"] and kind in hopeless:
             row = Row(settings, None, "left out: eager it is far behind")
         else:
             row = in_a_process(settings, candidate, seconds, HOPELESS * best)

@@ -43,6 +43,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[Any, ...], Timed | str]
         return Row(settings, told) if isinstance(told, Timed) else Row(settings, None, told)
 
     monkeypatch.setattr(fastest, "in_a_process", stand_in)
+    monkeypatch.setattr(fastest, "is_emulated", lambda dtype: False)
     return table
 
 
@@ -93,6 +94,19 @@ def test_what_is_far_behind_is_not_compiled_and_not_chosen(off: Path, times: dic
     assert rows["bfloat16", True, "fused"]["note"] == "left out: eager it is far behind"
     assert rows["bfloat16", True, "plain"]["timed"]
     assert "far behind" in next(row for row in result.output.splitlines() if row.startswith("bfloat16"))
+
+
+@pytest.mark.parametrize(("device", "left_out"), [("cpu", 4), ("mps", 0)])
+def test_a_dtype_without_instructions_is_not_tried_on_a_cpu(
+    device: str, left_out: int, project: Callable[..., Path], times: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project(**{**TINY, "numerics.determinism": "off", "runtime.device": device})
+    monkeypatch.setattr(fastest, "is_emulated", lambda dtype: dtype == "bfloat16")
+    output = run().output.splitlines()
+    assert len(times["limits"]) == 12 - left_out
+    told = [line for line in output if line.endswith("left out: this CPU has no instructions for it")]
+    assert len(told) == left_out
+    assert all(line.startswith("bfloat16") for line in told)
 
 
 def test_the_limit_follows_from_the_fastest_step_so_far(off: Path, times: dict[Any, Any]) -> None:
