@@ -138,7 +138,10 @@ def small(name: str) -> dict[str, Any]:
     return changes
 
 
-@pytest.mark.parametrize("name", ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu", "shakespeare_speedrun"])
+@pytest.mark.parametrize(
+    "name",
+    ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu", "shakespeare_speedrun", "shakespeare_best"],
+)
 def test_one_trains_from_scratch(name: str, laid: Laid, texts: None, gpt2_files: Path) -> None:
     params = laid(name, **small(name))
     output = run_all()
