@@ -265,7 +265,7 @@ class NoJournal(Journal):
     """In place of a journal in a process that trains along and writes nothing."""
 
     def __init__(self) -> None:
-        self._fd, self._end = -1, START
+        self._fd, self._end, self._index = -1, START, {}
 
     def append_many(self, records: Iterable[Record]) -> list[str]:
         return []

@@ -180,7 +180,7 @@ class MLP(nn.Module):
     def activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu_squared":  # So et al. 2021, Primer
             x = F.relu(x)
-            return x * x  # square() computes a power in the backward pass, for the same bits three times as long
+            return x * x  # square() computes a power in the backward pass, which takes three times as long
         # GPT-2's published weights were trained with the tanh approximation; nanoGPT trains with the exact GELU.
         return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 

@@ -212,6 +212,7 @@ def test_in_its_place_a_process_that_only_trains_along_writes_nothing(path: Path
         assert journal.append("step", step=1, loss=2.0) == []
         journal.sync()
         assert (journal.position(), list(journal.records())) == (START, [])
+        assert list(journal.records_of("eval")) == []
     assert not path.exists()
 
 

@@ -1,0 +1,23 @@
+"""benchmarks.tracking_overhead, in a clone that has tokens: the two candidates that are put together by hand."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.pipeline.clones import Clone
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.mark.parametrize("candidate", ["nothing", "unsampled"])
+def test_a_candidate_is_timed_and_leaves_nothing_behind(
+    candidate: str, seed: Clone, copy_of: Callable[..., Clone]
+) -> None:
+    clone = copy_of(seed, runs=False)
+    output = clone.run(f"python -m benchmarks.tracking_overhead --steps 20 --only {candidate}")
+    assert json.loads(output.splitlines()[-1]) > 0  # seconds per step
+    assert clone.run("git status --short") == ""
+    assert clone.attempts() == []
+    assert not (clone.path / "mlflow.db").exists()
+    assert clone.processes() == []
