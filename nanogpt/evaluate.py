@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
+from nanogpt.loss import each_cross_entropy
 from nanogpt.model import GPT
 
 Tokens = npt.NDArray[np.integer]
@@ -89,12 +89,10 @@ def score(
     for batch in _batches(chosen, batch_size):
         stream = torch.from_numpy(np.stack([_slice(tokens, window, first_context) for window in batch])).to(device)
         inputs, targets = stream[:, :-1], stream[:, 1:]
-        with forward or nullcontext():
-            logits = model(inputs)
         skip = batch[0].scored - batch[0].begin
-        losses = F.cross_entropy(
-            logits[:, skip:].flatten(0, 1).float(), targets[:, skip:].flatten(), reduction="none"
-        )  # (B * scored,)
+        with forward or nullcontext():
+            hidden = model.hidden(inputs)[:, skip:].flatten(0, 1)
+            losses = each_cross_entropy(hidden, model.head, targets[:, skip:].flatten())  # (B * scored,)
         nats += losses.cpu().double().sum().item()
         count += losses.numel()
         done += len(batch)

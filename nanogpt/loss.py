@@ -25,6 +25,16 @@ def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return result
 
 
+@torch.no_grad()
+def each_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each token, (N,) in float32, with at most CHUNK logits at once; without gradients."""
+    rows = max(1, CHUNK // head.size(0))
+    parts = [slice(start, start + rows) for start in range(0, hidden.size(0), rows)]
+    return torch.cat(
+        [F.cross_entropy(F.linear(hidden[part], head).float(), targets[part], reduction="none") for part in parts]
+    )
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The gradients are computed in the forward pass, while a chunk's logits are there; backward only scales them."""
 

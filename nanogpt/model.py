@@ -153,8 +153,9 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x) for an x that is large: what it would keep for the backward pass is computed again there, to the bit.
 
     torch goes no further in this than it must: a product at the end is not repeated. Compiled, it chooses by itself.
+    Without gradients nothing is kept anyway, and torch need not import its compiler for this: two seconds.
     """
-    if x.numel() < RECOMPUTED or torch.compiler.is_compiling():
+    if x.numel() < RECOMPUTED or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
     result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return result
@@ -247,6 +248,13 @@ class GPT(nn.Module):
         With a cache, `tokens` continue what the cache holds: either it is empty, or T is 1; and the logits are those of
         the last position alone, (B, 1, V).
         """
+        x = self.hidden(tokens, cache)
+        if targets is None:
+            return F.linear(x, self.head)  # (B, T, V)
+        return cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) -> (B, T, C): what the head is applied to; with a cache (B, 1, C), of the last position."""
         T = tokens.size(1)
         start = cache.length if cache is not None else 0
         assert start + T <= self.config.block_size, f"{start + T} tokens do not exceed block_size"
@@ -260,10 +268,8 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
-        x = self.ln_f(x)
-        if targets is None:
-            return F.linear(x, self.head)  # (B, T, V)
-        return cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
+        normed: Tensor = self.ln_f(x)
+        return normed
 
     def embed(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
         """(B, T) -> (B, T, C): the tokens', the positions' and the previous tokens' embeddings, added."""

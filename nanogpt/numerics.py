@@ -120,6 +120,8 @@ def _pin_environment(params: NumericsParams) -> None:
         "MKL_DOMAIN_NUM_THREADS",
         "MKL_ENABLE_INSTRUCTIONS",
         "DNNL_MAX_CPU_ISA",
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",  # NVIDIA's containers set it; float32 products then have 10 bits
+        "NVIDIA_TF32_OVERRIDE",
     ]
     if params.determinism == "portable":
         pinned |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}

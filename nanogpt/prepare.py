@@ -239,8 +239,10 @@ def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) 
     try:
         ids = tokenizer.encode_all(texts, mark_ends)
     except UnknownCharacter as error:
-        span = next(span for span, text in zip(spans, texts, strict=True) if error.character in text)
-        raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error}") from error
+        # Its first place in the text: the tokenizer's own error counts from the beginning of a part.
+        place = next((span, text) for span, text in zip(spans, texts, strict=True) if error.character in text)
+        span, position = place[0], place[1].index(error.character)
+        raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error.at(position)}") from error
     return Encoded(ids, sum(map(utf8_bytes, texts)), len(spans) * mark_ends)
 
 

@@ -122,9 +122,16 @@ class Tokenizer(abc.ABC):
 class UnknownCharacter(ValueError):
     """A text has a character that the vocabulary lacks."""
 
-    def __init__(self, message: str, character: str):
-        super().__init__(message)
-        self.character = character
+    def __init__(self, character: str, position: int, known: int):
+        super().__init__(
+            f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the {known} "
+            "characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
+        )
+        self.character, self.known = character, known
+
+    def at(self, position: int) -> "UnknownCharacter":
+        """The same, of a text of which this one's is a part."""
+        return UnknownCharacter(self.character, position, self.known)
 
 
 class CharTokenizer(Tokenizer):
@@ -171,11 +178,7 @@ class CharTokenizer(Tokenizer):
     def _unknown(self, text: str) -> UnknownCharacter:
         known = set(self.characters)
         position, character = next((i, c) for i, c in enumerate(text) if c not in known)
-        return UnknownCharacter(
-            f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the "
-            f"{len(self.characters)} characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe",
-            character,
-        )
+        return UnknownCharacter(character, position, len(self.characters))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self._texts[token] for token in self._known(ids)).encode()

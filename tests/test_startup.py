@@ -33,6 +33,7 @@ numerics.pin(params.numerics, "cpu")
 import numpy as np
 import torch
 from nanogpt.evaluate import score, windows
+from nanogpt import model as model_module
 from nanogpt.model import GPT, GPTConfig, without_weights
 from nanogpt.optim import make_optimizer
 from stages import training  # and all that it needs
@@ -52,7 +53,9 @@ for chosen in sys.argv[1:]:
     optimizer.load_state_dict(optimizer.state_dict())
     copy = without_weights(config)
     copy.load_state_dict(model.state_dict(), assign=True)
+    model_module.RECOMPUTED, large = 0, model_module.RECOMPUTED
     score(copy, tokens, windows(59, 8, 8), 2)
+    model_module.RECOMPUTED = large
 print("imported", *sys.modules)
 """
 

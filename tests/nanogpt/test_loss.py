@@ -46,6 +46,18 @@ def test_no_more_logits_than_a_chunk_exist_at_once(monkeypatch, case):
     assert rows == [4] * 9 + [1]
 
 
+def test_each_tokens_loss_is_that_of_all_logits_at_once_though_they_never_exist(monkeypatch, case):
+    hidden, head, targets = case
+    expected = F.cross_entropy(F.linear(hidden, head).detach(), targets, reduction="none")
+    assert torch.equal(loss.each_cross_entropy(*case), expected)
+    monkeypatch.setattr(loss, "CHUNK", 4 * VOCABULARY)
+    rows = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: rows.append(len(x)) or linear(x, w))
+    torch.testing.assert_close(loss.each_cross_entropy(*case), expected)
+    assert rows == [4] * 9 + [1]
+
+
 def test_without_gradients_it_is_the_same_loss(monkeypatch, case):
     monkeypatch.setattr(loss, "CHUNK", 100)
     with torch.no_grad():

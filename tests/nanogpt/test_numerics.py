@@ -39,7 +39,8 @@ for options, optimizer in ({}, "adamw"), (tiny.NANOCHAT, "muon"):
         optimizer.zero_grad()
     weights += b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
 strict = torch.get_deterministic_debug_mode()  # 2: what is not deterministic is an error
-print(hashlib.sha256(weights).hexdigest(), resolved.threads, resolved.instruction_set, resolved.device, strict)
+tf32 = torch.backends.cuda.matmul.allow_tf32
+print(hashlib.sha256(weights).hexdigest(), resolved.threads, resolved.instruction_set, resolved.device, strict, tf32)
 """
 
 THREADS_AND_INSTRUCTIONS = {
@@ -54,6 +55,7 @@ THREADS_AND_INSTRUCTIONS = {
     "ATEN_CPU_CAPABILITY": "default",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "DNNL_MAX_CPU_ISA": "SSE41",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
 }
 OURS = {*THREADS_AND_INSTRUCTIONS, "OMP_MAX_ACTIVE_LEVELS", "OMP_NESTED"}
 
@@ -72,7 +74,7 @@ def portable():
 
 
 def test_portable_resolves_to_two_threads_of_avx2_on_the_cpu_and_deterministic_algorithms(portable):
-    assert portable[1:] == ["2", "AVX2", "cpu", "2"]
+    assert portable[1:] == ["2", "AVX2", "cpu", "2", "False"]
 
 
 def test_what_the_caller_has_set_does_not_change_the_bits_of_portable(portable):

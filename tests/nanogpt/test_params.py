@@ -167,6 +167,7 @@ def test_what_dvc_writes_for_a_small_number_is_read_back(load):
         ("train__beta2", "1.0", "train.beta2 = 1.0 is refused: .*less than 1"),
         ("model__dropout", "1", "model.dropout = 1 is refused: .*less than 1"),
         ("download__documents", "1", "download.documents = 1 is refused: .*greater than or equal to 2"),
+        ("evaluate__train_tokens", "1", "evaluate.train_tokens = 1 is refused: .*greater than or equal to 2"),
         ("tokenize__vocab_size", "256", "tokenize.vocab_size = 256 is refused: .*greater than or equal to 257"),
         ("tokenize__val_fraction", "0", "tokenize.val_fraction = 0 is refused: .*greater than 0"),
         ("tokenize__val_fraction", "1", "tokenize.val_fraction = 1 is refused: .*less than 1"),
