@@ -142,8 +142,6 @@ def train_one(text: Path, params: Params, name: str, steps: int, seed: int) -> d
     block_size, times = model.config.block_size, [time.perf_counter()]
 
     def evaluate() -> tuple[Score, Score]:
-        if progress.step < steps:
-            return Score(1e9, 1), Score(1e9, 1)
         held_out = tokens[cut:]
         chosen = windows(len(held_out), block_size, block_size)
         found = score(model, held_out, chosen, 32, int(tokens[cut - 1]), autocast)
@@ -155,7 +153,7 @@ def train_one(text: Path, params: Params, name: str, steps: int, seed: int) -> d
             model,
             torch.compile(model) if resolved.compile else model,
             make_optimizer(model, params.train, "cpu", resolved.dtype),
-            torch.amp.GradScaler("cpu", enabled=False),
+            torch.amp.GradScaler("cpu", enabled=resolved.dtype == "float16"),
             autocast,
             params.train,
             tokens[:cut],

@@ -14,11 +14,19 @@ from tools.retrace import Retrace
 
 
 @click.command()
-@click.option("--steps", default=300, show_default=True, help="So many steps, evaluations and checkpoints included.")
+@click.option(
+    "--steps", default=300, show_default=True, help="So many, evaluations included; the last is one with a checkpoint."
+)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 def main(steps: int, out: Path | None) -> None:
     """Trains on data/tokens as params.yaml says, into a temporary folder, and times every checkpoint."""
     params = load_params()
+    interval = params.runtime.checkpoint_interval
+    if steps < 1 or steps % interval or steps > params.train.max_iters:
+        raise click.UsageError(
+            f"--steps {steps}: give a multiple of runtime.checkpoint_interval = {interval} of up to train.max_iters = "
+            f"{params.train.max_iters}"
+        )
     from nanogpt import numerics
 
     resolved = numerics.pin(params.numerics, params.runtime.device)
@@ -39,14 +47,13 @@ def main(steps: int, out: Path | None) -> None:
         retrace.to(steps)
         total = time.perf_counter() - begin
         newest = training.checkpoints.read(steps).state.stat().st_size / 1e6
-    regular = times[:-1]  # the last one is this benchmark's own, for stopping
     figures = {
         "steps": steps,
         "seconds": total,
-        "checkpoints": len(regular),
+        "checkpoints": len(times),
         "megabytes": newest,
-        "ms_per_checkpoint": 1e3 * sum(regular) / len(regular),
-        "share": sum(regular) / total,
+        "ms_per_checkpoint": 1e3 * sum(times) / len(times),
+        "share": sum(times) / total,
     }
     for name, value in figures.items():
         click.echo(f"{name:18} {value:,.4g}")

@@ -147,12 +147,14 @@ def trained(work: Work, params: Params, config: "GPTConfig", resolved: Any) -> F
         intervals = their_seconds(work, params, config)
     seconds = statistics.median(intervals[-TIMED:])
     tokens = params.train.batch_size * config.block_size
+    tf32 = work["who"] == "nanogpt" and work["dtype"] == "float32"  # whose peak is another than float32's
+    peak = None if tf32 else flops.peak_flops(resolved.device_name, work["dtype"])
     return {
         "tokens_per_second": tokens / seconds,
         "ms_per_step": 1e3 * seconds,
-        "mfu": sizing.share_of_peak(config, tokens, seconds, flops.peak_flops(resolved.device_name, work["dtype"])),
+        "mfu": sizing.share_of_peak(config, tokens, seconds, peak),
         "peak_memory_mb": peak_memory(work["device"]) / 1e6,
-        "first_seconds": EVERY * (intervals[0] - seconds),  # compilation, for the most part
+        "first_seconds": EVERY * (intervals[0] - seconds),  # the model's making and, for the most part, compilation
         "waits": waits,  # of the host for the GPU, from one report to the next; the report itself is one
     }
 
@@ -197,8 +199,8 @@ def their_seconds(work: Work, params: Params, config: "GPTConfig") -> list[float
 
     settings = params.numerics.model_copy(update={key: work[key] for key in ("dtype", "compile")})
     params = params.model_copy(update={"numerics": settings})
-    step = their_step(Path(work["nanogpt"]), params, config, work["device"])
     stamps = [time.perf_counter()]
+    step = their_step(Path(work["nanogpt"]), params, config, work["device"])
     for number in range(1, EVERY * (WARM_UP + TIMED) + 1):
         loss = step()
         if number % EVERY == 0:
@@ -325,7 +327,7 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def settings_of(row: dict[str, Any]) -> str:
     if row["task"] == "sample":
-        return f"{row['samples']} at once"
+        return f"{row['samples']} at once, {'bfloat16' if row['who'] == 'nanogpt' else 'float32'}"
     compiled = "compiled" if row["compile"] else "eager"
     if row["who"] == "nanogpt":
         return f"{row['dtype']}, {compiled}"
@@ -333,7 +335,7 @@ def settings_of(row: dict[str, Any]) -> str:
 
 
 def _alike(theirs: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Of the same preset, task, dtype and compilation, and as many samples."""
+    """Of the same preset and task, in training of the same dtype and compilation, in sampling as many at once."""
     return row["who"] == "ours" and all(
         theirs.get(key) == row.get(key) for key in ("preset", "task", "dtype", "compile", "samples")
     )

@@ -1,4 +1,4 @@
-"""What nanogpt/sizing.py and `python -m tools.size --measure` predict, beside training runs: peak memory, step time.
+"""What nanogpt/sizing.py predicts, beside training runs: peak memory; and how repeatable `tools.size --measure` is.
 
 Each run is a process of its own: the loop of nanogpt/train.py on random tokens, with a checkpoint and a journal in a
 temporary folder. Its memory is what ru_maxrss grows by after the imports. The smallest shape needs next to nothing, so

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.against_nanogpt import nanogpt_arguments, prepare
 from nanogpt.journal import attempts, read_records
+from nanogpt.params import load_params
 from tools.clean_clone import CleanClone, CouldNotRun, clean_clone
 from tools.preset import changed
 
@@ -76,7 +77,7 @@ def main(
     if picture:
         curves = {preset: [found["curve"] for found in runs]}
         if nanogpt and text:
-            curves["nanoGPT's run for a CPU"] = [nanogpt_curve(nanogpt, text)]
+            curves["nanoGPT's run for a CPU"] = [nanogpt_curve(nanogpt, text, runs[0]["threads"])]
         draw(curves, target, picture)
     if mean["val_loss"] > target:
         raise click.ClickException(f"the validation loss {mean['val_loss']:.4f} is above the target {target}")
@@ -98,6 +99,7 @@ def run(preset: str, text: Path | None, values: tuple[str, ...], seed: int) -> d
         if text is not None:
             shutil.copyfile(text, clone.path / "texts" / "text.txt")
             set_params(clone, ("download.source=file:texts/text.txt", "download.texts=texts"))
+        threads = load_params(clone.path / "params.yaml").numerics.threads
         begin = time.perf_counter()
         clone.run("dvc", "repro")
         total = time.perf_counter() - begin
@@ -108,6 +110,7 @@ def run(preset: str, text: Path | None, values: tuple[str, ...], seed: int) -> d
     start = next(record["t"] for record in records if record["kind"] == "start")
     return {
         "seed": seed,
+        "threads": threads,
         "val_loss": evaluate["val_loss"],
         "train_seconds": (next(r["t"] for r in reversed(records) if r["kind"] == "checkpoint") - start) / 1e3,
         "total_seconds": total,
@@ -130,13 +133,17 @@ def set_params(clone: CleanClone, assignments: tuple[str, ...]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def nanogpt_curve(nanogpt: Path, text: Path) -> Curve:
-    """Seconds since its train.py had a model, and the validation loss that it tells, of each of its evaluations."""
+def nanogpt_curve(nanogpt: Path, text: Path, threads: int) -> Curve:
+    """Seconds since its train.py had a model, and the validation loss that it tells, of each of its evaluations.
+
+    On as many threads as ours.
+    """
     with tempfile.TemporaryDirectory() as name:
         checkout, _ = prepare(nanogpt, text, Path(name))
         work = {"shape": "4x128", "dtype": "float32", "compile": False, "steps": 2000, "model": f"{name}/out"}
         command = [sys.executable, "-u", "train.py", *nanogpt_arguments(work)]
-        with subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, text=True) as process:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             begin, curve = time.perf_counter(), []
             for line in process.stdout:

@@ -68,6 +68,8 @@ def main(steps: int, rounds: int, out: Path | None, only: str | None) -> None:
 def measure(steps: int, candidate: str) -> float:
     """Seconds per step of the whole loop: evaluations and checkpoints included."""
     params = load_params()
+    if not 1 <= steps <= params.train.max_iters:
+        raise click.UsageError(f"--steps {steps}: train.max_iters = {params.train.max_iters} allows 1 to that many")
     from nanogpt import numerics, provenance
     from nanogpt.journal import NoJournal
     from stages.attempt import describe
@@ -87,7 +89,7 @@ def measure(steps: int, candidate: str) -> float:
                 retrace.training.journal = NoJournal()
             follower = start(candidate, attempt) if candidate not in {"nothing", "journal"} else None
             if follower:
-                time.sleep(5)  # its imports are a fixed cost, not the loop's
+                wait_for_run(candidate, attempt, follower)  # a fixed cost, not the loop's
             begin = time.perf_counter()
             retrace.to(steps)
             seconds = time.perf_counter() - begin
@@ -106,6 +108,17 @@ def start(candidate: str, attempt: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-c", UNSAMPLED, str(attempt), "--follow", str(os.getpid()), "--wait-seconds", "0"]
     environment = {**os.environ, "DVC_ROOT": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for_run(candidate: str, attempt: Path, follower: "subprocess.Popen[bytes]") -> None:
+    """Until MLflow's process has imported what it needs and has made its run, where there is a database for it."""
+    if candidate in {"gone", "slow"}:
+        time.sleep(5)
+        return
+    while not (attempt / "mlflow.json").exists():
+        if follower.poll() is not None:
+            raise click.ClickException(f"{candidate}: MLflow's process has ended with {follower.returncode}")
+        time.sleep(0.1)
 
 
 def uri(candidate: str, folder: str) -> str:

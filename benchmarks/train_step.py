@@ -60,8 +60,8 @@ def main(
             with tempfile.TemporaryDirectory() as folder:
                 directory = write_tokens(text, params, Path(folder))
                 tokens, vocab_size = load_split(directory, "train").tokens.copy(), load_meta(directory).vocab_size
-        if nanogpt and params.train.gradient_accumulation_steps != 1:
-            raise ValueError("--nanogpt compares micro-batches: give --set train.gradient_accumulation_steps=1 too")
+        if nanogpt:
+            check_comparable(params)
         size = vocab_size or vocabulary(params.tokenize, known_meta(params.tokenize))
         figures = measure(params, size, steps, tokens, trace, nanogpt)
     except (ValueError, OSError) as error:
@@ -97,6 +97,31 @@ def with_values(params: Params, assignments: tuple[str, ...]) -> Params:
     return changed
 
 
+def check_comparable(params: Params) -> None:
+    """Raises ValueError where nanoGPT, in the same process, would suffer from our settings, or is no such model."""
+    wanted = {
+        "train.gradient_accumulation_steps": 1,
+        "train.optimizer": "adamw",
+        "numerics.determinism": "off",
+        "model.norm": "layernorm",
+        "model.activation": "gelu",
+        "model.position": "learned",
+        "model.qk_norm": False,
+        "model.tie_embeddings": True,
+        "model.previous_tokens": 0,
+        "model.embedding_norm": False,
+    }
+    values = params.model_dump()
+    for key, value in wanted.items():
+        section, name = key.split(".")
+        if values[section][name] != value:
+            yaml = json.dumps(value).strip('"')
+            raise ValueError(
+                f"--nanogpt compares with nanoGPT's own step, and here {key} = {values[section][name]}; "
+                f"give --set {key}={yaml} too"
+            )
+
+
 def measure(
     params: Params,
     vocab_size: int,
@@ -109,6 +134,8 @@ def measure(
     from nanogpt import numerics
 
     resolved = numerics.pin(params.numerics, params.runtime.device)
+    if nanogpt and resolved.device == "cuda":
+        raise ValueError("--nanogpt shares a process, and nanoGPT's TF32 with it: on a GPU run benchmarks.gpu instead")
     import torch
 
     from benchmarks.gpu import their_step
@@ -138,21 +165,24 @@ def measure(
         times = [both - between for both, between in zip(times, turns[WARM_UP - 1 :], strict=False)]
     seconds, peak = statistics.median(times[:steps]), measured_peak(resolved)
     per_step = params.train.batch_size * params.train.gradient_accumulation_steps * config.block_size
-    return {
-        "tokens_per_second": per_step / seconds,
-        "ms_per_step": 1e3 * seconds,
-        "mfu": sizing.share_of_peak(config, per_step, seconds, peak),
-        "peak_tflops": None if peak is None else peak / 1e12,
-        "peak_memory_mb": peak_memory(resolved.device) / 1e6,
-        "steps": steps,
-        "tokens_per_step": per_step,
-        "parameters": sum(sizing.parameters(config).values()),
-        "device": resolved.device_name,
-        "determinism": resolved.determinism,
-        "dtype": resolved.dtype,
-        "compile": resolved.compile,
-        "attention": resolved.attention,
-    } | (compared(seconds, turns[WARM_UP - 1 : WARM_UP - 1 + steps]) if turns else {})
+    return (
+        {
+            "tokens_per_second": per_step / seconds,
+            "ms_per_step": 1e3 * seconds,
+            "mfu": sizing.share_of_peak(config, per_step, seconds, peak),
+            "peak_tflops": None if peak is None else peak / 1e12,
+            "peak_memory_mb": None if nanogpt else peak_memory(resolved.device) / 1e6,  # nanoGPT's would be in it
+            "steps": steps,
+            "tokens_per_step": per_step,
+            "parameters": sum(sizing.parameters(config).values()),
+            "device": resolved.device_name,
+            "determinism": resolved.determinism,
+            "dtype": resolved.dtype,
+            "compile": resolved.compile,
+            "attention": resolved.attention,
+        }
+        | (compared(seconds, turns[WARM_UP - 1 : WARM_UP - 1 + steps]) if turns else {})
+    )
 
 
 def compared(seconds: float, turns: list[float]) -> dict[str, float]:

@@ -12,27 +12,27 @@ from tests.benchmarks.test_against_nanogpt import checkout  # noqa: F401  (a fix
 from tests.conftest import REPOSITORY
 
 TRAIN = """
-import sys
+import os, sys
 assert sys.argv[1] == "config/train_shakespeare_char.py" and "--n_layer=4" in sys.argv
 print("tokens per iteration will be: 768")
 print("number of parameters: 0.80M")
 print("step 0: train loss 4.2, val loss 4.1750")
 print("iter 0: loss 4.2, time 30.00ms, mfu -100.00%")
-print("step 250: train loss 2.5, val loss 2.5010")
+print(f"step 250: train loss 2.5, val loss {os.environ['OMP_NUM_THREADS']}.5010")
 """
 
 
 def test_nanogpts_losses_are_read_as_it_tells_them(checkout: Path):  # noqa: F811
     (checkout / "train.py").write_text(TRAIN)
-    curve = nanogpt_curve(checkout, checkout.parent / "text.txt")
-    assert [loss for _, loss in curve] == [4.175, 2.501]
+    curve = nanogpt_curve(checkout, checkout.parent / "text.txt", threads=3)
+    assert [loss for _, loss in curve] == [4.175, 3.501]
     assert 0 <= curve[0][0] <= curve[1][0]
 
 
 def test_a_training_of_nanogpt_that_fails_is_told(checkout: Path):  # noqa: F811
     (checkout / "train.py").write_text("raise SystemExit(3)")
     with pytest.raises(click.ClickException, match="exited with 3 after 0 evaluations"):
-        nanogpt_curve(checkout, checkout.parent / "text.txt")
+        nanogpt_curve(checkout, checkout.parent / "text.txt", threads=1)
 
 
 def test_a_picture_has_a_line_of_each_run(tmp_path: Path):
