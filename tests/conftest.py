@@ -30,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Settings that libraries read when they are first imported, and what a surrounding `dvc repro` has set."""
     # A shell's background job is started with Ctrl-C ignored, and so would be every process that a test interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Threads of OpenMP that wait would spin, on cores that another worker's test needs. No result depends on it.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HOME"] = folder = tempfile.mkdtemp(prefix="huggingface-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

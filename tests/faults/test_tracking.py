@@ -120,9 +120,8 @@ def test_eight_experiments_from_an_empty_machine_are_eight_complete_runs(fresh, 
     clone.run(f"dvc exp run --queue -S train.seed={seeds}")
     clone.run("dvc queue start -j 2")
     try:
-        tasks = lambda: clone.run("dvc queue status").partition("\n\n")[0]  # noqa: E731
-        wait_until(lambda: not re.search("Queued|Running", tasks()), "the end of the queue", clone, 800)
-        assert tasks().count("Success") == 8, tasks()
+        tasks = clone.wait_for_queue(seconds=800)
+        assert tasks.count("Success") == 8, tasks
         wait_until(lambda: not clone.processes(), "the end of all processes", clone)
     finally:
         clone.end_processes()

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -65,7 +66,7 @@ class Clone:
 
     def copy(self, path: Path, runs: bool = True) -> "Clone":
         """A copy that lives by itself; without `runs` it has neither run directories nor MLflow's database."""
-        left_out = shutil.ignore_patterns("__pycache__", *(() if runs else (".runs", "mlflow.db*", "mlartifacts")))
+        left_out = shutil.ignore_patterns(*(() if runs else (".runs", "mlflow.db*", "mlartifacts")))
         shutil.copytree(self.path, path, symlinks=True, ignore=left_out)
         if runs and (path / "mlflow.db").exists():
             _move_runs(path, self.path)
@@ -100,6 +101,16 @@ class Clone:
 
     def repro(self, *arguments: str, check: int | None = 0, **variables: str) -> str:
         return self.run(" ".join(["dvc repro", *arguments]), check, **variables)
+
+    def queue(self) -> str:
+        """DVC's table of queue tasks, without what follows on its workers."""
+        return self.run("dvc queue status").partition("\n\n")[0]
+
+    def wait_for_queue(self, seconds: float) -> str:
+        """Waits until all tasks of the queue have ended; returns its table."""
+        ended = lambda: not re.search("Queued|Running", self.queue())  # noqa: E731
+        wait_until(ended, "the end of the queue", self, seconds, pause=5)  # a look is a second of the processor's time
+        return self.queue()
 
     def commit(self, message: str = "Changes") -> None:
         self.run(f"git add --all && git commit --quiet --allow-empty --message {shlex.quote(message)}")
@@ -228,12 +239,12 @@ class Clone:
                 process.kill()
 
 
-def wait_until(condition: Callable[[], Any], what: str, clone: Clone, seconds: float = 300) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, clone: Clone, seconds: float = 300, pause: float = 0.05) -> Any:
     """Polls until the condition gives something true, and returns that."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s\n{clone.logs()}"
-        time.sleep(0.05)
+        time.sleep(pause)
     return result
 
 

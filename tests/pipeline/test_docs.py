@@ -69,12 +69,7 @@ def test_every_command_works(page: str, clone: Clone, home: Path) -> None:
             command += SHORT
         clone.run(f"PATH={clone.path}/.venv/bin:$PATH; {command}", timeout=600, **variables)
         if command.startswith("dvc queue start"):
-            wait_until(lambda: queue_is_done(clone), "the queue", clone, seconds=600)
-            assert "Failed" not in clone.run("dvc queue status")
-
-
-def queue_is_done(clone: Clone) -> bool:
-    return not re.search(r"Queued|Running", clone.run("dvc queue status").partition("Worker")[0])
+            assert "Failed" not in clone.wait_for_queue(seconds=600)
 
 
 def check_page(clone: Clone) -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.clones import Clone, wait_until
+from tests.pipeline.clones import Clone
 
 pytestmark = pytest.mark.pipeline
 
@@ -25,16 +25,11 @@ def experiments(seed: Clone, once) -> Clone:
             clone.run("dvc exp run --queue --name diverging -S train.learning_rate=1e30")
             clone.run("dvc exp run --queue -S train.seed=3 -S sample.temperature=0.5,0.8")
             clone.run("dvc queue start -j 2")
-            wait_until(lambda: not re.search("Queued|Running", tasks(clone)), "the end of the queue", clone, 300)
+            clone.wait_for_queue(seconds=300)
         finally:
             clone.end_processes()
 
     return once("experiments", make)
-
-
-def tasks(clone: Clone) -> str:
-    """DVC's table of tasks, without what follows on its workers."""
-    return clone.run("dvc queue status").partition("\n\n")[0]
 
 
 def shown(clone: Clone) -> list[dict[str, str]]:
@@ -82,8 +77,8 @@ def test_two_tasks_that_share_a_training_train_once(experiments):
 
 
 def test_a_task_that_failed_can_be_understood(experiments):
-    assert re.search(r"diverging +.*Failed", tasks(experiments))
-    assert tasks(experiments).count("Failed") == 1
+    assert re.search(r"diverging +.*Failed", experiments.queue())
+    assert experiments.queue().count("Failed") == 1
     told = r"training diverged at step \d+: .*lower train.learning_rate"
     assert re.search(told, experiments.run("dvc queue logs diverging"))
     log = experiments.read(".runs/logs/diverging/train.log")
