@@ -45,7 +45,7 @@ LEVELS: list[dict[str, set[str]]] = [
     {
         "optim": {"params"},
         "distributed": set(),
-        "evaluate": {"model"},
+        "evaluate": {"loss", "model"},
         "generate": {"counter", "model"},
         "pretrained": {"files", "model"},
         "published": {"files", "model", "provenance", "tokenizer"},
