@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "previous_tokens: 0": {"model.previous_tokens": 0},
     "embedding_norm: false": {"model.embedding_norm": False},
     "optimizer: adamw": {"train.optimizer": "adamw", "train.learning_rate": 2e-3, "train.embedding_lr_multiplier": 1.0},
+    "muon_weight_decay: 0": {"train.muon_weight_decay": 0.0},
+    "embedding_lr_multiplier: 3": {"train.embedding_lr_multiplier": 3.0},
     "lr_decay: cosine": {"train.lr_decay": "cosine"},
     "data_order: random": {"train.data_order": "random"},
 }
