@@ -113,7 +113,7 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     batch_size: Natural
     stride: Natural | None
-    train_tokens: Annotated[int, Field(ge=2, lt=2**63)]  # of one long text the first is scored given nothing
+    train_tokens: Annotated[int, Field(ge=2, lt=2**63)]  # the first one of a long text has no context, and no score
     max_gap: NonNegative
 
 
