@@ -48,6 +48,9 @@ def main(steps: int, rounds: int, out: Path | None, only: str | None) -> None:
     if only:
         click.echo(json.dumps(measure(steps, only)))
         return
+    most = load_params().train.max_iters
+    if not 1 <= steps <= most:
+        raise click.UsageError(f"--steps {steps}: train.max_iters = {most} allows 1 to that many")
     times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
     for number in range(rounds):
         for name in CANDIDATES if number % 2 else reversed([*CANDIDATES]):
@@ -68,8 +71,6 @@ def main(steps: int, rounds: int, out: Path | None, only: str | None) -> None:
 def measure(steps: int, candidate: str) -> float:
     """Seconds per step of the whole loop: evaluations and checkpoints included."""
     params = load_params()
-    if not 1 <= steps <= params.train.max_iters:
-        raise click.UsageError(f"--steps {steps}: train.max_iters = {params.train.max_iters} allows 1 to that many")
     from nanogpt import numerics, provenance
     from nanogpt.journal import NoJournal
     from stages.attempt import describe

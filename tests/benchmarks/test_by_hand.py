@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import checkpoint_stall, sizing, step_memory
+from benchmarks import checkpoint_stall, sizing, step_memory, tracking_overhead
 from benchmarks.text import write_tokens
 from nanogpt.params import load_params
 from tests.conftest import GPT2
@@ -53,6 +53,13 @@ def test_steps_that_do_not_end_with_a_checkpoint_are_refused(steps: str) -> None
     result = CliRunner().invoke(checkpoint_stall.main, ["--steps", steps])
     assert result.exit_code == 2
     assert "give a multiple of runtime.checkpoint_interval = 2 of up to train.max_iters = 6" in result.output
+
+
+@pytest.mark.parametrize("steps", ["0", "7"])
+def test_steps_that_no_training_takes_are_refused(steps: str) -> None:
+    result = CliRunner().invoke(tracking_overhead.main, ["--steps", steps])
+    assert result.exit_code == 2
+    assert f"--steps {steps}: train.max_iters = 6 allows 1 to that many" in result.output
 
 
 def test_a_run_and_its_prediction_are_of_one_shape() -> None:
