@@ -109,6 +109,14 @@ def test_all_is_planned_once_and_nanogpt_s_comes_first() -> None:
     assert len(alone) == len(OURS) + len(SAMPLES)
 
 
+def test_nanogpt_s_float32_is_tf32_whose_peak_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "their_seconds", lambda *_: [1.0] * gpu.TIMED)
+    monkeypatch.setattr("nanogpt.flops.peak_flops", lambda *_: 1e12)
+    work = {**works("ours")[0], "who": "nanogpt", "compile": False}
+    assert gpu.done({**work, "dtype": "float32"})["mfu"] is None
+    assert gpu.done({**work, "dtype": "bfloat16"})["mfu"] > 0
+
+
 def test_our_steps_are_timed_from_report_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     train = timing.train
