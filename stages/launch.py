@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -34,6 +35,22 @@ def check_started(processes: int) -> None:
             f"train.processes = {processes}, but torchrun has started {started()} processes (WORLD_SIZE); set "
             f"train.processes to {started()}, or start {processes}"
         )
+
+
+def run_to_exit(main: Callable[[], object]) -> None:
+    """Calls a command, which ends by SystemExit. One of several processes then exits at once.
+
+    The interpreter's own end would abort it, exit code 134, if one of gloo's threads lets go of a tensor meanwhile
+    (before Python 3.14 a thread that asks for the interpreter's lock then is torn down by force).
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if started() is None:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
 
 
 def launch(processes: int, wait_seconds: float, *arguments: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.console import Console, command, repository
-from stages.launch import check_started, launch, started
+from stages.launch import check_started, launch, run_to_exit, started
 from stages.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -218,4 +218,4 @@ def publish(console: Console, attempt: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_exit(main)

@@ -15,6 +15,7 @@ HEAD = """
 import json, os, signal, sys, torch
 torch.set_num_threads(1)
 from nanogpt.distributed import PeerFailed, join, synchronizing
+from stages.launch import run_to_exit
 """
 
 
@@ -97,7 +98,7 @@ FAILURES = {  # what a process does, the exit code, and which processes tell the
     "rank 0 has one": ('assert ranks.rank, "only 0"', 1, {0: "AssertionError: only 0"}),
     "rank 1 has one": ('assert ranks.first, "only 1"', 1, {1: "AssertionError: only 1"}),
     "rank 0 has one while rank 1 waits for what it tells": (
-        'assert ranks.rank, "only 0"\n    ranks.tell(0)',
+        'assert ranks.rank, "only 0"; ranks.tell(0)',
         1,
         {0: "AssertionError: only 0"},
     ),
@@ -114,16 +115,19 @@ def test_a_failure_ends_all_and_one_process_tells_it(what, tmp_path):
     does, code, told = FAILURES[what]
     two(
         f"""
-try:
-  with join("cpu") as ranks:
-    ranks.highest(0)
-    {does}
-    ranks.highest(0)
-except PeerFailed:
-    sys.exit(1)
-except Exception as error:
-    open(f"{tmp_path}/{{ranks.rank}}", "w").write(f"{{type(error).__name__}}: {{error}}")
-    sys.exit(1)
+def main():
+    try:
+        with join("cpu") as ranks:
+            ranks.highest(0)
+            {does}
+            ranks.highest(0)
+    except PeerFailed:
+        sys.exit(1)
+    except Exception as error:
+        open(f"{tmp_path}/{{ranks.rank}}", "w").write(f"{{type(error).__name__}}: {{error}}")
+        sys.exit(1)
+
+run_to_exit(main)
 """,
         code,
     )

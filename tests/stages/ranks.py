@@ -69,4 +69,4 @@ def _pin_and(then: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run_to_exit(main)

@@ -177,6 +177,28 @@ def test_what_ends_one_ends_all_and_is_the_exit_code(does, code):
     assert launch(2, 0.0, "-c", f"import os, sys, time\nif os.environ['RANK'] == '1': {does}\n{other}") == code
 
 
+def test_a_process_that_ends_while_gloo_is_at_work_has_its_own_exit_code(capfd):
+    program = """
+import sys, torch
+from nanogpt.distributed import join
+from stages.launch import run_to_exit
+
+def main():
+    try:
+        with join("cpu"):
+            for _ in range(3000):
+                torch.distributed.all_reduce(torch.ones(()), async_op=True)
+            raise ValueError("in all processes")
+    except ValueError as error:
+        print(error)
+        sys.exit(3)
+
+run_to_exit(main)
+"""
+    assert launch(2, 0.0, "-c", program) == 3
+    assert "in all processes" in capfd.readouterr().out  # what was printed is not lost
+
+
 def test_they_listen_to_this_machine_alone(tmp_path):
     program = f"""
 import psutil
