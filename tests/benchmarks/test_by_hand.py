@@ -1,6 +1,8 @@
 """Benchmarks that are only run by hand: that they run, and that their figures fit together."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,16 @@ def test_steps_that_no_training_takes_are_refused(steps: str) -> None:
     result = CliRunner().invoke(tracking_overhead.main, ["--steps", steps])
     assert result.exit_code == 2
     assert f"--steps {steps}: train.max_iters = 6 allows 1 to that many" in result.output
+
+
+def test_the_processor_s_time_of_a_process_is_told() -> None:
+    program = "sum(i * i for i in range(10**6)); print('done', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"done\n"
+        assert tracking_overhead.processor_seconds(process) > 0
+        process.communicate(b"\n")
+    assert tracking_overhead.processor_seconds(None) == 0
 
 
 def test_a_run_and_its_prediction_are_of_one_shape() -> None:
