@@ -7,6 +7,7 @@ store where the processes have met. Rank 0 alone reads and writes files of a run
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -189,6 +190,8 @@ def join(device_type: str, environment: Mapping[str, str] = os.environ) -> Itera
         ranks.part()
         raise
     except BaseException as error:
+        # Who launched the processes ends all with the first, and this one is still to tell its error, and ends anyway.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         cause = ranks.cause(error)
         if cause is error:
             raise
