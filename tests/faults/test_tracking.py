@@ -118,7 +118,7 @@ def test_eight_experiments_from_an_empty_machine_are_eight_complete_runs(fresh, 
     clone = copy_of(fresh)
     seeds = ",".join(map(str, range(1, 9)))
     clone.run(f"dvc exp run --queue -S train.seed={seeds}")
-    clone.run("dvc queue start -j 2")
+    clone.run("dvc queue start -j 2", timeout=800)
     try:
         tasks = clone.wait_for_queue(seconds=800)
         assert tasks.count("Success") == 8, tasks
