@@ -39,7 +39,6 @@ REGULAR = {"bias": False, "dropout": 0.0}
 OPTIMIZER = {"learning_rate": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0}
 BATCH = {"gradient_accumulation_steps": 1, "eval_iters": 20}
 OURS = {"init_from": "scratch", "data_order": "random", "optimizer": "adamw", "lr_decay": "cosine", "publish": "last"}
-RUNTIME = {"device": "cpu", "log_interval": 1}
 ALONE = {"embedding_lr_multiplier": 1.0, "patience": None, "processes": 1}
 SETTINGS = ["float32-eager", "float32-compiled", "bfloat16-eager", "bfloat16-compiled"]
 MODES = ["off", "machine", "portable"]
@@ -135,9 +134,7 @@ def prepare(nanogpt: Path, text: Path, folder: Path) -> tuple[Path, Path]:
     run([sys.executable, str(data / "prepare.py")], checkout, {})
     params = load_params()
     split = {"tokenizer": "char", "val_fraction": 0.1}
-    tokens = write_tokens(
-        text, params.model_copy(update={"tokenize": params.tokenize.model_copy(update=split)}), folder
-    )
+    tokens = write_tokens(text, params.model_copy(update={"tokenize": changed(params.tokenize, split)}), folder)
     for name in ("train.bin", "val.bin"):
         if not filecmp.cmp(data / name, tokens / name, shallow=False):
             raise ValueError(f"{text} gives another {name} than nanoGPT's; write its line ends as \\n")
@@ -189,6 +186,11 @@ def run(command: list[str], directory: Path, variables: dict[str, str]) -> tuple
     return output, usage.ru_maxrss * 1024
 
 
+def changed(section: Any, values: dict[str, Any]) -> Any:
+    """A section of the parameters with other values, checked."""
+    return type(section).model_validate({**section.model_dump(), **values})
+
+
 def eval_interval(steps: int) -> int:
     """As train_shakespeare_char.py, or at the end alone: nanoGPT saves its model at evaluations."""
     return 250 if steps % 250 == 0 else steps
@@ -233,13 +235,11 @@ def our_params(work: dict[str, Any]) -> Params:
     numerics = {name: work[name] for name in ("threads", "dtype", "compile", "attention")}
     return params.model_copy(
         update={
-            "model": params.model.model_copy(update={**shape, **REGULAR, **GPT2, **PLAIN}),
-            "train": params.train.model_copy(update={**train, "eval_interval": every, "eval_only": False}),
-            "numerics": params.numerics.model_copy(update={**numerics, "determinism": work["candidate"]}),
-            "runtime": params.runtime.model_copy(
-                update={"device": "cpu", "log_interval": 1, "checkpoint_interval": every}
-            ),
-            "tracking": params.tracking.model_copy(update={"prompts": []}),
+            "model": changed(params.model, {**shape, **REGULAR, **GPT2, **PLAIN}),
+            "train": changed(params.train, {**train, "eval_interval": every, "eval_only": False}),
+            "numerics": changed(params.numerics, {**numerics, "determinism": work["candidate"]}),
+            "runtime": changed(params.runtime, {"device": "cpu", "log_interval": 1, "checkpoint_interval": every}),
+            "tracking": changed(params.tracking, {"prompts": []}),
         }
     )
 
@@ -285,8 +285,7 @@ def judge(work: dict[str, Any]) -> Figures:
     """The loss over the whole validation split, and tokens per second of generation: float32, eager."""
     from nanogpt import numerics
 
-    chosen = {"determinism": "off", "threads": work["threads"]}
-    numerics.pin(load_params().numerics.model_copy(update=chosen), "cpu")
+    numerics.pin(changed(load_params().numerics, {"determinism": "off", "threads": work["threads"]}), "cpu")
     import torch
 
     from nanogpt.data import load_split
