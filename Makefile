@@ -79,7 +79,7 @@ soak: $(READY)  ## kill the pipeline at 100 random moments; nothing may be left 
 lint: $(READY)  ## style and types
 	ruff check .
 	ruff format --check .
-	mypy nanogpt stages tools benchmarks
+	mypy nanogpt stages tracking tools benchmarks
 
 gc: $(READY)  ## show what old runs and caches take, and free it if you agree
 	@python -m tools.gc

@@ -116,20 +116,21 @@ def train_one(text: Path, params: Params, name: str, steps: int, seed: int) -> d
         "train.patience": None,
     }
     params = with_changes(params, {**VARIANTS[name], **run})
-    from nanogpt import numerics
+    from nanogpt import determinism
 
-    resolved = numerics.pin(params.numerics, "cpu")
+    resolved = determinism.pin(params.numerics, "cpu")
     import torch
 
-    from nanogpt import counter
-    from nanogpt.checkpoint import Checkpoints, Progress
+    from nanogpt import seeds
+    from nanogpt.checkpoint import Checkpoints
+    from nanogpt.corpus.tokenizer import Alphabet, CharTokenizer
     from nanogpt.distributed import Ranks
     from nanogpt.evaluate import Score, score, windows
-    from nanogpt.initial import load_initial
-    from nanogpt.journal import Journal
-    from nanogpt.optim import make_optimizer
-    from nanogpt.tokenizer import Alphabet, CharTokenizer
+    from nanogpt.optimizer import make_optimizer
+    from nanogpt.pretrained import load_initial
     from nanogpt.train import WEIGHTS, Intervals, train
+    from nanogpt.train_state import Progress
+    from tracking.journal import Journal
 
     content = text.read_text(encoding="utf-8")
     alphabet = Alphabet()
@@ -137,10 +138,10 @@ def train_one(text: Path, params: Params, name: str, steps: int, seed: int) -> d
     tokenizer = CharTokenizer(alphabet.characters(), end_of_text=False)
     tokens = tokenizer.encode(content[: int(len(content) * (1 - params.tokenize.val_fraction))])
     cut = int(len(tokens) * (1 - HELD_OUT))
-    torch.manual_seed(counter.derived_seed(seed, WEIGHTS))
+    torch.manual_seed(seeds.derived_seed(seed, WEIGHTS))
     cpu = torch.device("cpu")
     model = load_initial("scratch", params.model, tokenizer).build(params.numerics.attention, cpu)
-    autocast = numerics.autocast(cpu, resolved.dtype)
+    autocast = determinism.autocast(cpu, resolved.dtype)
     block_size, times = model.config.block_size, [time.perf_counter()]
 
     def evaluate() -> tuple[Score, Score]:

@@ -249,12 +249,12 @@ def our_params(work: dict[str, Any]) -> Params:
 
 def train_ours(work: dict[str, Any]) -> list[float]:
     """Trains as the train stage does, writes the last model, and returns the milliseconds from report to report."""
-    from nanogpt import numerics
-    from stages.console import Console
-    from tools.retrace import Retrace
+    from nanogpt import determinism
+    from tracking.console import Console
+    from tracking.retrace import Retrace
 
     params = our_params(work)
-    resolved = numerics.pin(params.numerics, "cpu")
+    resolved = determinism.pin(params.numerics, "cpu")
     stamps: list[float] = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -283,17 +283,17 @@ def console_in(folder: str, console: Callable[[str], Any]) -> Any:
 
 def judge(work: dict[str, Any]) -> Figures:
     """The loss over the whole validation split, and tokens per second of generation: float32, eager."""
-    from nanogpt import numerics
+    from nanogpt import determinism
 
-    numerics.pin(changed(load_params().numerics, {"determinism": "off", "threads": work["threads"]}), "cpu")
+    determinism.pin(changed(load_params().numerics, {"determinism": "off", "threads": work["threads"]}), "cpu")
     import torch
 
-    from nanogpt.data import load_split
+    from nanogpt.corpus.token_files import load_split
     from nanogpt.evaluate import score, windows
     from nanogpt.generate import Sampling, generate
     from nanogpt.model import GPT
-    from nanogpt.pretrained import load_nanogpt
-    from nanogpt.published import load_model
+    from nanogpt.nanogpt_checkpoint import load_nanogpt
+    from nanogpt.saved_model import load_model
 
     if work["candidate"] == "nanogpt":
         config, weights = load_nanogpt(Path(work["model"]) / "ckpt.pt")

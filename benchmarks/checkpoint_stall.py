@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from nanogpt.params import load_params
-from stages.console import Console
 from tools.first_steps import TOKENS
-from tools.retrace import Retrace
+from tracking.console import Console
+from tracking.retrace import Retrace
 
 
 @click.command()
@@ -27,9 +27,9 @@ def main(steps: int, out: Path | None) -> None:
             f"--steps {steps}: give a multiple of runtime.checkpoint_interval = {interval} of up to train.max_iters = "
             f"{params.train.max_iters}"
         )
-    from nanogpt import numerics
+    from nanogpt import determinism
 
-    resolved = numerics.pin(params.numerics, params.runtime.device)
+    resolved = determinism.pin(params.numerics, params.runtime.device)
     with Retrace(Console("benchmark"), params, resolved, TOKENS, "benchmark") as retrace:
         training = retrace.training
         training.params = params  # with the evaluations and checkpoints that a retrace leaves out

@@ -121,12 +121,12 @@ def in_a_process(work: Work) -> Figures:
 def done(work: Work) -> Figures:
     """Does what `work` says, in this process."""
     params = Params.model_validate(work["params"])
-    from nanogpt import numerics
+    from nanogpt import determinism
 
     settings: Work = {"determinism": "off", "dtype": "float32", "compile": False}
     settings |= {key: work[key] for key in ("dtype", "compile", "attention") if key in work}
-    resolved = numerics.pin(params.numerics.model_copy(update=settings), work["device"])
-    from nanogpt.initial import planned_config
+    resolved = determinism.pin(params.numerics.model_copy(update=settings), work["device"])
+    from nanogpt.pretrained import planned_config
 
     config = planned_config(params.train.init_from, params.model, VOCABULARIES[params.tokenize.tokenizer])
     if work["task"] == "sample":
@@ -163,8 +163,8 @@ def our_seconds(params: Params, config: "GPTConfig", resolved: Any, adamw: str) 
     """Seconds per step from report to report, of the loop itself; how often the host waits in a further interval."""
     import torch
 
-    from nanogpt.optim import make_optimizer
-    from tools import timing
+    from nanogpt import timing
+    from nanogpt.optimizer import make_optimizer
 
     stamps, gpu = [time.perf_counter()], resolved.device == "cuda"
     last = EVERY * (timing.WARM_UP + TIMED)
@@ -185,7 +185,7 @@ def our_seconds(params: Params, config: "GPTConfig", resolved: Any, adamw: str) 
 
 def unfused(*arguments: Any) -> "torch.optim.Optimizer":
     """make_optimizer's, as a loop of kernels over all tensors."""
-    from nanogpt.optim import make_optimizer
+    from nanogpt.optimizer import make_optimizer
 
     optimizer = make_optimizer(*arguments)
     for group in optimizer.param_groups:
@@ -195,7 +195,7 @@ def unfused(*arguments: Any) -> "torch.optim.Optimizer":
 
 def their_seconds(work: Work, params: Params, config: "GPTConfig") -> list[float]:
     """The same of nanoGPT's step."""
-    from tools.timing import WARM_UP
+    from nanogpt.timing import WARM_UP
 
     settings = params.numerics.model_copy(update={key: work[key] for key in ("dtype", "compile")})
     params = params.model_copy(update={"numerics": settings})
@@ -258,7 +258,7 @@ def their_batches(config: "GPTConfig", batch_size: int, device: "torch.device") 
     import numpy as np
     import torch
 
-    from tools.timing import random_tokens
+    from nanogpt.timing import random_tokens
 
     data, length = random_tokens(config), config.block_size
 

@@ -64,9 +64,10 @@ def numerics_params() -> NumericsParams:
 
 def corpus(megabytes: float) -> Figures:
     """Text of a file to data/raw, to tokens of two kinds, and the opening of their split with a first batch."""
-    from nanogpt.corpus import write_corpus
-    from nanogpt.data import batch, load_split
-    from nanogpt.prepare import prepare
+    from nanogpt.batches import batch
+    from nanogpt.corpus.prepare import prepare
+    from nanogpt.corpus.sources import write_corpus
+    from nanogpt.corpus.token_files import load_split
 
     params, figures = load_params(), Figures()
     with tempfile.TemporaryDirectory(prefix="growth-") as name:
@@ -117,13 +118,13 @@ def context(block_size: float) -> Figures:
 
 def step(layers: int, channels: int, vocabulary: int, block_size: int, batch_size: int) -> Figures:
     """The median step of the loop: its seconds, the process's memory, what sizing.py told of both, and the MFU."""
-    from nanogpt import numerics
+    from nanogpt import determinism
 
-    resolved = numerics.pin(numerics_params(), "cpu")
+    resolved = determinism.pin(numerics_params(), "cpu")
     from nanogpt import sizing
     from nanogpt.model import GPTConfig
+    from nanogpt.timing import step_seconds
     from tools.size import measured_peak
-    from tools.timing import step_seconds
 
     params, figures = load_params(), Figures()
     chosen = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "optimizer": "adamw"}
@@ -152,11 +153,12 @@ def checkpoint(megabytes: float) -> Figures:
     """A checkpoint of that size: the loop stands still while it is written. Then what it is made of, each alone."""
     import torch
 
-    from nanogpt.checkpoint import Checkpoints, Progress, restore
-    from nanogpt.journal import START
+    from nanogpt.checkpoint import Checkpoints, restore
+    from nanogpt.files import sha256_file
     from nanogpt.model import GPT, GPTConfig
-    from nanogpt.optim import make_optimizer
-    from nanogpt.provenance import sha256_file
+    from nanogpt.optimizer import make_optimizer
+    from nanogpt.train_state import Progress
+    from tracking.journal import START
 
     params, figures = load_params(), Figures()
     channels = max(64, round(math.sqrt(megabytes * 1e6 / 12 / (12 * 12)) / 64) * 64)  # 3 float32 of each parameter
@@ -200,8 +202,8 @@ def write_and_sync(path: Path, content: memoryview) -> None:
 
 def journal(records: float) -> Figures:
     """A training's journal of so many steps: written as the loop does, opened again, and replayed to a new MLflow."""
-    from nanogpt.journal import Journal
-    from stages.training import loss_curve
+    from tracking.journal import Journal
+    from tracking.training import loss_curve
 
     steps, figures = int(records), Figures()
     with tempfile.TemporaryDirectory(prefix="growth-", dir=runs()) as name:
@@ -240,9 +242,9 @@ def fill(journal: Any, steps: int) -> None:
 
 def replay(attempt: Path, steps: int, repository: str, figures: Figures) -> None:
     """Fills a new database from the journal, as the process beside a training does after its end."""
-    from nanogpt.mlflow_server import connect
-    from nanogpt.tracking import Replica
-    from stages.attempt import describe
+    from tracking.mlflow_run import Replica
+    from tracking.mlflow_server import connect
+    from tracking.resume import describe
 
     params: Params = load_params()
     params = params.model_copy(update={"train": params.train.model_copy(update={"max_iters": steps})})

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.text import write_tokens
-from nanogpt.data import load_meta, load_split
+from nanogpt.corpus.token_files import load_meta, load_split
 from nanogpt.params import load_params
 
 Codes = npt.NDArray[np.uint64]

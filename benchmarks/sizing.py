@@ -85,13 +85,13 @@ def main(steps: int, threads: int, determinism: str, dtype: str, out: Path | Non
 
 def child(task: str, shape: Shape, numerics_params: NumericsParams, steps: int) -> dict[str, float]:
     """One process's part: `measure`, as `tools.size --measure` predicts the time, or `train`, the run itself."""
-    from nanogpt import numerics
+    from nanogpt import determinism
 
-    resolved = numerics.pin(numerics_params, "cpu")
+    resolved = determinism.pin(numerics_params, "cpu")
     from nanogpt import sizing
     from nanogpt.model import GPTConfig
+    from nanogpt.timing import median_seconds
     from tools.size import measured_peak
-    from tools.timing import median_seconds
 
     params = params_of(shape, numerics_params)
     config = GPTConfig(vocab_size=shape.vocab_size, **params.model.model_dump())
@@ -117,7 +117,7 @@ def params_of(shape: Shape, numerics: NumericsParams) -> Params:
 
 def training(config: Any, params: Params, resolved: Any, steps: int) -> dict[str, float]:
     """MB that the process grew by, and milliseconds per step, of a run of the loop with its checkpoint."""
-    from tools.timing import step_seconds
+    from nanogpt.timing import step_seconds
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = step_seconds(config, params.train, resolved, steps, checkpoint=True)

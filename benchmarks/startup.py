@@ -16,8 +16,8 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
-from nanogpt.journal import attempts, last_record
-from tools.clean_clone import CleanClone, CouldNotRun, clean_clone, git
+from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone, git
+from tracking.journal import attempts, last_record
 
 STAGES = ("download", "tokenize", "train", "evaluate", "sample")
 TOOLS = (

@@ -84,14 +84,14 @@ def theirs(work: dict[str, Any]) -> dict[str, float]:
 
 def ours(work: dict[str, Any]) -> dict[str, float]:
     """Our loop, without evaluations and checkpoints."""
-    from nanogpt import numerics
+    from nanogpt import determinism
 
     params = load_params()
     chosen = {"determinism": "off", "threads": THREADS, "dtype": "float32", "compile": False, "attention": "fused"}
-    resolved = numerics.pin(params.numerics.model_copy(update=chosen), "cpu")
+    resolved = determinism.pin(params.numerics.model_copy(update=chosen), "cpu")
     from nanogpt import sizing
     from nanogpt.model import GPTConfig
-    from tools.timing import WARM_UP, step_seconds
+    from nanogpt.timing import WARM_UP, step_seconds
 
     config = GPTConfig(**SHAPE, block_size=work["block"], vocab_size=VOCABULARY)  # type: ignore[arg-type]
     train = {"batch_size": work["batch"], "gradient_accumulation_steps": 1, "optimizer": "adamw", "grad_clip": 1.0}

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from nanogpt.corpus import write_corpus
+from nanogpt.corpus.prepare import prepare
+from nanogpt.corpus.sources import write_corpus
 from nanogpt.params import Params
-from nanogpt.prepare import prepare
 
 
 def write_tokens(text: Path, params: Params, folder: Path) -> Path:

@@ -19,10 +19,10 @@ import click
 from ruamel.yaml import YAML
 
 from benchmarks.against_nanogpt import nanogpt_arguments, prepare
-from nanogpt.journal import attempts, read_records
 from nanogpt.params import load_params
-from tools.clean_clone import CleanClone, CouldNotRun, clean_clone
 from tools.preset import changed
+from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
+from tracking.journal import attempts, read_records
 
 Curve = list[tuple[float, float]]  # seconds of training, validation loss
 
@@ -97,8 +97,8 @@ def run(preset: str, text: Path | None, values: tuple[str, ...], seed: int) -> d
         clone.run("python", "-m", "tools.preset", preset)
         set_params(clone, (*values, f"train.seed={seed}"))
         if text is not None:
-            shutil.copyfile(text, clone.path / "texts" / "text.txt")
-            set_params(clone, ("download.source=file:texts/text.txt", "download.texts=texts"))
+            shutil.copyfile(text, clone.path / "inputs/texts/text.txt")
+            set_params(clone, ("download.source=file:inputs/texts/text.txt", "download.texts=inputs/texts"))
         threads = load_params(clone.path / "params.yaml").numerics.threads
         begin = time.perf_counter()
         clone.run("dvc", "repro")

@@ -108,7 +108,7 @@ def write_text_once(folder: Path, source: Path | None, size: int, forms: set[str
     """The same text in each form: a text file, data/raw of one and of several, a dataset on the disk."""
     import datasets
 
-    from nanogpt.raw import Writer
+    from nanogpt.corpus.raw_text import Writer
 
     text = make_text(source, size)
     documents = [text[start : start + DOCUMENT] for start in range(0, len(text), DOCUMENT)]
@@ -171,8 +171,8 @@ def since(begun: Times) -> Times:
 
 
 def ours(folder: Path, tokenizer: str, raw: str) -> Times:
+    from nanogpt.corpus.prepare import prepare
     from nanogpt.params import TokenizeParams
-    from nanogpt.prepare import prepare
 
     fraction = VAL_FRACTION if raw == "raw-documents" else 0.1
     params = TokenizeParams(tokenizer=tokenizer, vocab_size=1024, val_fraction=fraction, split_seed=SEED)
@@ -220,7 +220,7 @@ def nanogpt_gpt2(folder: Path) -> Times:
 def tiktoken_alone(folder: Path) -> Times:
     import tiktoken
 
-    from nanogpt.raw import read_documents
+    from nanogpt.corpus.raw_text import read_documents
 
     encoding = tiktoken.get_encoding("gpt2")
     documents = list(read_documents(folder / "raw-documents"))

@@ -19,9 +19,9 @@ import click
 import psutil
 
 from nanogpt.params import load_params
-from stages.console import Console
 from tools.first_steps import TOKENS
-from tools.retrace import Retrace
+from tracking.console import Console
+from tracking.retrace import Retrace
 
 CANDIDATES = {
     "nothing": "neither journal nor MLflow",
@@ -80,19 +80,19 @@ def measure(steps: int, candidate: str) -> dict[str, float]:
     MLflow's process takes `beside` it.
     """
     params = load_params()
-    from nanogpt import numerics, provenance
-    from nanogpt.journal import NoJournal
-    from stages.attempt import describe
+    from nanogpt import determinism
+    from tracking.fingerprint import environment
+    from tracking.journal import NoJournal
+    from tracking.resume import describe
 
-    resolved = numerics.pin(params.numerics, params.runtime.device)
+    resolved = determinism.pin(params.numerics, params.runtime.device)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = tempfile.tempdir = folder
         os.environ["MLFLOW_TRACKING_URI"] = uri(candidate, folder)
         with Retrace(Console("benchmark"), params, resolved, TOKENS, "benchmark") as retrace:
             retrace.training.params = params
             attempt = retrace.training.attempt
-            environment = provenance.environment()
-            retrace.journal.append("start", step=0, resumed=False, environment=environment)
+            retrace.journal.append("start", step=0, resumed=False, environment=environment())
             dataset = {"name": "benchmark", "source": str(TOKENS), "sha256": "0" * 64}
             describe(attempt, params, {"fingerprint": "0" * 64}, dataset)
             if candidate == "nothing":
@@ -119,10 +119,10 @@ def processor_seconds(process: "subprocess.Popen[bytes] | None") -> float:
 
 def start(candidate: str, attempt: Path) -> "subprocess.Popen[bytes]":
     """The process that fills MLflow."""
-    from nanogpt import replicator
+    from tracking import mlflow_process
 
     if candidate != "unsampled":
-        return replicator.start(attempt, Path.cwd(), 0).process
+        return mlflow_process.start(attempt, Path.cwd(), 0).process
     command = [sys.executable, "-c", UNSAMPLED, str(attempt), "--follow", str(os.getpid()), "--wait-seconds", "0"]
     environment = {**os.environ, "DVC_ROOT": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -18,13 +18,13 @@ import click
 from ruamel.yaml import YAML
 
 from benchmarks.text import write_tokens
-from nanogpt.data import load_meta, load_split
+from nanogpt.corpus.token_files import load_meta, load_split
 from nanogpt.params import Params, check_combinations, load_params
 from tools.preset import preset_params
 from tools.size import known_meta, measured_peak, vocabulary
 
 if TYPE_CHECKING:
-    from nanogpt.data import Tokens
+    from nanogpt.corpus.token_files import Tokens
 
 PARAMS = Path("params.yaml")
 TRACED = 3  # steps
@@ -131,17 +131,17 @@ def measure(
     nanogpt: Path | None,
 ) -> dict[str, float | str | bool | None]:
     """The figures of the median step, of a new model; None is what is not known."""
-    from nanogpt import numerics
+    from nanogpt import determinism
 
-    resolved = numerics.pin(params.numerics, params.runtime.device)
+    resolved = determinism.pin(params.numerics, params.runtime.device)
     if nanogpt and resolved.device == "cuda":
         raise ValueError("--nanogpt shares a process, and nanoGPT's TF32 with it: on a GPU run benchmarks.gpu instead")
     import torch
 
     from benchmarks.gpu import their_step
     from nanogpt import sizing
-    from nanogpt.initial import planned_config
-    from tools.timing import WARM_UP, step_seconds
+    from nanogpt.pretrained import planned_config
+    from nanogpt.timing import WARM_UP, step_seconds
 
     profiler = torch.profiler.profile() if trace else None
 

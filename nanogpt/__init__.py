@@ -1,1 +1,1 @@
-"""The core library: models, data, training, evaluation, generation. Knows no DVC and no click."""
+"""The GPT: model, loss, optimizer, training loop, evaluation, generation; corpus/ makes its token files."""

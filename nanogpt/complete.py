@@ -8,9 +8,9 @@ print(complete(load_model("model"), "Once upon a time"))
 import itertools
 from collections.abc import Iterator
 
+from nanogpt.corpus.tokenizer import Tokenizer
 from nanogpt.generate import Sampling, generate
-from nanogpt.published import PublishedModel
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.saved_model import PublishedModel
 
 
 def complete(

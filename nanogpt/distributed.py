@@ -1,6 +1,6 @@
 """The processes that share each training step: their group, DDP around the model, and what they tell one another.
 
-torchrun or stages/launch.py starts them, with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+torchrun or tracking/launch.py starts them, with RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
 MASTER_PORT in the environment. What lies on CPUs travels by gloo, what lies on GPUs by NCCL, and small values by the
 store where the processes have met. Rank 0 alone reads and writes files of a run; nothing is pickled.
 """

@@ -2,6 +2,8 @@
 
 import errno
 import glob
+import hashlib
+import json
 import os
 import shutil
 import stat
@@ -9,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -113,3 +116,19 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(directory: Path) -> str:
+    """One hash for a directory: of the names and contents of all its files."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return sha256_json({path.relative_to(directory).as_posix(): sha256_file(path) for path in files})
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

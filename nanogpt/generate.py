@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt import counter
+from nanogpt import seeds
 from nanogpt.model import GPT, KVCache, rotation
 
 LARGE = 2**22  # weights, 16 MiB of float32: a larger matrix is not copied for speed
@@ -112,7 +112,7 @@ def uniforms(seed: int, samples: int, positions: int) -> Iterator[Tensor]:
     """One number of [0, 1) for each sample (B,), position by position; many positions at once are drawn faster."""
     for start in range(0, positions, 256):
         chunk = np.arange(start, min(start + 256, positions))[:, None]
-        yield from torch.from_numpy(counter.uniform(seed, np.arange(samples), chunk))
+        yield from torch.from_numpy(seeds.uniform(seed, np.arange(samples), chunk))
 
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

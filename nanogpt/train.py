@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nanogpt import counter
-from nanogpt.checkpoint import Checkpoints, Progress
-from nanogpt.data import Tokens, batch
+from nanogpt import seeds
+from nanogpt.batches import batch
+from nanogpt.checkpoint import Checkpoints
+from nanogpt.corpus.token_files import Tokens
 from nanogpt.distributed import Ranks, synchronizing
 from nanogpt.evaluate import Score
-from nanogpt.journal import Journal
 from nanogpt.model import GPT
-from nanogpt.optim import lr_at
 from nanogpt.params import TrainParams
+from nanogpt.schedule import lr_at
+from nanogpt.train_state import Progress
+from tracking.journal import Journal
 
 DATA, DROPOUT, WEIGHTS = 0, 1, 2  # the seed's independent streams
 
@@ -128,7 +130,7 @@ def train(
         loss_sum = torch.zeros((), device=device)
         for micro in micros:
             if model.config.dropout > 0:
-                torch.manual_seed(counter.derived_seed(params.seed, DROPOUT, step, micro))
+                torch.manual_seed(seeds.derived_seed(params.seed, DROPOUT, step, micro))
             with synchronizing(forward, micro == micros[-1]):
                 with autocast:
                     loss = forward(x, y) / len(micros)
@@ -151,7 +153,7 @@ def micro_batches(
 
     A copy to a GPU begins in pinned memory, so that nobody waits for it; torch reuses that memory only when it is done.
     """
-    seed, size = counter.derived_seed(params.seed, DATA), params.batch_size
+    seed, size = seeds.derived_seed(params.seed, DATA), params.batch_size
     per_step = size * params.gradient_accumulation_steps  # samples, of all processes
     for later in itertools.count(step):
         for micro in micros:

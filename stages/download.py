@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stages.console import Console, command
+from tracking.console import Console, command
 
 RAW = Path("data/raw")
 
@@ -10,7 +10,7 @@ RAW = Path("data/raw")
 @command("download")
 def main(console: Console) -> None:
     """Fetches or writes the raw text (or token files) that params.yaml (download) names: to data/raw/."""
-    from nanogpt.corpus import write_corpus
+    from nanogpt.corpus.sources import write_corpus
     from nanogpt.files import replacing
     from nanogpt.params import load_params
 

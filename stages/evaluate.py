@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.console import Console, command
+from tracking.console import Console, command
 
 if TYPE_CHECKING:
-    from nanogpt.data import Split
+    from nanogpt.corpus.token_files import Split
     from nanogpt.evaluate import Score
     from nanogpt.params import EvaluateParams
-    from nanogpt.published import PublishedModel
+    from nanogpt.saved_model import PublishedModel
 
 TOKENS, MODEL, METRICS = Path("data/tokens"), Path("model"), Path("metrics/evaluate.json")
 
@@ -18,18 +18,17 @@ TOKENS, MODEL, METRICS = Path("data/tokens"), Path("model"), Path("metrics/evalu
 @command("evaluate")
 def main(console: Console) -> None:
     """Scores every token of the validation split, and a fixed part of the train split: metrics/evaluate.json."""
-    from nanogpt import numerics
+    from nanogpt import determinism
     from nanogpt.params import load_params
 
     params = load_params()
-    resolved = numerics.pin(params.numerics, params.runtime.device)
-    from nanogpt.data import load_meta, load_split
+    resolved = determinism.pin(params.numerics, params.runtime.device)
+    from nanogpt.corpus.floor import check_leakage, floor_nats
+    from nanogpt.corpus.token_files import load_meta, load_split
     from nanogpt.evaluate import Score
-    from nanogpt.files import write_text
-    from nanogpt.floor import check_leakage, floor_nats
-    from nanogpt.provenance import sha256_file, sha256_tree
-    from nanogpt.published import load_model
-    from stages.report import report
+    from nanogpt.files import sha256_file, sha256_tree, write_text
+    from nanogpt.saved_model import load_model
+    from tracking.report import report
 
     gpt = load_model(MODEL, resolved.device, params.numerics.attention)
     meta = load_meta(TOKENS)
@@ -70,7 +69,7 @@ def score_split(
     console: Console, gpt: "PublishedModel", split: "Split", limit: int, params: "EvaluateParams", dtype: str
 ) -> "Score":
     """Scores the first `limit` tokens of a split."""
-    from nanogpt import numerics
+    from nanogpt import determinism
     from nanogpt.evaluate import score, windows
 
     tokens = split.tokens[:limit]
@@ -82,7 +81,7 @@ def score_split(
             "skipped; lower it or set it to null"
         )
     cut = windows(targets, block_size, params.stride or block_size)
-    autocast = numerics.autocast(gpt.model.wte.weight.device, dtype)
+    autocast = determinism.autocast(gpt.model.wte.weight.device, dtype)
     with console.progress(f"{split.name} windows", len(cut)) as update:
         return score(gpt.model, tokens, cut, params.batch_size, split.meta.first_context, autocast, update)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.console import Console, command
+from tracking.console import Console, command
 
 if TYPE_CHECKING:
     import torch
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from nanogpt.generate import Sampling
     from nanogpt.model import Attention
     from nanogpt.params import SampleParams
-    from nanogpt.published import PublishedModel
+    from nanogpt.saved_model import PublishedModel
 
-MODEL, SAMPLES, PROMPTS = Path("model"), Path("samples"), Path("prompts")
+MODEL, SAMPLES, PROMPTS = Path("model"), Path("samples"), Path("inputs/prompts")
 FOREIGN = r"gpt2(-medium|-large|-xl)?|hf:.+|nanogpt:.+"  # weights without a tokenizer.json: GPT-2's is theirs
 
 OPTIONS = [
@@ -42,11 +42,11 @@ OPTIONS = [
 @command("sample", *OPTIONS)
 def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], **overrides: Any) -> None:
     """Continues the prompts of params.yaml: samples/samples.md and .json. With an option, prints and writes nothing."""
-    from nanogpt import numerics
+    from nanogpt import determinism
     from nanogpt.params import load_params
 
     params = load_params()
-    resolved = numerics.pin(params.numerics, params.runtime.device)
+    resolved = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt.complete import encode_prompt
 
     gpt = load(model, resolved.device, params.numerics.attention)
@@ -66,8 +66,8 @@ def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], *
             click.echo(f"{sample['prompt']}{sample['text']}\n{'-' * 80}")
     else:
         write(console, continue_all(console, gpt, texts, settings))
-        from nanogpt.provenance import sha256_tree
-        from stages.report import report
+        from nanogpt.files import sha256_tree
+        from tracking.report import report
 
         files = {f"samples/{path.name}": path.read_text() for path in sorted(SAMPLES.iterdir())}
         report(console, params.tracking, sha256_tree(MODEL), params.sample, {}, files)
@@ -78,15 +78,15 @@ def load(name: str, device: "str | torch.device", attention: "Attention") -> "Pu
 
     Raises ValueError if there is none, or if its vocabulary is not GPT-2's: then no tokenizer is known.
     """
-    from nanogpt.published import PublishedModel, load_model
+    from nanogpt.saved_model import PublishedModel, load_model
 
     if not re.fullmatch(FOREIGN, name):
         return load_model(name, device, attention)
     import torch
 
-    from nanogpt.initial import Initial, load_gpt2
-    from nanogpt.pretrained import load_nanogpt
-    from nanogpt.tokenizer import Gpt2Tokenizer
+    from nanogpt.corpus.tokenizer import Gpt2Tokenizer
+    from nanogpt.nanogpt_checkpoint import load_nanogpt
+    from nanogpt.pretrained import Initial, load_gpt2
 
     kind, _, place = name.partition(":")
     initial = Initial(*(load_nanogpt(Path(place)) if kind == "nanogpt" else load_gpt2(place or kind)))
@@ -102,7 +102,7 @@ def load(name: str, device: "str | torch.device", attention: "Attention") -> "Pu
 
 
 def read_prompt(prompt: str, anywhere: bool) -> str:
-    """The text of a prompt. A FILE: of the pipeline lies in prompts/, the folder that DVC watches."""
+    """The text of a prompt. A FILE: of the pipeline lies in inputs/prompts/, the folder that DVC watches."""
     if not prompt.startswith("FILE:"):
         return prompt
     path = Path(prompt.removeprefix("FILE:"))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stages.console import Console, command
+from tracking.console import Console, command
 
 RAW, TOKENS = Path("data/raw"), Path("data/tokens")
 
@@ -10,10 +10,10 @@ RAW, TOKENS = Path("data/raw"), Path("data/tokens")
 @command("tokenize")
 def main(console: Console) -> None:
     """Splits the raw text, makes its tokenizer and encodes it, as params.yaml (tokenize) says: to data/tokens/."""
+    from nanogpt.corpus.prepare import prepare
+    from nanogpt.corpus.raw_text import load_info
     from nanogpt.files import replacing
     from nanogpt.params import load_params
-    from nanogpt.prepare import prepare
-    from nanogpt.raw import load_info
 
     params = load_params()
     total = load_info(RAW).bytes or None  # of token files nobody has counted the text

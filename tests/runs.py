@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanogpt.journal import Journal
+from tracking.journal import Journal
 
 T0 = 1_700_000_000_000  # ms
 

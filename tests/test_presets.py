@@ -18,11 +18,13 @@ from click.testing import CliRunner
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from nanogpt import corpus, flops, grammar, replicator
-from nanogpt.initial import GPT2_REVISIONS
+from nanogpt import flops
+from nanogpt.corpus import grammar, sources
 from nanogpt.params import Params, load_params
+from nanogpt.pretrained import GPT2_REVISIONS
 from stages import download, evaluate, sample, tokenize, train
 from tools.preset import overlaid
+from tracking import mlflow_process
 
 REPOSITORY = Path(__file__).parents[1]
 PRESETS = {path.stem: path for path in sorted((REPOSITORY / "presets").glob("*.yaml"))}
@@ -37,9 +39,9 @@ def laid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laid]:
     for name in ("nanogpt", "stages", "presets"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(replicator, "start", lambda *arguments: None)
-    monkeypatch.setattr(replicator, "wait", lambda *arguments: "not sent")
-    monkeypatch.setattr("stages.report.report", lambda *arguments: None)
+    monkeypatch.setattr(mlflow_process, "start", lambda *arguments: None)
+    monkeypatch.setattr(mlflow_process, "wait", lambda *arguments: "not sent")
+    monkeypatch.setattr("tracking.report.report", lambda *arguments: None)
     monkeypatch.setattr(flops, "measured_peak_flops", lambda *arguments: None)
     # torch is imported already, so its environment cannot be pinned; one thread is enough for what is so small.
     here = {"numerics.determinism": "off", "numerics.threads": 1, "numerics.compile": False, "runtime.device": "cpu"}
@@ -86,8 +88,8 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOGPT_MIRROR", str(tmp_path / "mirror"))
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror/tinyshakespeare.txt").write_bytes(text)
-    stand_in = corpus.Remote("http://127.0.0.1:1/", "tinyshakespeare.txt", hashlib.sha256(text).hexdigest(), len(text))
-    monkeypatch.setattr(corpus, "SHAKESPEARE", stand_in)
+    stand_in = sources.Remote("http://127.0.0.1:1/", "tinyshakespeare.txt", hashlib.sha256(text).hexdigest(), len(text))
+    monkeypatch.setattr(sources, "SHAKESPEARE", stand_in)
 
     class Rows(list[dict[str, str]]):
         column_names = ("text",)
@@ -97,7 +99,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return self
 
     def load_dataset(path: str, *arguments: Any, **options: Any) -> Rows:
-        assert (path, options["revision"]) == (corpus.OPENWEBTEXT, corpus.OPENWEBTEXT_REVISION)
+        assert (path, options["revision"]) == (sources.OPENWEBTEXT, sources.OPENWEBTEXT_REVISION)
         return Rows({"text": story} for story in stories)
 
     library = SimpleNamespace(disable_progress_bars=lambda: None, load_dataset=load_dataset)

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanogpt.files import replacing
-from nanogpt.provenance import sha256_tree
-from nanogpt.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, byte_characters
-from stages.console import explain, repository
-from stages.dvcfile import directory_md5
-from tools.history import holders, lock_of_workspace, out_md5
+from nanogpt.corpus.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, byte_characters
+from nanogpt.files import replacing, sha256_tree
+from tracking.console import explain, repository
+from tracking.dvc_files import directory_md5
+from tracking.history import holders, lock_of_workspace, out_md5
 
 if TYPE_CHECKING:
-    from nanogpt.published import PublishedModel
+    from nanogpt.saved_model import PublishedModel
 
 UNKNOWN = "unknown"
 
@@ -27,7 +26,7 @@ def export_huggingface(gpt: "PublishedModel", directory: Path) -> str:
     """Writes what transformers loads; returns the lines of the model card that tell its use."""
     from safetensors.torch import save_file
 
-    from nanogpt.pretrained import to_huggingface
+    from nanogpt.huggingface import to_huggingface
 
     end, block_size = gpt.tokenizer.end_of_text, gpt.model.config.block_size
     config, tensors = to_huggingface(gpt.model.config, gpt.model.state_dict(), end)
@@ -48,7 +47,7 @@ def export_huggingface(gpt: "PublishedModel", directory: Path) -> str:
 
 def export_nanogpt(gpt: "PublishedModel", directory: Path) -> str:
     """Writes nanoGPT's ckpt.pt; returns the lines of the model card that tell its use."""
-    from nanogpt.pretrained import save_nanogpt, to_nanogpt
+    from nanogpt.nanogpt_checkpoint import save_nanogpt, to_nanogpt
 
     checkpoint = to_nanogpt(gpt.model.config, gpt.model.state_dict())
     start = _example(gpt.tokenizer).replace("\\", "\\\\")
@@ -252,7 +251,7 @@ def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
 
     Raises ValueError, OSError.
     """
-    from nanogpt.published import load_model
+    from nanogpt.saved_model import load_model
 
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

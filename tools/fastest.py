@@ -19,8 +19,8 @@ from typing import Any, get_args
 
 import click
 
+from nanogpt.determinism import is_emulated
 from nanogpt.files import replacing
-from nanogpt.numerics import is_emulated
 from nanogpt.params import NumericsParams, Params, ParamsError, TokenizeParams, check_combinations, load_params
 from tools.preset import changed
 from tools.size import duration, known_meta, planned_device, vocabulary
@@ -137,12 +137,12 @@ def in_a_process(settings: dict[str, Any], params: Params, seconds: float, limit
 
 def measure(params: Params, limit: float) -> Timed:
     """Takes steps of one micro-batch in this process; gives up when one takes longer than `limit` seconds."""
-    from nanogpt import numerics
+    from nanogpt import determinism
 
-    resolved = numerics.pin(params.numerics, params.runtime.device)
-    from nanogpt.initial import planned_config
+    resolved = determinism.pin(params.numerics, params.runtime.device)
+    from nanogpt.pretrained import planned_config
+    from nanogpt.timing import WARM_UP, step_seconds
     from nanogpt.train import Stopped
-    from tools.timing import WARM_UP, step_seconds
 
     train = params.train.model_copy(update={"gradient_accumulation_steps": 1, "processes": 1})
     config = planned_config(train.init_from, params.model, vocabulary_or_so(params.tokenize))

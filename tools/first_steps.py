@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from nanogpt.params import flatten, load_params
-from stages.console import Console
-from tools.retrace import Retrace
+from tracking.console import Console
+from tracking.retrace import Retrace
 
 TOKENS = Path("data/tokens")
 STEPS = 20
@@ -27,20 +27,22 @@ def main(out: Path) -> None:
 def first_steps() -> dict[str, Any]:
     """{"environment": ..., "made_of": hashes of params, tokens and code, "steps": records of the journal}"""
     params = load_params()
-    from nanogpt import numerics, provenance
+    from nanogpt import determinism
+    from nanogpt.files import sha256_json, sha256_tree
+    from tracking.fingerprint import code_hash, environment
 
-    resolved = numerics.pin(params.numerics, params.runtime.device)
+    resolved = determinism.pin(params.numerics, params.runtime.device)
     read = flatten(params.model, "model.") | flatten(params.train, "train.")
     made_of = {
-        "params": provenance.sha256_json(read),
-        "tokens": provenance.sha256_tree(TOKENS),
-        "code": provenance.code_hash(Path.cwd(), "stages.train"),
+        "params": sha256_json(read),
+        "tokens": sha256_tree(TOKENS),
+        "code": code_hash(Path.cwd(), "stages.train"),
     }
     with Retrace(Console("first-steps"), params, resolved, TOKENS, made_of["code"]) as retrace:
         records = retrace.to(min(STEPS, params.train.last_step))
     steps = [{name: record[name] for name in ("step", "loss", "grad_norm", "lr")} for record in records]
-    environment = bits_environment(provenance.environment(), resolved.as_dict())
-    return {"environment": environment, "made_of": made_of, "steps": steps}
+    bits = bits_environment(environment(), resolved.as_dict())
+    return {"environment": bits, "made_of": made_of, "steps": steps}
 
 
 def bits_environment(environment: dict[str, str], numerics: dict[str, Any]) -> dict[str, str]:

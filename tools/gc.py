@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from nanogpt.journal import RunLock, last_record
-from nanogpt.mlflow_server import connect, resolve_uri
-from nanogpt.tracking import Replica
+from tracking.journal import RunLock, last_record
+from tracking.mlflow_run import Replica
+from tracking.mlflow_server import connect, resolve_uri
 
 DAY = 86_400
 

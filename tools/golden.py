@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from nanogpt.provenance import sha256_json
-from tools.clean_clone import CouldNotRun, locked_outs
+from nanogpt.files import sha256_json
+from tracking.clean_clone import CouldNotRun, locked_outs
 
 FOLDER = Path("golden")
 Golden = dict[str, Any]

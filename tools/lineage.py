@@ -11,11 +11,23 @@ from typing import Any
 
 import click
 
-from nanogpt.mlflow_server import redact, resolve_uri
-from nanogpt.provenance import environment, git, sha256_tree
-from stages.console import repository
-from stages.dvcfile import directory_md5
-from tools.history import Holder, Run, Runs, as_text, fetch_command, holders, known_commit, lock_of_workspace, out_md5
+from nanogpt.files import sha256_tree
+from tracking.console import repository
+from tracking.dvc_files import directory_md5
+from tracking.fingerprint import environment
+from tracking.git import git
+from tracking.history import (
+    Holder,
+    Run,
+    Runs,
+    as_text,
+    fetch_command,
+    holders,
+    known_commit,
+    lock_of_workspace,
+    out_md5,
+)
+from tracking.mlflow_server import redact, resolve_uri
 
 UNKNOWN = "unknown"
 _HASH = re.compile(r"[0-9a-f]{7,64}")
@@ -131,7 +143,7 @@ def way_back(root: Path, lineage: Lineage) -> tuple[list[str], list[str]]:
         why = f"the run's commit ({trained_at[:12]}) is not in this repository" if run else "no run of it is known"
         return [], [f"{UNKNOWN}: no dvc.lock in git's history holds the model, and {why}; `git fetch` may bring it"]
     source = _params(lineage).get("download.source", UNKNOWN)
-    if source != "grammar" and not (whole and source.startswith("file:")):  # dvc.lock has the hash of texts/
+    if source != "grammar" and not (whole and source.startswith("file:")):  # dvc.lock has the hash of inputs/texts/
         notes.append(f"download.source is {source}: the text must be there again (a network, or the file)")
     determinism = _params(lineage).get("numerics.determinism")
     if determinism in ("machine", "off"):

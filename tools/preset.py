@@ -17,7 +17,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from nanogpt.files import replacing
 from nanogpt.params import Params, load_params
-from nanogpt.provenance import git
+from tracking.git import git
 
 PARAMS, PRESETS = Path("params.yaml"), Path("presets")
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nanogpt.journal import Record, attempts, read_records
-from stages.console import Console, repository
-from tools.retrace import Retrace, first_difference
+from tracking.console import Console, repository
+from tracking.journal import Record, attempts, read_records
+from tracking.retrace import Retrace, first_difference
 
 if TYPE_CHECKING:
     from nanogpt.checkpoint import Checkpoint
@@ -36,8 +36,10 @@ def main(step: int, attempt: Path | None, text: bool) -> None:
 
 def replay(step: int, attempt: Path, text: bool) -> bool:
     """Whether the recomputed steps are those of the journal."""
-    from nanogpt import numerics, provenance
+    from nanogpt import determinism
+    from nanogpt.files import sha256_tree
     from nanogpt.params import load_params
+    from tracking.fingerprint import code_hash
 
     run = json.loads((attempt / "run.json").read_bytes())
     params = load_params(attempt / "artifacts" / "params.yaml")
@@ -45,13 +47,13 @@ def replay(step: int, attempt: Path, text: bool) -> bool:
     if not any(record["step"] == step for record in known):
         last = known[-1]["step"] if known else 0
         raise ValueError(f"--step {step} is not in {attempt / 'journal.jsonl'}, which has 1 to {last}; choose one")
-    resolved = numerics.pin(params.numerics, params.runtime.device)
-    if provenance.sha256_tree(TOKENS) != run["tags"]["tokens.sha256"]:
+    resolved = determinism.pin(params.numerics, params.runtime.device)
+    if sha256_tree(TOKENS) != run["tags"]["tokens.sha256"]:
         raise ValueError(
             f"{TOKENS} is not what this run was trained on; `git checkout` its commit or experiment and then "
             "`dvc checkout`, or choose another run by --attempt"
         )
-    if provenance.code_hash(Path.cwd(), "stages.train") != run["tags"]["code.sha256"]:
+    if code_hash(Path.cwd(), "stages.train") != run["tags"]["code.sha256"]:
         click.secho("warning: the code of train is not what it was in this run", fg="yellow", err=True)
     fingerprint = run["tags"]["fingerprint"]
     checkpoint = nearest_checkpoint(attempt, fingerprint, step - 1)
@@ -100,13 +102,13 @@ def show_values(found: Record, known: Record) -> None:
 
 def batch_of(retrace: Retrace, params: "Params", step: int) -> tuple[Any, Any]:
     """The samples of a step, (B, T) each: the loop counts from 0 what the journal counts from 1."""
-    from nanogpt import counter
-    from nanogpt.data import batch
+    from nanogpt import seeds
+    from nanogpt.batches import batch
     from nanogpt.train import DATA
 
     samples = range(params.train.batch_size * params.train.gradient_accumulation_steps)
     tokens = retrace.training.splits["train"].tokens
-    seed, block_size = counter.derived_seed(params.train.seed, DATA), retrace.training.model.config.block_size
+    seed, block_size = seeds.derived_seed(params.train.seed, DATA), retrace.training.model.config.block_size
     return batch(tokens, params.train.data_order, seed, step - 1, len(samples), samples, block_size)
 
 

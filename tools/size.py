@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from nanogpt.data import Meta
+    from nanogpt.corpus.token_files import Meta
+    from nanogpt.determinism import Numerics
     from nanogpt.model import GPTConfig
-    from nanogpt.numerics import Numerics
     from nanogpt.params import Params, TokenizeParams
     from nanogpt.sizing import Setup
 
@@ -47,7 +47,7 @@ def known_meta(params: "TokenizeParams") -> "Meta | None":
     """What data/tokens says of itself, if it is there and of the tokenizer that params.yaml asks for."""
     if not (TOKENS / "meta.json").exists():
         return None
-    from nanogpt.data import load_meta
+    from nanogpt.corpus.token_files import load_meta
 
     meta = load_meta(TOKENS)
     return meta if meta.tokenizer == params.tokenizer else None
@@ -62,7 +62,7 @@ def vocabulary(params: "TokenizeParams", meta: "Meta | None") -> int:
             "`dvc repro tokenize` first"
         )
     if params.tokenizer.startswith("file:"):
-        from nanogpt.tokenizer import load_tokenizer
+        from nanogpt.corpus.tokenizer import load_tokenizer
 
         return load_tokenizer(Path(params.tokenizer.removeprefix("file:"))).vocab_size
     return GPT2_VOCABULARY if params.tokenizer == "gpt2" else params.vocab_size
@@ -74,11 +74,11 @@ def size(
     """All figures, as --json prints them; None is what is not known."""
     seconds = None
     if measuring:
-        from nanogpt import numerics
+        from nanogpt import determinism
 
-        resolved = numerics.pin(params.numerics, params.runtime.device)
+        resolved = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt import sizing
-    from nanogpt.initial import planned_config
+    from nanogpt.pretrained import planned_config
 
     config = planned_config(params.train.init_from, params.model, vocab_size)
     train, steps = params.train, params.train.last_step
@@ -86,7 +86,7 @@ def size(
     micro_steps = train.gradient_accumulation_steps // train.processes  # of each process, as its time and memory are
     own_tokens = tokens // train.processes
     if measuring:
-        from tools.timing import median_seconds
+        from nanogpt.timing import median_seconds
 
         own = train.model_copy(update={"gradient_accumulation_steps": micro_steps})
         seconds = median_seconds(config, own, resolved)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from nanogpt.provenance import git
-from tools.clean_clone import CouldNotRun, locked_outs
+from tracking.clean_clone import CouldNotRun, locked_outs
+from tracking.git import git
 
 
 @click.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from stages.console import repository
+from tracking.console import repository
 
 
 @click.command()
@@ -23,17 +23,17 @@ def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, ag
     root = repository()
     # Before MLflow is imported; and the workspace of an experiment may be deleted while its training is still sent.
     paths = [path.resolve() for path in attempts]
-    from nanogpt import tracking, tracking_follow
+    from tracking import mlflow_run, mlflow_sync
 
-    uri = tracking.resolve_uri(root)
+    uri = mlflow_run.resolve_uri(root)
     if follow is not None:
         if len(paths) != 1:
             raise click.UsageError("--follow needs exactly one attempt directory")
         os.chdir(root)
         os.nice(5)  # the trainer needs the processor more
-        sent = tracking_follow.follow(paths[0], uri, follow, wait_seconds, _log)
+        sent = mlflow_sync.follow(paths[0], uri, follow, wait_seconds, _log)
     else:
-        sent = tracking_follow.sync(root, paths, uri, again, click.echo)
+        sent = mlflow_sync.sync(root, paths, uri, again, click.echo)
     sys.exit(0 if sent else 1)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from stages.console import repository
-from tools.clean_clone import CouldNotRun, git
-from tools.verdict import Report, write_reports
+from tracking.clean_clone import CouldNotRun, git
+from tracking.console import repository
+from tracking.verdict import Report, write_reports
 
 
 @click.command()
@@ -33,7 +33,7 @@ def main(layer: str, base: str | None, varied: bool, out: Path | None) -> None:
 
 
 def check(root: Path, layer: str, base: str, varied: bool) -> Report:
-    from tools import layers
+    from tracking import verification
 
     def say(line: str) -> None:
         click.echo(line, err=True)
@@ -42,12 +42,12 @@ def check(root: Path, layer: str, base: str, varied: bool) -> Report:
         if git(root, "status", "--porcelain", "--untracked-files=no"):
             say("uncommitted changes are not part of what is checked: the commit is")
         if layer == "lock":
-            return layers.check_lock(root, say)
+            return verification.check_lock(root, say)
         if layer == "steps":
-            return layers.check_steps(root, say)
+            return verification.check_steps(root, say)
         if layer == "base":
-            return layers.check_base(root, base, say)
-        return layers.check_all(root, varied, say)
+            return verification.check_base(root, base, say)
+        return verification.check_all(root, varied, say)
     except CouldNotRun as error:
         return Report(layer, "", error=str(error))
     except Exception as error:  # whatever it was, nothing is known of the result: exit code 2 and a report

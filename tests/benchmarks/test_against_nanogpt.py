@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from benchmarks import against_nanogpt
 from benchmarks.against_nanogpt import MEASURES, SETTINGS, judge, main, nanogpt_arguments, our_params, prepare, run
-from nanogpt.pretrained import save_nanogpt, to_nanogpt
-from nanogpt.published import load_model
+from nanogpt.nanogpt_checkpoint import save_nanogpt, to_nanogpt
+from nanogpt.saved_model import load_model
 
 TEXT = "to be, or not to be: that is the question\n" * 60
 # What stands for nanoGPT's files: the same inputs and outputs, and nothing of what is in them.

@@ -10,9 +10,8 @@ from click.testing import CliRunner, Result
 
 from benchmarks import gpu
 from benchmarks.gpu import OURS, SAMPLES, THEIRS, line, main, missing
-from nanogpt import optim
+from nanogpt import optimizer, timing
 from tests.conftest import GPT2
-from tools import timing
 
 PRESET = """# Small enough for a test
 tokenize: {tokenizer: char}
@@ -138,13 +137,13 @@ def test_an_optimizer_that_is_not_fused_is_one_of_ours() -> None:
     found: list[Any] = []
     work = next(work for work in works("ours") if work["adamw"] == "foreach")
 
-    class Spy(optim.AdamW):
+    class Spy(optimizer.AdamW):
         def step(self, closure: Any = None) -> None:
             found.append([(group["fused"], group["foreach"]) for group in self.param_groups])
             super().step(closure)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "AdamW", Spy)
+        patch.setattr(optimizer, "AdamW", Spy)
         gpu.done({**work, "compile": False})
     assert set(map(tuple, found)) == {((False, True),) * len(found[0])}
 

@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import growth, growth_parts
-from nanogpt.journal import Journal, end_of
+from tracking.journal import Journal, end_of
 
 
 def rows(part, figure, *points):

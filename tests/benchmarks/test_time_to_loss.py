@@ -56,7 +56,7 @@ def test_a_row_stands_below_its_title():
 
 def test_values_are_set_on_top_of_the_preset(tmp_path: Path):
     from nanogpt.params import load_params
-    from tools.clean_clone import CouldNotRun
+    from tracking.clean_clone import CouldNotRun
 
     shutil.copyfile(REPOSITORY / "params.yaml", tmp_path / "params.yaml")
     set_params(SimpleNamespace(path=tmp_path), ("train.seed=7", "numerics.threads=1"))

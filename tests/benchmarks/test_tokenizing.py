@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import tokenizing
-from nanogpt.raw import read_documents
+from nanogpt.corpus.raw_text import read_documents
 
 TEXT = "One line.\nAnother, with an é and a \u2019.\n"
 

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 from benchmarks import gpu, train_step
 from benchmarks.train_step import main
+from nanogpt import timing
 from tests.conftest import GPT2
-from tools import timing
 
 TINY = GPT2 | {
     "model.n_layer": 1,

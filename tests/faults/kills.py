@@ -23,8 +23,8 @@ import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from nanogpt.journal import read_records
 from tests.pipeline.clones import Clone, wait_until
+from tracking.journal import read_records
 
 STAGES = ("download", "tokenize", "train", "evaluate", "sample")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

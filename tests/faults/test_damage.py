@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.data import load_meta, load_split
-from nanogpt.journal import Journal
-from nanogpt.published import load_model
-from nanogpt.raw import read_documents
-from nanogpt.tokenizer import load_tokenizer
-from stages.attempt import check_journal
+from nanogpt.corpus.raw_text import read_documents
+from nanogpt.corpus.token_files import load_meta, load_split
+from nanogpt.corpus.tokenizer import load_tokenizer
+from nanogpt.saved_model import load_model
 from tests.pipeline.clones import Clone
+from tracking.journal import Journal
+from tracking.resume import check_journal
 
 pytestmark = pytest.mark.pipeline
 

@@ -5,8 +5,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
-from nanogpt.optim import make_optimizer
+from nanogpt.checkpoint import Checkpoints, load_weights, restore
+from nanogpt.optimizer import make_optimizer
+from nanogpt.train_state import Progress
 from tests.nanogpt import tiny
 
 JOURNAL = {"bytes": 123, "crc": "0a1b2c3d"}

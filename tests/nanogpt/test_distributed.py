@@ -8,8 +8,8 @@ import torch
 
 from nanogpt import distributed
 from nanogpt.distributed import Ranks, join
-from stages.launch import launch
 from tests.nanogpt import tiny
+from tracking.launch import launch
 
 HEAD = """
 import json, os, signal, sys, time, torch
@@ -103,7 +103,7 @@ FAILURES = {  # what a process does, the exit code, and which processes tell the
         {0: "AssertionError: only 0"},
     ),
     "rank 1 is killed": (
-        # The other may hear of it from the launcher first: while it trains it has a handler (stages/stop.py).
+        # The other may hear of it from the launcher first: while it trains it has a handler (tracking/stop.py).
         "signal.signal(signal.SIGTERM, lambda *_: 0); ranks.highest(0); ranks.rank and os.kill(os.getpid(), 9)",
         137,
         {0: "ValueError: a process of this training is gone"},

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import counter
+from nanogpt import seeds
 from nanogpt.generate import Decoder, Sampling, choose, generate, uniforms
+from nanogpt.huggingface import from_huggingface
 from nanogpt.model import GPT, KVCache
-from nanogpt.pretrained import from_huggingface
 from tests.nanogpt import tiny
 from tests.nanogpt.test_model import OPTIONS
 
@@ -47,7 +47,7 @@ def draw(seed, sample):
 
     def pick(logits, position):
         cumulative = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-        return int((cumulative <= counter.uniform(seed, sample, position)[0] * cumulative[-1]).sum())
+        return int((cumulative <= seeds.uniform(seed, sample, position)[0] * cumulative[-1]).sum())
 
     return pick
 
@@ -226,7 +226,7 @@ def test_numbers_drawn_ahead_are_those_of_their_positions():
     found = torch.stack(list(uniforms(3, 2, 300)))
     assert found.shape == (300, 2)
     for position in (0, 255, 256, 299):
-        assert found[position].tolist() == [counter.uniform(3, sample, position)[0] for sample in (0, 1)]
+        assert found[position].tolist() == [seeds.uniform(3, sample, position)[0] for sample in (0, 1)]
 
 
 # --- one token --------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ UNLIKELY = 23.5
 def drawn(sampling, probabilities=PROBABILITIES, seed=11):
     """How often each token is chosen in DRAWS draws."""
     logits = torch.tensor(probabilities).log().expand(DRAWS, -1)
-    uniform = torch.from_numpy(counter.uniform(seed, np.arange(DRAWS)))
+    uniform = torch.from_numpy(seeds.uniform(seed, np.arange(DRAWS)))
     return np.bincount(choose(logits, uniform, sampling).flatten(), minlength=len(probabilities))
 
 

@@ -1,421 +1,209 @@
-"""Weights of other programs: the same logits there and here, and files of strangers that harm nobody."""
-
-import contextlib
-import json
+import math
 import os
-import pickle
-import re
-import zipfile
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.pretrained import (
-    from_huggingface,
-    from_nanogpt,
-    load_huggingface,
-    load_nanogpt,
-    save_nanogpt,
-    to_huggingface,
-    to_nanogpt,
-)
+from nanogpt import sizing
+from nanogpt.corpus.tokenizer import CharTokenizer
+from nanogpt.model import GPT
+from nanogpt.nanogpt_checkpoint import save_nanogpt, to_nanogpt
+from nanogpt.params import ModelParams
+from nanogpt.pretrained import GPT2_REVISIONS, crop_block_size, load_initial, planned_config, sha256_of
+from nanogpt.saved_model import save_model
 from tests.nanogpt import tiny
 
-STD = 0.5  # of the weights: with 0.2 the two GELUs are only 1e-5 apart
-TOKENS = torch.from_numpy(tiny.tokens(24).astype("int64")).view(3, 8)
+NOTHING = ModelParams(**dict.fromkeys(ModelParams.model_fields))  # all as the source has it
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
+CPU = torch.device("cpu")
 
 
-def theirs(config, tensors):
-    """Hugging Face's model of a config and state dict."""
+def params(**given) -> ModelParams:
+    return NOTHING.model_copy(update=given)
+
+
+@pytest.fixture
+def tokenizer(tmp_path) -> CharTokenizer:
+    return tiny.char_tokenizer(tmp_path / "tokenizer.json")
+
+
+def hugging_face(directory: Path, seed: int = 0, vocab_size: int = 13) -> torch.nn.Module:
+    """A GPT-2 of transformers in that directory, its weights large enough for every part to matter."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(**config))
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    model.tie_weights()
-    return model.eval()
+    torch.manual_seed(seed)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=vocab_size)
+    model = GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory)
+    return model
 
 
-def random_theirs(**changes):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(1)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 8, "vocab_size": 13}
-    shape |= {"bos_token_id": 12, "eos_token_id": 12}
-    model = GPT2LMHeadModel(GPT2Config(**shape, **changes))
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    tokens = torch.from_numpy(tiny.tokens(16).reshape(2, 8).astype("int64"))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=STD)
-    return model.eval()
+        found = model.eval()(tokens)
+    return found if isinstance(found, torch.Tensor) else found.logits
 
 
-def ours(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-    model = GPT(config)
-    model.load_state_dict(weights)
-    return model.eval()
+def test_from_scratch_the_model_is_that_of_params(tokenizer):
+    given = replace(tiny.config(zero_init=True), vocab_size=13)
+    fields = {name: value for name, value in vars(given).items() if name != "vocab_size"}
+    initial = load_initial("scratch", ModelParams(**fields), tokenizer)
+    assert (initial.config, initial.weights, initial.sha256) == (given, None, "none")
+    torch.manual_seed(3)
+    built = initial.build("fused", CPU)
+    torch.manual_seed(3)
+    assert tiny.same(tiny.weights(built), tiny.weights(GPT(given)))
 
 
-@torch.no_grad()
-def apart(model, other) -> float:
-    """The largest difference between our logits and theirs."""
-    logits = other(TOKENS)
-    logits = getattr(logits, "logits", logits)
-    return float((model(TOKENS)[..., : logits.size(-1)] - logits).abs().max())
+def test_a_directory_of_hugging_faces(tmp_path, tokenizer):
+    theirs = hugging_face(tmp_path / "gpt2")
+    initial = load_initial(f"hf:{tmp_path / 'gpt2'}", params(n_layer=2, bias=True), tokenizer)
+    ours = initial.build("fused", CPU)
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
+    assert all(parameter.requires_grad for parameter in ours.parameters())
+    assert initial.sha256 == sha256_of(ours.config, tiny.weights(ours))
 
 
-# --- Hugging Face -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def hub(monkeypatch):
+    """Places a model where transformers looks for one that it has downloaded: no network is needed then."""
+    home = Path(os.environ["HF_HOME"]) / "hub"
+
+    def place(name: str, revision: str) -> torch.nn.Module:
+        return hugging_face(home / f"models--{name.replace('/', '--')}" / "snapshots" / revision)
+
+    yield place
+    shutil.rmtree(home, ignore_errors=True)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"activation": "gelu_tanh"}, {"bias": False}, {"vocab_multiple": 8}, {"dropout": 0.2}]
-)
-def test_our_logits_are_hugging_faces(changes):
-    model = tiny.gpt(std=STD, **changes)
-    config, tensors = to_huggingface(model.config, tiny.weights(model), 12)
-    assert apart(model, theirs(config, tensors)) < 1e-5
-    # The comparison sees the other GELU, and a projection that is not transposed.
-    other = {"gelu": "gelu_new", "gelu_new": "gelu"}[config["activation_function"]]
-    assert apart(model, theirs({**config, "activation_function": other}, tensors)) > 1e-4
-    name = "transformer.h.1.attn.c_proj.weight"
-    assert apart(model, theirs(config, {**tensors, name: tensors[name].t()})) > 1e-2
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
+def test_gpt2_of_the_hub_is_taken_at_its_pinned_commit(hub, tokenizer, name):
+    theirs = hub(f"openai-community/{name}", GPT2_REVISIONS[name])
+    initial = load_initial(name, NOTHING, tokenizer)
+    assert initial.config.activation == "gelu_tanh"
+    assert (logits(initial.build("fused", CPU)) - logits(theirs)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"vocab_multiple": 8}, {"dropout": 0.2}])
-def test_our_logits_are_nanochats(changes):
-    from transformers import NanoChatConfig, NanoChatForCausalLM
-
-    def theirs(config, tensors):
-        other = NanoChatForCausalLM(NanoChatConfig(**config)).eval()
-        assert other.load_state_dict(tensors, strict=True)
-        return other
-
-    model = tiny.gpt(std=STD, **tiny.NANOCHAT, **changes)
-    config, tensors = to_huggingface(model.config, tiny.weights(model), 12)
-    assert apart(model, theirs(config, tensors)) < 1e-5
-    # The comparison sees what the config says, and queries that were taken for keys.
-    for wrong in ({"final_logit_softcapping": 1.0}, {"hidden_act": "relu"}, {"rms_norm_eps": 0.1}):
-        assert apart(model, theirs({**config, **wrong}, tensors)) > 1e-4
-    q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
-    assert apart(model, theirs(config, {**tensors, q: tensors[k], k: tensors[q]})) > 1e-4
+def test_a_directory_of_the_same_name_is_not_taken_for_gpt2(hub, tokenizer, tmp_path, monkeypatch):
+    theirs = hub("openai-community/gpt2", GPT2_REVISIONS["gpt2"])
+    hugging_face(tmp_path / "gpt2", seed=1)
+    monkeypatch.chdir(tmp_path)
+    found = load_initial("gpt2", NOTHING, tokenizer).build("fused", CPU)
+    assert (logits(found) - logits(theirs)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"previous_tokens": 2}, "NanoChat has no model.previous_tokens = 2; train with model.previous_tokens = 0"),
-        ({"bias": True}, "NanoChat has no model.bias = True"),
-        ({"norm": "layernorm"}, "NanoChat has no model.norm = layernorm; train with model.norm = rmsnorm"),
-        ({"activation": "gelu"}, "NanoChat has no model.activation = gelu"),
-        ({"qk_norm": False}, "NanoChat has no model.qk_norm = False"),
-        ({"tie_embeddings": True}, "NanoChat has no model.tie_embeddings = True"),
-        ({"embedding_norm": False}, "NanoChat has no model.embedding_norm = False"),
-        ({"position": "learned"}, "GPT-2 has no model.norm = rmsnorm"),
-    ],
-)
-def test_what_neither_gpt2_nor_nanochat_has_is_refused(changes, message):
-    model = tiny.gpt(**{**tiny.NANOCHAT, **changes})
-    with pytest.raises(ValueError, match=re.escape(message)):
-        to_huggingface(model.config, tiny.weights(model), 12)
+def test_a_model_of_the_hub_at_a_commit(hub, tokenizer):
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    theirs = hub("someone/small", revision)
+    found = load_initial(f"hf:someone/small@{revision}", NOTHING, tokenizer).build("fused", CPU)
+    assert (logits(found) - logits(theirs)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
-def test_hugging_faces_logits_are_ours(activation):
-    other = random_theirs(activation_function=activation)
-    config, weights = from_huggingface(other.config.to_dict(), other.state_dict())
-    assert config == tiny.config(activation={"gelu_new": "gelu_tanh", "gelu": "gelu"}[activation], dropout=0.1)
-    assert apart(ours(config, weights), other) < 1e-5
-    wrong = replace(config, activation={"gelu_tanh": "gelu", "gelu": "gelu_tanh"}[config.activation])
-    assert apart(ours(wrong, weights), other) > 1e-4
+def test_a_name_that_nobody_knows_is_told_in_one_line(tokenizer):
+    with pytest.raises(ValueError, match=r"nobody/nothing is neither a directory here nor a GPT-2 that the hub gives"):
+        load_initial("hf:nobody/nothing", NOTHING, tokenizer)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_there_and_back_is_the_same_model(activation):
-    model = tiny.gpt(std=0.2, activation=activation, dropout=0.3)
-    config, weights = from_huggingface(*to_huggingface(model.config, tiny.weights(model), None)[:2])
-    assert config == model.config
-    assert tiny.same(weights, tiny.weights(model))
-
-
-def test_a_saved_directory_is_read_as_published_ones_are(tmp_path):
-    """With an untied copy of names: GPT2Model's have no prefix, and old files hold the causal masks."""
-    from safetensors.torch import save_file
-
-    other = random_theirs()
-    other.save_pretrained(tmp_path)
-    config, weights = load_huggingface(tmp_path)
-    assert apart(ours(config, weights), other) < 1e-5
-    old = {name.removeprefix("transformer."): t.contiguous().clone() for name, t in other.state_dict().items()}
-    old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8).tril() for layer in range(2)}
-    save_file(old, tmp_path / "model.safetensors")
-    assert tiny.same(load_huggingface(tmp_path)[1], weights)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no GPT-2 that can be read"):
-        load_huggingface(tmp_path)
-
-
-def test_half_precision_becomes_float32():
-    model = tiny.gpt(std=0.2)
-    half = {name: tensor.bfloat16() for name, tensor in tiny.weights(model).items()}
-    config, tensors = to_huggingface(model.config, half, None)
-    assert config["dtype"] == "bfloat16"
-    _, weights = from_huggingface(config, tensors)
-    assert tiny.same(weights, {name: tensor.float() for name, tensor in half.items()})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"n_inner": 100}, "n_inner is 100"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"activation_function": ["gelu"]}, "activation_function is"),
-        ({"attn_pdrop": 0.5}, "differ, and our GPT has one dropout"),
-        ({"resid_pdrop": []}, r"dropout is \[\]"),
-        ({"n_head": 3}, "n_embd 16 is no multiple of n_head 3"),
-        ({"n_layer": 3}, "h.2.ln_1.weight is absent"),
-        ({"n_layer": 10**9}, "n_layer is 1000000000, and there are"),
-        ({"n_embd": 2**40}, r"wte.weight is \(13, 16\), its config says"),
-        ({"n_positions": "8"}, "n_positions is '8'"),
-    ],
-)
-def test_what_our_gpt_has_not_is_refused(changes, message):
-    other = random_theirs()
-    with pytest.raises(ValueError, match=message):
-        from_huggingface({**other.config.to_dict(), **changes}, other.state_dict())
-
-
-def test_four_times_the_channels_may_be_spelt_out():
-    other = random_theirs(n_inner=64)
-    assert from_huggingface(other.config.to_dict(), other.state_dict())[0].n_embd == 16
-
-
-def test_wrong_tensors_are_refused_by_name():
-    model = tiny.gpt(std=0.2)
-    config, tensors = to_huggingface(model.config, tiny.weights(model), None)
-    bias = "transformer.h.0.ln_1.bias"
-    for changes, message in (
-        ({bias: torch.zeros(17)}, r"h.0.ln_1.bias is \(17,\), its config says \(16,\)"),
-        ({bias: torch.zeros(16, dtype=torch.int64)}, "h.0.ln_1.bias is no tensor of floating-point numbers"),
-        ({bias: torch.zeros(1).expand(16)}, "h.0.ln_1.bias has fewer numbers than its shape"),
-        ({"transformer.extra": torch.zeros(1)}, r"extra is \(1,\), its config says absent"),
-        ({"lm_head.weight": torch.zeros(13, 16)}, "lm_head.weight is not wte.weight"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            from_huggingface(config, {**tensors, **changes})
-    with pytest.raises(ValueError, match="n_layer is 2, and there are 0 tensors"):
-        from_huggingface(config, {})
-
-
-@pytest.mark.parametrize(("n_layer", "n_head", "n_embd", "parameters"), tiny.GPT2_SIZES)
-def test_the_four_sizes_of_gpt2_are_what_is_published(n_layer, n_head, n_embd, parameters):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPTConfig(n_layer, n_head, n_embd, block_size=1024, vocab_size=50257, bias=True, activation="gelu_tanh")
-    with torch.device("meta"):
-        model = GPT(config)
-        exported, tensors = to_huggingface(config, dict(model.named_parameters()), 50256)
-        other = GPT2LMHeadModel(GPT2Config(**exported))
-    assert model.parameter_count() == parameters
-    assert sum(parameter.numel() for parameter in other.parameters()) == parameters
-    assert {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in other.named_parameters()}
-
-
-# --- nanoGPT ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_has_what_nanogpts_sampler_loads(tmp_path):
-    """GPTConfig(**model_args), then load_state_dict with every name and shape of nanoGPT's model.py."""
-    model = tiny.gpt(std=0.2, dropout=0.1, bias=False, vocab_multiple=8)
-    save_nanogpt(to_nanogpt(model.config, tiny.weights(model)), tmp_path / "ckpt.pt")
-    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8}
-    assert checkpoint["model_args"] == {**shape, "bias": False, "vocab_size": 13, "dropout": 0.1}
-    layer = {"ln_1": (16,), "attn.c_attn": (48, 16), "attn.c_proj": (16, 16)}
-    layer |= {"ln_2": (16,), "mlp.c_fc": (64, 16), "mlp.c_proj": (16, 64)}
-    expected = {"transformer.wte.weight": (13, 16), "transformer.wpe.weight": (8, 16), "lm_head.weight": (13, 16)}
-    expected |= {f"transformer.h.{i}.{name}.weight": size for i in range(2) for name, size in layer.items()}
-    expected |= {"transformer.ln_f.weight": (16,)}
-    assert {name: tuple(tensor.shape) for name, tensor in checkpoint["model"].items()} == expected
-    for name, tensor in tiny.weights(model).items():
-        assert torch.equal(checkpoint["model"][f"transformer.{name}"], tensor[:13] if name == "wte.weight" else tensor)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_checkpoint_of_a_compiled_training_is_read(tmp_path, bias):
-    """As train.py writes it: with the optimizer's state, under the names of torch.compile, and old masks."""
-    model = tiny.gpt(std=0.2, bias=bias)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(TOKENS, TOKENS).backward()
-    optimizer.step()
-    checkpoint = to_nanogpt(model.config, tiny.weights(model))
+def test_a_checkpoint_of_nanogpt_with_its_padded_vocabulary(tmp_path, tokenizer):
+    model = tiny.gpt(std=0.3, vocab_multiple=64)
+    checkpoint = to_nanogpt(replace(model.config, vocab_size=64, vocab_multiple=1), tiny.weights(model))
     checkpoint["model"] = {f"_orig_mod.{name}": tensor for name, tensor in checkpoint["model"].items()}
-    checkpoint["model"]["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
-    training = {"iter_num": 7, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "x"}}
-    torch.save({**checkpoint, **training, "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
-    config, weights = load_nanogpt(tmp_path / "ckpt.pt")
-    assert config == model.config
-    assert tiny.same(weights, tiny.weights(model))
-    assert apart(model, ours(config, weights)) == 0
+    save_nanogpt(checkpoint, tmp_path / "ckpt.pt")
+    initial = load_initial(f"nanogpt:{tmp_path / 'ckpt.pt'}", NOTHING, tokenizer)
+    assert (initial.config.vocab_size, initial.config.padded_vocab_size) == (13, 64)
+    assert torch.equal(logits(initial.build("fused", CPU)), logits(model))
 
 
-def test_nanogpts_padding_is_kept_apart_from_the_tokens():
-    model = tiny.gpt(std=0.2, n_embd=2, n_layer=1, vocab_size=50304)
-    checkpoint = to_nanogpt(model.config, tiny.weights(model))
-    config, weights = from_nanogpt(checkpoint)
-    assert (config.vocab_size, config.vocab_multiple, config.padded_vocab_size) == (50257, 64, 50304)
-    assert tiny.same(weights, tiny.weights(model))
-    assert from_nanogpt(checkpoint, 50304)[0].vocab_multiple == 1
-    assert to_nanogpt(config, weights)["model_args"]["vocab_size"] == 50257
-    for other in (65, 1024, 50305):
-        with pytest.raises(ValueError, match=f"its vocabulary has 50304 tokens, the tokenizer {other}"):
-            from_nanogpt(checkpoint, other)
+@pytest.fixture
+def published(tmp_path, tokenizer):
+    """One of ours, with options that GPT-2 has not."""
+    model = tiny.gpt(std=0.3, position="rotary", qk_norm=True, tie_embeddings=False, previous_tokens=2, bias=False)
+    save_model(tmp_path / "ours", model.config, tiny.weights(model), tmp_path / "tokenizer.json", {})
+    return model
 
 
-def test_a_gelu_that_nanogpt_has_not_is_refused():
-    model = tiny.gpt(activation="gelu_tanh")
+def test_one_of_ours(tmp_path, tokenizer, published):
+    initial = load_initial(f"model:{tmp_path / 'ours'}", NOTHING, tokenizer)
+    assert initial.config == published.config
+    assert torch.equal(logits(initial.build("fused", CPU)), logits(published))
+    assert initial.sha256 == sha256_of(published.config, tiny.weights(published))
+
+
+def test_one_of_ours_with_another_tokenizer_is_refused_with_the_remedy(tmp_path, published):
+    other = CharTokenizer("\n ABCDEFGHIJ", end_of_text=True)
     with pytest.raises(
-        ValueError, match=r"nanoGPT has no model.activation = gelu_tanh; train with model.activation = gelu"
+        ValueError, match=r"another tokenizer than the tokens; set tokenize.tokenizer to file:.*ours/tok"
     ):
-        to_nanogpt(model.config, tiny.weights(model))
-
-
-def checkpoint_file(path: Path, **changes) -> Path:
-    model = tiny.gpt(std=0.2)
-    checkpoint = to_nanogpt(model.config, tiny.weights(model))
-    torch.save({**checkpoint, **changes}, path)
-    return path
-
-
-class Harm:
-    """Unpickled, it would make a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    harm = tmp_path / "harm"
-    path = checkpoint_file(tmp_path / "ckpt.pt", extra=Harm(harm))
-    with pytest.raises(ValueError, match="it names 'posix mkdir'"):
-        load_nanogpt(path)
-    torch.save({"extra": Harm(harm)}, path, pickle_protocol=4)
-    with pytest.raises(ValueError, match="it makes objects by STACK_GLOBAL"):
-        load_nanogpt(path)
-    path.write_bytes(pickle.dumps(Harm(harm)))  # older than torch's archives
-    with pytest.raises(ValueError, match="not a zip file"):
-        load_nanogpt(path)
-    assert not harm.exists()
-    pickle.loads(path.read_bytes())
-    assert harm.exists()  # it is harmful indeed
-
-
-class Large:
-    """Harmless, and allowed by torch, but as large as it likes."""
-
-    def __reduce__(self):
-        return (bytearray, (2**40,))
-
-
-def test_a_checkpoint_takes_no_more_memory_than_it_is_large(tmp_path):
-    path = checkpoint_file(tmp_path / "ckpt.pt", extra=Large())
-    with pytest.raises(ValueError, match="bytearray"):
-        load_nanogpt(path)
-    packed = tmp_path / "packed.pt"
-    with (
-        zipfile.ZipFile(checkpoint_file(path)) as archive,
-        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other,
-    ):
-        for name in archive.namelist():
-            other.writestr(name, archive.read(name))
-    with pytest.raises(ValueError, match="its tensors are compressed"):
-        load_nanogpt(packed)
-
-
-def rewritten(path: Path, old: bytes, new: bytes) -> Path:
-    """The checkpoint with its pickle changed."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in entries.items():
-            if name.endswith("data.pkl"):
-                assert old in data
-                data = data.replace(old, new)
-            archive.writestr(name, data)
-    return path
-
-
-def test_a_flipped_bit_is_found(tmp_path):
-    path = checkpoint_file(tmp_path / "ckpt.pt")
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-    tiny.flip_bit(path, largest.header_offset + 1000)
-    with pytest.raises(ValueError, match="in it is damaged"):
-        load_nanogpt(path)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=3))
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_changed_pickle_is_read_or_refused(tmp_path, changes):
-    path = checkpoint_file(tmp_path / "ckpt.pt")
-    with zipfile.ZipFile(path) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        data = bytearray(archive.read(name))
-    original = bytes(data)
-    for position, byte in changes:
-        data[position % len(data)] = byte
-    with contextlib.suppress(ValueError):
-        config, weights = load_nanogpt(rewritten(path, original, bytes(data)))
-        assert sum(tensor.numel() for tensor in weights.values()) == GPT(config).parameter_count()
-
-
-def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
-    path = checkpoint_file(tmp_path / "ckpt.pt")
-    # K 16 is the number of values in the storage of a bias, and its shape.
-    with pytest.raises(ValueError, match="no checkpoint of nanoGPT that can be read"):
-        load_nanogpt(rewritten(path, b"K\x10", b"J\x00\x00\x00\x70"))
-    huge = torch.zeros(1).expand(2**40, 16)
-    arguments = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 2**40, "bias": True}
-    state = {"transformer.wte.weight": huge}
-    with pytest.raises(ValueError, match=f"its vocabulary has {2**40} tokens"):
-        load_nanogpt(checkpoint_file(path, model_args=arguments, model=state))
-    with pytest.raises(ValueError, match="fewer numbers than its shape"):
-        load_nanogpt(checkpoint_file(path, model_args={**arguments, "vocab_size": 13, "n_embd": 2**40}, model=state))
+        load_initial(f"model:{tmp_path / 'ours'}", NOTHING, other)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("given", "told"),
     [
-        ({"model_args": []}, "must be dictionaries"),
-        ({"model": {}}, "n_layer is 2, and there are 0 tensors"),
-        ({"model_args": {"vocab_size": True}}, "vocab_size is True"),
-        ({"model_args": {**tiny.SHAPE, "bias": 1}}, "bias is 1"),
-        ({"model_args": {**tiny.SHAPE, "dropout": 1.0}}, "dropout is 1.0"),
-        ({"model_args": {**tiny.SHAPE, "n_embd": 32}}, r"wte.weight is \(13, 16\), its config says \(13, 32\)"),
-        ({"model_args": {**tiny.SHAPE, "bias": False}}, "h.0.attn.c_attn.bias is"),
+        ({"n_layer": 3}, "model.n_layer = 3 is not that of train.init_from = hf:.*, 2; set it to 2 or null"),
+        ({"bias": False}, "model.bias = False is not that"),
+        ({"activation": "gelu"}, "model.activation = gelu is not that .* gelu_tanh; set it to gelu_tanh or null"),
+        ({"block_size": 9}, "model.block_size = 9 is not that"),
+        ({"vocab_multiple": 64}, "model.vocab_multiple = 64 is not that"),
     ],
 )
-def test_a_checkpoint_whose_parts_disagree_is_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        load_nanogpt(checkpoint_file(tmp_path / "ckpt.pt", **changes))
+def test_what_params_say_of_the_model_must_be_the_sources(tmp_path, tokenizer, given, told):
+    hugging_face(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=told):
+        load_initial(f"hf:{tmp_path / 'gpt2'}", params(**given), tokenizer)
 
 
-@pytest.mark.parametrize("damage", [b"", b"no archive", json.dumps({"model": 1}).encode()])
-def test_a_file_that_is_no_checkpoint_is_told(tmp_path, damage):
-    (tmp_path / "ckpt.pt").write_bytes(damage)
-    with pytest.raises(ValueError, match="is no checkpoint of nanoGPT"):
-        load_nanogpt(tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match=r"give its ckpt\.pt"):
-        load_nanogpt(tmp_path / "absent.pt")
+def test_dropout_may_be_another_and_the_context_shorter(tmp_path, tokenizer):
+    theirs = hugging_face(tmp_path / "gpt2")
+    initial = load_initial(f"hf:{tmp_path / 'gpt2'}", params(dropout=0.25, block_size=5), tokenizer)
+    assert (initial.config.dropout, initial.config.block_size) == (0.25, 5)
+    model = initial.build("fused", CPU).eval()
+    assert model.wpe.weight.shape == (5, 16)
+    tokens = torch.from_numpy(tiny.tokens(10).reshape(2, 5).astype("int64"))
+    with torch.no_grad():
+        assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+
+
+def test_rotary_positions_are_cropped_by_the_config_alone(published):
+    config, weights = crop_block_size(published.config, tiny.weights(published), 4)
+    assert config.block_size == 4
+    assert tiny.same(weights, tiny.weights(published))
+
+
+def test_another_vocabulary_is_refused(tmp_path, tokenizer):
+    hugging_face(tmp_path / "gpt2", vocab_size=14)
+    with pytest.raises(ValueError, match=r"has a vocabulary of 14, the tokens one of 13; set tokenize.tokenizer"):
+        load_initial(f"hf:{tmp_path / 'gpt2'}", NOTHING, tokenizer)
+
+
+def test_the_hash_sees_every_bit(published):
+    weights = tiny.weights(published)
+    name = "h.0.attn.c_attn.weight"
+    changed = {**weights, name: weights[name].clone()}
+    changed[name].view(torch.int32)[0, 0] ^= 1
+    config = published.config
+    assert sha256_of(config, weights) == sha256_of(config, dict(reversed(weights.items())))
+    assert sha256_of(config, changed) != sha256_of(config, weights)
+    assert sha256_of(replace(config, n_head=1), weights) != sha256_of(config, weights)
+    assert math.isclose(changed[name][0, 0], weights[name][0, 0], rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "count"), zip(GPT2_REVISIONS, [size[-1] for size in tiny.GPT2_SIZES], strict=True))
+def test_what_gpt2_will_be_is_known_before_its_weights_are_there(name, count):
+    config = planned_config(name, params(dropout=0.0, block_size=512), 50257)
+    assert sum(sizing.parameters(config).values()) == count - 512 * config.n_embd
+    assert (config.dropout, config.activation) == (0.0, "gelu_tanh")
+
+
+def test_a_plan_reads_what_lies_here(tmp_path, tokenizer, published):
+    hugging_face(tmp_path / "gpt2")
+    for source in (f"hf:{tmp_path / 'gpt2'}", f"model:{tmp_path / 'ours'}"):
+        assert planned_config(source, NOTHING, 13) == load_initial(source, NOTHING, tokenizer).config
+    with pytest.raises(ValueError, match=r"model.n_head = 3 is not that of"):
+        planned_config("gpt2-xl", params(n_head=3), 50257)

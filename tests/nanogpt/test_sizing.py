@@ -7,11 +7,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogpt import flops, loss, model, sizing
-from nanogpt.checkpoint import Checkpoints, Progress
-from nanogpt.journal import Journal
+from nanogpt.checkpoint import Checkpoints
 from nanogpt.model import GPT
-from nanogpt.optim import make_optimizer
+from nanogpt.optimizer import make_optimizer
+from nanogpt.train_state import Progress
 from tests.nanogpt.tiny import GPT2_SIZES, config, train_params
+from tracking.journal import Journal
 
 WIDE = config(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=257)
 

@@ -10,18 +10,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt import counter
-from nanogpt.checkpoint import Checkpoints, Progress, load_weights, restore
-from nanogpt.data import batch
+from nanogpt import seeds
+from nanogpt.batches import batch
+from nanogpt.checkpoint import Checkpoints, load_weights, restore
+from nanogpt.determinism import autocast
 from nanogpt.distributed import Ranks
 from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.generate import Sampling, generate
-from nanogpt.journal import Journal
-from nanogpt.numerics import autocast
-from nanogpt.optim import lr_at, make_optimizer
+from nanogpt.optimizer import make_optimizer
 from nanogpt.params import TrainParams
+from nanogpt.schedule import lr_at
 from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Report, Stopped, micro_batches, train
+from nanogpt.train_state import Progress
 from tests.nanogpt import tiny
+from tracking.journal import Journal
 
 TOKENS = tiny.tokens(200)
 ITERS = 7
@@ -52,7 +54,7 @@ class Run:
 
     def go(self, stop_at=None, kill_at=None):
         """Trains from the newest checkpoint on, until the end, a wish to stop, or a kill at a step."""
-        torch.manual_seed(counter.derived_seed(self.params.seed, WEIGHTS))
+        torch.manual_seed(seeds.derived_seed(self.params.seed, WEIGHTS))
         model = self.model = tiny.gpt(**self.config)
         params, scaler = self.params, torch.amp.GradScaler("cpu", enabled=self.dtype == "float16")
         optimizer = make_optimizer(model, params, "cpu", self.dtype)
@@ -194,7 +196,7 @@ def test_with_eval_only_it_evaluates_the_initial_weights_and_ends(tmp_path):
     assert (run.progress.step, run.progress.evaluated, run.progress.best_step) == (0, 0, 0)
     assert run.records("step") == []
     assert [record["step"] for record in run.records("eval")] == [0]
-    torch.manual_seed(counter.derived_seed(run.params.seed, WEIGHTS))
+    torch.manual_seed(seeds.derived_seed(run.params.seed, WEIGHTS))
     assert tiny.same(tiny.weights(run.model), tiny.weights(tiny.gpt()))
     assert run.checkpoints.read(0).progress == run.progress
 
@@ -204,13 +206,13 @@ def test_with_eval_only_it_evaluates_the_initial_weights_and_ends(tmp_path):
 
 def reference(params, steps):
     """The same training without anything around it."""
-    torch.manual_seed(counter.derived_seed(params.seed, WEIGHTS))
+    torch.manual_seed(seeds.derived_seed(params.seed, WEIGHTS))
     model = tiny.gpt()
     optimizer = make_optimizer(model, params.model_copy(update={"learning_rate": 123.0}), "cpu", "float32")
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, params.learning_rate, params.min_lr, params.warmup_iters, params.max_iters)
-        x, y = batch(TOKENS, "random", counter.derived_seed(params.seed, DATA), step, 3, range(params.batch_size), 8)
+        x, y = batch(TOKENS, "random", seeds.derived_seed(params.seed, DATA), step, 3, range(params.batch_size), 8)
         model(torch.from_numpy(x), torch.from_numpy(y)).backward()
         if params.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
@@ -427,7 +429,7 @@ def test_the_seconds_of_a_report_end_when_its_values_have_arrived(tmp_path, monk
 def test_batches_come_one_after_the_other_and_are_those_of_their_step(order, first):
     params = tiny.train_params(gradient_accumulation_steps=4, data_order=order)
     found = micro_batches(TOKENS, params, 8, first, range(2, 4), CPU)
-    seed = counter.derived_seed(params.seed, DATA)
+    seed = seeds.derived_seed(params.seed, DATA)
     for step in range(first, first + 3):
         for micro in (2, 3):
             expected = batch(TOKENS, order, seed, step, 12, range(micro * 3, micro * 3 + 3), 8)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanogpt.corpus.tokenizer import CharTokenizer
+from nanogpt.files import sha256_json
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.params import TrainParams
-from nanogpt.provenance import sha256_json
-from nanogpt.tokenizer import CharTokenizer
 
 # Two workers of pytest share two cores; for models of this size a second thread is only overhead.
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from nanogpt.checkpoint import Checkpoints
-from nanogpt.journal import attempts, end_of, read_records
+from tracking.journal import attempts, end_of, read_records
 
 REPOSITORY = Path(__file__).parents[2]
 HOOKS = Path(__file__).with_name("hooks")

@@ -82,20 +82,23 @@ def test_a_block_longer_than_the_data_is_refused_before_training(clone):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "download.source = file:texts/mine.txt holds no text"),
-        (TALE.encode() + b"caf\xe9", f"texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; convert"),
+        (b"", "download.source = file:inputs/texts/mine.txt holds no text"),
+        (
+            TALE.encode() + b"caf\xe9",
+            f"inputs/texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; convert",
+        ),
     ],
 )
 def test_a_text_that_cannot_be_read_is_refused_by_name(clone, content, expected):
-    clone.write("texts/mine.txt", content)
+    clone.write("inputs/texts/mine.txt", content)
     clone.set_params(**CHAR)
     refused(clone, "dvc repro", "download", re.escape(expected))
     assert not (clone.path / "data/raw").exists()
 
 
 def test_a_text_that_is_absent_is_refused_by_name(clone):
-    clone.set_params(**{"download.source": "file:texts/absent*.txt"})
-    refused(clone, "dvc repro", "download", r"no file matches texts/absent\*.txt")
+    clone.set_params(**{"download.source": "file:inputs/texts/absent*.txt"})
+    refused(clone, "dvc repro", "download", r"no file matches inputs/texts/absent\*.txt")
 
 
 def test_a_training_that_diverges_says_where_and_is_not_resumed(seed, clone):

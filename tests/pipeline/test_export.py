@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from nanogpt.complete import complete
-from nanogpt.published import load_model
+from nanogpt.saved_model import load_model
 from tests.pipeline.clones import Clone
 
 pytestmark = pytest.mark.pipeline

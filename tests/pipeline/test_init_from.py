@@ -8,20 +8,23 @@ from tests.pipeline.clones import Clone
 
 pytestmark = pytest.mark.pipeline
 
-BASE = {"train.init_from": "model:pretrained/base", "tokenize.tokenizer": "file:pretrained/base/tokenizer.json"}
+BASE = {
+    "train.init_from": "model:inputs/pretrained/base",
+    "tokenize.tokenizer": "file:inputs/pretrained/base/tokenizer.json",
+}
 TALE = "One sunny morning, the old dog was at the mill. Nobody knew why.\n" * 60
 
 
 def test_a_model_is_finetuned_on_other_text_and_judged_without_training(seed: Clone, copy_of) -> None:
     clone = copy_of(seed, runs=False)
-    clone.run("cp -r model pretrained/base && git add pretrained")
-    clone.write("texts/tale.txt", TALE)
-    clone.set_params(**BASE, **{"download.source": "file:texts/tale.txt", "train.eval_only": True})
+    clone.run("cp -r model inputs/pretrained/base && git add inputs/pretrained")
+    clone.write("inputs/texts/tale.txt", TALE)
+    clone.set_params(**BASE, **{"download.source": "file:inputs/texts/tale.txt", "train.eval_only": True})
     clone.repro()
     before = json.loads(clone.read("metrics/evaluate.json"))
-    assert clone.read("model/tokenizer.json") == clone.read("pretrained/base/tokenizer.json")
+    assert clone.read("model/tokenizer.json") == clone.read("inputs/pretrained/base/tokenizer.json")
     assert json.loads(clone.read("metrics/train.json"))["steps"] == 0
-    given, published = (clone.path / name / "weights.safetensors" for name in ("pretrained/base", "model"))
+    given, published = (clone.path / name / "weights.safetensors" for name in ("inputs/pretrained/base", "model"))
     assert given.read_bytes() == published.read_bytes()
 
     clone.set_params(**{"train.eval_only": False})
@@ -34,6 +37,6 @@ def test_a_model_is_finetuned_on_other_text_and_judged_without_training(seed: Cl
     assert "initial.sha256" in runs[-1].data.tags
 
     assert "up to date" in clone.run("dvc status")
-    (clone.path / "pretrained/base/model.json").unlink()
+    (clone.path / "inputs/pretrained/base/model.json").unlink()
     assert "pretrained" in clone.run("dvc status")
     assert "model.json is missing" in clone.repro("train", check=None)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.journal import holder
 from tests.pipeline.clones import Clone, wait_until
+from tracking.journal import holder
 
 pytestmark = pytest.mark.pipeline
 

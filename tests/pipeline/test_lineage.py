@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from nanogpt.provenance import sha256_tree
-from stages.dvcfile import directory_md5
+from nanogpt.files import sha256_tree
 from tests.pipeline.clones import Clone
+from tracking.dvc_files import directory_md5
 
 pytestmark = pytest.mark.pipeline
 
@@ -26,7 +26,7 @@ def traced(seed: Clone, once: Callable[..., Clone]) -> Clone:
         clone = seed.copy(path)
         clone.run("dvc exp run --name elsewhere --temp -S train.seed=5")
         clone.set_params(**{"train.seed": 7})
-        clone.append("nanogpt/optim.py", "\n# Not committed.\n")
+        clone.append("nanogpt/optimizer.py", "\n# Not committed.\n")
         clone.repro("train")
         clone.run("git checkout --quiet . && dvc checkout")
 
@@ -124,7 +124,7 @@ def test_a_run_that_no_commit_holds_is_made_again_from_its_changes(clone: Clone,
     assert found["environment"]["torch"]
     model = follow(clone, run.data.tags["model.md5"])
     assert sha256_tree(model) == run.data.tags["model.sha256"]
-    assert "# Not committed." in (model.parent / "nanogpt/optim.py").read_text()
+    assert "# Not committed." in (model.parent / "nanogpt/optimizer.py").read_text()
 
 
 def test_a_model_from_the_run_cache_leads_to_the_run_that_made_it(seed: Clone, copy_of: Callable[..., Clone]) -> None:

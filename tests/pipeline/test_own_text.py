@@ -9,7 +9,7 @@ from tests.pipeline.clones import Clone
 pytestmark = pytest.mark.pipeline
 
 TALE = "".join(f"The {n}th day was cold, and the {n + 1}th was warmer. Nobody knew why.\n" for n in range(150))
-CHAR = {"download.source": "file:texts/mine.txt", "tokenize.tokenizer": "char"}
+CHAR = {"download.source": "file:inputs/texts/mine.txt", "tokenize.tokenizer": "char"}
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def own(fresh: Clone, once) -> Clone:
 
     def make(path):
         clone = fresh.copy(path)
-        clone.write("texts/mine.txt", TALE)
+        clone.write("inputs/texts/mine.txt", TALE)
         clone.set_params(**CHAR)
         clone.repro()
 
@@ -31,7 +31,7 @@ def meta(clone: Clone) -> dict:
 
 def test_the_pipeline_runs_on_a_text_file_by_characters(own):
     found = meta(own)
-    assert found["corpus"] == {"documents": 1, "source": "file:texts/mine.txt"}
+    assert found["corpus"] == {"documents": 1, "source": "file:inputs/texts/mine.txt"}
     assert found["vocab_size"] == len(set(TALE))
     assert found["train"]["tokens"] + found["val"]["tokens"] == len(TALE)
     assert found["end_of_text"] is None
@@ -40,13 +40,13 @@ def test_the_pipeline_runs_on_a_text_file_by_characters(own):
     assert scores["bits_per_byte"] > 0
     (run,) = own.runs()
     assert run.info.status == "FINISHED"
-    assert run.data.params["download.source"] == "file:texts/mine.txt"
+    assert run.data.params["download.source"] == "file:inputs/texts/mine.txt"
 
 
 def test_an_edit_of_the_text_runs_the_pipeline_again(own, copy_of):
     clone = copy_of(own, runs=False)
     assert "up to date" in clone.run("dvc status")
-    clone.append("texts/mine.txt", "One more line: ÿ.\n")
+    clone.append("inputs/texts/mine.txt", "One more line: ÿ.\n")
     output = clone.repro("tokenize")
     assert "Running stage 'download'" in output
     assert "Running stage 'tokenize'" in output
@@ -57,8 +57,8 @@ def test_an_edit_of_the_text_runs_the_pipeline_again(own, copy_of):
 def test_documents_of_a_jsonl_file_end_with_an_end_of_text_token(own, copy_of):
     clone = copy_of(own, runs=False)
     documents = [TALE[:2000], TALE[2000:5000], TALE[5000:5500], TALE[5500:]]
-    clone.write("texts/mine.jsonl", "".join(json.dumps({"body": text}) + "\n" for text in documents))
-    clone.set_params(**{"download.source": "file:texts/mine.jsonl", "download.text_column": "body"})
+    clone.write("inputs/texts/mine.jsonl", "".join(json.dumps({"body": text}) + "\n" for text in documents))
+    clone.set_params(**{"download.source": "file:inputs/texts/mine.jsonl", "download.text_column": "body"})
     clone.repro("tokenize")
     found = meta(clone)
     assert found["corpus"]["documents"] == 4

@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from nanogpt.journal import JournalDamaged
 from nanogpt.params import ParamsError
+from tracking.journal import JournalDamaged
 
 TRIED: dict[str, list[int]] = {}  # parser -> [inputs, accepted ones]
 OURS = {ValueError, ParamsError, JournalDamaged}  # not their subclasses, such as a bare UnicodeDecodeError

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from nanogpt.files import sha256_file
 from nanogpt.params import DownloadParams
-from nanogpt.provenance import sha256_file
-from nanogpt.published import save_model
+from nanogpt.saved_model import save_model
 from tests.nanogpt import tiny
-from tests.nanogpt.test_data import write as write_tokens
+from tests.nanogpt.corpus.test_token_files import write as write_tokens
 from tests.safety.test_parsers import SOURCE, write_raw
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ CONFIGS: list[dict[str, Any]] = [
     *({"dropout": value} for value in (1, -0.1, "0", None, float("nan"), True)),
     *({"bias": 0}, {"activation": "relu"}, {"activation": []}),
 ]
-LOAD = ("from nanogpt.published import load_model", "load_model(path)")
+LOAD = ("from nanogpt.saved_model import load_model", "load_model(path)")
 
 
 def model(directory: Path, **changes: Any) -> Path:
@@ -156,7 +156,7 @@ def test_tokens_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "sparse.json").open("wb") as file:
         file.truncate(2**40)
     paths = sorted(tmp_path.glob("*.json"))
-    lines = read("from nanogpt.tokenizer import load_tokenizer", "load_tokenizer(path)", *paths)
+    lines = read("from nanogpt.corpus.tokenizer import load_tokenizer", "load_tokenizer(path)", *paths)
     all_refused(lines, 4)
     assert "bytes together" in "".join(lines)
 
@@ -177,7 +177,9 @@ def test_a_meta_that_claims_2_to_the_40_tokens_is_refused(tmp_path: Path) -> Non
     (tmp_path / "deep/meta.json").write_bytes(b'{"a":' * 100_000)
     with (tmp_path / "sparse/meta.json").open("wb") as file:
         file.truncate(2**40)
-    all_refused(read("from nanogpt.data import load_split", "load_split(path, 'train')", *paths), len(paths))
+    all_refused(
+        read("from nanogpt.corpus.token_files import load_split", "load_split(path, 'train')", *paths), len(paths)
+    )
 
 
 def test_an_inventory_that_is_large_or_deep_is_refused(tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_an_inventory_that_is_large_or_deep_is_refused(tmp_path: Path) -> None:
     line = tmp_path / "line/documents-00000.jsonl"
     line.write_bytes(b'{"text":' * 100_000)
     tiny.edit_json(tmp_path / "line/corpus.json", files={line.name: sha256_file(line)})
-    all_refused(read("from nanogpt.raw import read_documents", "list(read_documents(path))", *paths), 3)
+    all_refused(read("from nanogpt.corpus.raw_text import read_documents", "list(read_documents(path))", *paths), 3)
 
 
 # --- meta.pkl ---------------------------------------------------------------------------------------------------------
@@ -229,7 +231,7 @@ def test_a_vocabulary_that_grows_or_calls_is_refused(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{name}.pkl")
         paths[-1].write_bytes(content)
         assert len(content) <= 2**22, name
-    imports = "from nanogpt.meta_pickle import characters"
+    imports = "from nanogpt.corpus.meta_pickle import characters"
     all_refused(read(imports, "characters(path.read_bytes())", *paths), len(contents))
     assert not list(REPOSITORY.glob("executed"))
 
@@ -301,15 +303,15 @@ def test_a_link_to_what_is_no_file_is_refused_at_once(tmp_path: Path, target: st
     (tmp_path / "params").mkdir()
     (tmp_path / "params/params.yaml").write_text(json.dumps(SOURCE))
     readers = {
-        "tokens/meta.json": ("from nanogpt.data import load_meta", "load_meta(path.parent)"),
-        "tokens/train.bin": ("from nanogpt.data import load_split", "load_split(path.parent, 'train')"),
-        "raw/corpus.json": ("from nanogpt.raw import load_info", "load_info(path.parent)"),
-        "raw/text.txt": ("from nanogpt.raw import read_documents", "list(read_documents(path.parent))"),
+        "tokens/meta.json": ("from nanogpt.corpus.token_files import load_meta", "load_meta(path.parent)"),
+        "tokens/train.bin": ("from nanogpt.corpus.token_files import load_split", "load_split(path.parent, 'train')"),
+        "raw/corpus.json": ("from nanogpt.corpus.raw_text import load_info", "load_info(path.parent)"),
+        "raw/text.txt": ("from nanogpt.corpus.raw_text import read_documents", "list(read_documents(path.parent))"),
         "params/params.yaml": ("from nanogpt.params import load_params", "load_params(path)"),
-        "published/model/model.json": ("from nanogpt.published import load_model", "load_model(path.parent)"),
+        "published/model/model.json": ("from nanogpt.saved_model import load_model", "load_model(path.parent)"),
         "published/model/weights.safetensors": ("", "load_model(path.parent)"),
         "published/model/tokenizer.json": ("", "load_model(path.parent)"),
-        "tokenizer.json": ("from nanogpt.tokenizer import load_tokenizer", "load_tokenizer(path)"),
+        "tokenizer.json": ("from nanogpt.corpus.tokenizer import load_tokenizer", "load_tokenizer(path)"),
     }
     places = [tmp_path / name for name in readers]
     # Beside each of the links, the other files of its directory are as they were.
@@ -334,7 +336,7 @@ def test_a_link_to_a_file_is_read_as_that_file(tmp_path: Path) -> None:
     for path in sorted((tmp_path / "tokens").iterdir()):
         path.rename(tmp_path / path.name)
         path.symlink_to(tmp_path / path.name)
-    lines = read("from nanogpt.data import load_split", "load_split(path, 'train')", tmp_path / "tokens")
+    lines = read("from nanogpt.corpus.token_files import load_split", "load_split(path, 'train')", tmp_path / "tokens")
     assert lines[0].startswith("accepted")
 
 
@@ -351,7 +353,10 @@ def test_a_gzip_bomb_stops_at_max_gigabytes(tmp_path: Path, suffix: str) -> None
             file.write(b"x" * 2**20)
     values = {**SOURCE["download"], "source": f"file:{path}", "max_gigabytes": 0.01}
     assert DownloadParams(**values)
-    imports = f"from nanogpt.corpus import write_corpus\nfrom nanogpt.params import DownloadParams\nvalues = {values!r}"
+    imports = (
+        "from nanogpt.corpus.sources import write_corpus\n"
+        f"from nanogpt.params import DownloadParams\nvalues = {values!r}"
+    )
     [line] = read(imports, f"write_corpus(DownloadParams(**values), Path({str(tmp_path / 'raw')!r}))", path)
     assert line.startswith("ValueError")
     assert "max_gigabytes" in line

@@ -20,18 +20,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from nanogpt.corpus import write_corpus
-from nanogpt.data import batch, load_meta, load_split
-from nanogpt.meta_pickle import characters
+from nanogpt.batches import batch
+from nanogpt.corpus.meta_pickle import characters
+from nanogpt.corpus.prepare import prepare
+from nanogpt.corpus.raw_text import Writer, load_info, read_documents, read_text
+from nanogpt.corpus.sources import write_corpus
+from nanogpt.corpus.token_files import load_meta, load_split
+from nanogpt.corpus.tokenizer import CharTokenizer, TrainedTokenizer, load_tokenizer
+from nanogpt.files import sha256_file, sha256_json
 from nanogpt.model import KVCache
 from nanogpt.params import DownloadParams, TokenizeParams, load_params
-from nanogpt.prepare import prepare
-from nanogpt.provenance import sha256_file, sha256_json
-from nanogpt.published import load_model, save_model
-from nanogpt.raw import Writer, load_info, read_documents, read_text
-from nanogpt.tokenizer import CharTokenizer, TrainedTokenizer, load_tokenizer
+from nanogpt.saved_model import load_model, save_model
 from tests.nanogpt import tiny
-from tests.nanogpt.test_data import write as write_tokens
+from tests.nanogpt.corpus.test_token_files import write as write_tokens
 from tests.safety.hostile import dumped, harmless, limits, mutants, parsed, swapped
 
 REPOSITORY = Path(__file__).parents[2]

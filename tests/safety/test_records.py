@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 
-from nanogpt.checkpoint import Checkpoints, Progress
-from nanogpt.journal import Journal, read_records
-from nanogpt.optim import make_optimizer
-from nanogpt.provenance import sha256_json
-from stages.dvcfile import locked_md5
+from nanogpt.checkpoint import Checkpoints
+from nanogpt.files import sha256_json
+from nanogpt.optimizer import make_optimizer
+from nanogpt.train_state import Progress
 from tests.nanogpt import tiny
 from tests.safety.hostile import TRIED, dumped, harmless, limits, mutants, parsed, swapped
+from tracking.dvc_files import locked_md5
+from tracking.journal import Journal, read_records
 
 LOCK = b"""schema: '2.0'
 stages:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from stages import launch, train
+from stages import train
+from tracking import launch
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
             if (launch.rank(), now) == (int(rank), int(at)):
                 if what == "launcher":
                     os.kill(os.getppid(), signal.SIGKILL)
-                    time.sleep(1)  # stages/stop.py looks every 0.2 s
+                    time.sleep(1)  # tracking/stop.py looks every 0.2 s
                 elif what.startswith("SIG"):
                     os.kill(os.getpid(), getattr(signal, what))
                 else:
@@ -45,20 +46,20 @@ def main() -> None:
         patch.object(train, "micro_batches", spy).start()
 
     with (
-        patch("nanogpt.replicator.start"),
-        patch("nanogpt.replicator.wait", return_value="MLflow is left out"),
+        patch("tracking.mlflow_process.start"),
+        patch("tracking.mlflow_process.wait", return_value="MLflow is left out"),
         patch(
             "stages.train.launch",
             lambda processes, wait, *_: launch.launch(processes, wait, "-m", "tests.stages.ranks"),
         ),
-        patch("nanogpt.numerics.pin", _pin_and(spy_on_batches)),
+        patch("nanogpt.determinism.pin", _pin_and(spy_on_batches)),
     ):
         train.main()
 
 
 def _pin_and(then: Any) -> Any:
     """numerics.pin comes before torch is imported, and what follows needs torch."""
-    from nanogpt.numerics import pin
+    from nanogpt.determinism import pin
 
     def pin_and_then(*arguments: Any) -> Any:
         resolved = pin(*arguments)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from nanogpt import corpus
-from nanogpt.raw import read_documents
+from nanogpt.corpus import sources
+from nanogpt.corpus.raw_text import read_documents
 from stages.download import main
 
 Project = Callable[..., Path]
@@ -44,11 +44,11 @@ def test_twice_gives_the_same_bytes(project: Project):
 def test_another_source_replaces_all_of_the_first(project: Project):
     folder = project(**{"download.documents": 20})
     run()
-    project(**{"download.source": "file:texts/a.txt"})
-    (folder / "texts").mkdir()
-    (folder / "texts/a.txt").write_text("text")
+    project(**{"download.source": "file:inputs/texts/a.txt"})
+    (folder / "inputs/texts").mkdir(parents=True)
+    (folder / "inputs/texts/a.txt").write_text("text")
     result = run()
-    assert result.output == "download: 1 text, 4 characters (file:texts/a.txt) -> data/raw\n"
+    assert result.output == "download: 1 text, 4 characters (file:inputs/texts/a.txt) -> data/raw\n"
     assert sorted(contents(folder / "data/raw")) == ["corpus.json", "text.txt"]
 
 
@@ -56,12 +56,12 @@ def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
     folder = project(**{"download.documents": 20})
     run()
     first = contents(folder / "data/raw")
-    project(**{"download.source": "file:texts/*.gz"})
-    (folder / "texts").mkdir()
-    (folder / "texts/a.txt.gz").write_bytes(gzip.compress(b"good text")[:-4])
+    project(**{"download.source": "file:inputs/texts/*.gz"})
+    (folder / "inputs/texts").mkdir(parents=True)
+    (folder / "inputs/texts/a.txt.gz").write_bytes(gzip.compress(b"good text")[:-4])
     result = run()
     assert result.exit_code == 1
-    assert result.output.startswith("Error: download: texts/a.txt.gz is no whole gzip file")
+    assert result.output.startswith("Error: download: inputs/texts/a.txt.gz is no whole gzip file")
     assert result.output.count("\n") == 1
     assert contents(folder / "data/raw") == first
     assert [path.name for path in (folder / "data").iterdir()] == ["raw"]
@@ -69,9 +69,9 @@ def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
 
 def test_without_network_nothing_is_left_and_the_way_out_is_told(project: Project, monkeypatch: pytest.MonkeyPatch):
     folder = project(**{"download.source": "shakespeare"})
-    monkeypatch.setattr(corpus, "_PAUSE", 0)
-    unreachable = corpus.Remote("http://127.0.0.1:1/input.txt", "tinyshakespeare.txt", "0" * 64, 1)
-    monkeypatch.setattr(corpus, "SHAKESPEARE", unreachable)
+    monkeypatch.setattr(sources, "_PAUSE", 0)
+    unreachable = sources.Remote("http://127.0.0.1:1/input.txt", "tinyshakespeare.txt", "0" * 64, 1)
+    monkeypatch.setattr(sources, "SHAKESPEARE", unreachable)
     result = run()
     assert result.exit_code == 1
     assert "127.0.0.1:1/input.txt could not be reached" in result.output

@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from nanogpt.params import Params
-from nanogpt.provenance import PLUMBING, import_closure
+from tracking.fingerprint import PLUMBING, import_closure
 
 REPOSITORY = Path(__file__).parents[2]
 STAGES: dict[str, Any] = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]

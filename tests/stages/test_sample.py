@@ -7,13 +7,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from nanogpt.initial import GPT2_REVISIONS
-from nanogpt.pretrained import save_nanogpt, to_nanogpt
-from nanogpt.published import save_model
-from nanogpt.tokenizer import Gpt2Tokenizer
-from stages import report
+from nanogpt.corpus.tokenizer import Gpt2Tokenizer
+from nanogpt.nanogpt_checkpoint import save_nanogpt, to_nanogpt
+from nanogpt.pretrained import GPT2_REVISIONS
+from nanogpt.saved_model import save_model
 from stages.sample import main
 from tests.nanogpt import tiny
+from tracking import report
 
 LINE = "-" * 80
 GREEDY = ["--temperature", "0", "--num-samples", "1", "--max-new-tokens", "7"]
@@ -30,14 +30,14 @@ def folder(project, monkeypatch) -> Path:
             "runtime.device": "cpu",
             "sample.max_new_tokens": 12,
             "sample.num_samples": 2,
-            "sample.prompts": ["abc", "FILE:prompts/one.txt"],
+            "sample.prompts": ["abc", "FILE:inputs/prompts/one.txt"],
         }
     )
     tiny.char_tokenizer(folder / "tokenizer.json")
     model = tiny.gpt(seed=1, std=0.5, bias=False)
     save_model(folder / "model", model.config, tiny.weights(model), folder / "tokenizer.json", {})
-    (folder / "prompts").mkdir()
-    (folder / "prompts/one.txt").write_text("jig\n")
+    (folder / "inputs/prompts").mkdir(parents=True)
+    (folder / "inputs/prompts/one.txt").write_text("jig\n")
     return folder
 
 
@@ -86,8 +86,8 @@ def test_a_prompt_from_a_file_may_lie_anywhere_by_hand(folder):
 
 def test_a_file_of_the_pipeline_lies_in_prompts(folder):
     path = folder / "params.yaml"
-    path.write_text(path.read_text().replace("FILE:prompts/one.txt", "FILE:params.yaml"))
-    assert "sample.prompts = FILE:params.yaml is not in prompts/" in run(code=1).stderr
+    path.write_text(path.read_text().replace("FILE:inputs/prompts/one.txt", "FILE:params.yaml"))
+    assert "sample.prompts = FILE:params.yaml is not in inputs/prompts/" in run(code=1).stderr
     assert not (folder / "samples").exists()
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from nanogpt import prepare
-from nanogpt.data import load_split
-from nanogpt.raw import Writer
-from nanogpt.tokenizer import load_tokenizer
+from nanogpt.corpus import prepare
+from nanogpt.corpus.raw_text import Writer
+from nanogpt.corpus.token_files import load_split
+from nanogpt.corpus.tokenizer import load_tokenizer
 from stages import download
 from stages.tokenize import main
 
@@ -51,12 +51,12 @@ def test_each_tokenizer(project: Project, gpt2_files: Path, kind: str, vocabular
 
 
 def test_nanogpts_token_files_through_both_stages(project: Project, gpt2_files: Path):
-    folder = project(**{"download.source": "bin:texts/pair", "tokenize.tokenizer": "gpt2"})
-    (folder / "texts/pair").mkdir(parents=True)
+    folder = project(**{"download.source": "bin:inputs/texts/pair", "tokenize.tokenizer": "gpt2"})
+    (folder / "inputs/texts/pair").mkdir(parents=True)
     for name, ids in (("train", [40, 588, 50256] * 3), ("val", [40, 50256])):
-        (folder / f"texts/pair/{name}.bin").write_bytes(np.array(ids, dtype="<u2").tobytes())
+        (folder / f"inputs/texts/pair/{name}.bin").write_bytes(np.array(ids, dtype="<u2").tobytes())
     result = CliRunner().invoke(download.main, [])
-    assert result.output == "download: train.bin, val.bin (bin:texts/pair) -> data/raw\n"
+    assert result.output == "download: train.bin, val.bin (bin:inputs/texts/pair) -> data/raw\n"
     assert run().output == "tokenize: 9 train + 2 val tokens, vocabulary 50,257 (gpt2) -> data/tokens\n"
     meta = load_split(folder / "data/tokens", "train").meta
     assert (meta.bytes, meta.documents) == (3 * len("I like"), 3)

@@ -17,21 +17,14 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from nanogpt.complete import complete
+from nanogpt.corpus.tokenizer import END_OF_TEXT, CharTokenizer, Gpt2Tokenizer, Tokenizer, TrainedTokenizer, train_bpe
+from nanogpt.files import sha256_file, sha256_tree
 from nanogpt.generate import Sampling, generate
-from nanogpt.pretrained import load_nanogpt
-from nanogpt.provenance import sha256_file, sha256_tree
-from nanogpt.published import load_model, save_model
-from nanogpt.tokenizer import (
-    END_OF_TEXT,
-    CharTokenizer,
-    Gpt2Tokenizer,
-    Tokenizer,
-    TrainedTokenizer,
-    train_bpe,
-)
-from stages.dvcfile import directory_md5
+from nanogpt.nanogpt_checkpoint import load_nanogpt
+from nanogpt.saved_model import load_model, save_model
 from tests.nanogpt import tiny
 from tools.export import export, main, tokenizer_files
+from tracking.dvc_files import directory_md5
 
 CORPUS = ["Once upon a time it's 1234 o'clock,\n\n  and the café's cat sat.\n"] * 3
 CHARACTERS = "".join(sorted(set("\n\t  .,!?'\"<|>abcdefghijklmnopqrstuvwxyzÄéß中文🙂\u0301")))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from nanogpt import timing
 from nanogpt.params import load_params
 from tests.conftest import REPOSITORY
-from tools import fastest, timing
+from tools import fastest
 from tools.fastest import CHARACTERS, Row, Timed, candidates, in_a_process, main, training_seconds
 
 TINY = {

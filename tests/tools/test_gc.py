@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nanogpt.journal import RunLock
-from nanogpt.mlflow_server import connect, resolve_uri
-from nanogpt.tracking import Replica
 from tests.runs import finished_attempt
 from tools.gc import main
+from tracking.journal import RunLock
+from tracking.mlflow_run import Replica
+from tracking.mlflow_server import connect, resolve_uri
 
 
 @pytest.fixture

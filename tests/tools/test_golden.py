@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from tools.clean_clone import CouldNotRun, locked_outs
 from tools.first_steps import bits_environment
 from tools.golden import differences, key, load_goldens, nearest
+from tracking.clean_clone import CouldNotRun, locked_outs
 
 HERE = {
     **dict.fromkeys(("torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"), "1"),

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
-from nanogpt.journal import Journal
-from nanogpt.mlflow_server import resolve_uri
-from nanogpt.provenance import sha256_tree
-from nanogpt.tracking import Replica, deliver_report
-from stages.dvcfile import directory_md5
+from nanogpt.files import sha256_tree
 from tests.runs import end, make_attempt, start, write_report
-from tools.history import holders
 from tools.lineage import main
+from tracking.dvc_files import directory_md5
+from tracking.history import holders
+from tracking.journal import Journal
+from tracking.mlflow_run import Replica, deliver_report
+from tracking.mlflow_server import resolve_uri
 
 A, B = "a" * 7, "b" * 7  # beginnings of hashes
 
@@ -44,8 +44,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("DVC_ROOT", str(root))
     monkeypatch.chdir(root)
-    files = {"dvc.yaml": "stages: {}\n", "code.py": "1\n", "texts/a.txt": "A\n", "texts/b.txt": "B\n"}
-    (root / "texts").mkdir()
+    files = {"dvc.yaml": "stages: {}\n", "code.py": "1\n", "inputs/texts/a.txt": "A\n", "inputs/texts/b.txt": "B\n"}
+    (root / "inputs/texts").mkdir(parents=True)
     for name, text in {**files, ".gitignore": "/.runs/\n/model/\n"}.items():
         (root / name).write_text(text)
     (root / "params.yaml").write_text("download:\n  source: grammar\ntrain:\n  seed: 1\nruntime:\n  device: auto\n")
@@ -71,7 +71,7 @@ def write_lock(model: str, other: str = md5("e")) -> None:
     raw, tokens = {"path": "data/raw", "md5": md5("d")}, {"path": "data/tokens", "md5": md5("c")}
     lock = {
         "download": {
-            "deps": [{"path": "texts", "md5": directory_md5(Path("texts"))}],
+            "deps": [{"path": "inputs/texts", "md5": directory_md5(Path("inputs/texts"))}],
             "params": {"params.yaml": {"download": params["download"]}},
             "outs": [raw],
         },
@@ -237,7 +237,7 @@ def test_a_model_that_only_a_merge_holds_is_found(repository: Path) -> None:
     [
         (lambda: Path("code.py").write_text("2\n"), "code.py"),
         (lambda: Path("params.yaml").write_text("download: {source: grammar}\ntrain: {seed: 2}\n"), "train.seed"),
-        (lambda: Path("texts/a.txt").write_text("C\n"), "texts"),
+        (lambda: Path("inputs/texts/a.txt").write_text("C\n"), "inputs/texts"),
     ],
 )
 def test_a_commit_whose_dvc_lock_was_made_by_something_else_is_not_believed(
@@ -341,7 +341,10 @@ def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(reposi
 @pytest.mark.parametrize(
     ("params", "note"),
     [
-        ({"download.source": "file:texts/a.txt"}, "download.source is file:texts/a.txt: the text must be there again"),
+        (
+            {"download.source": "file:inputs/texts/a.txt"},
+            "download.source is file:inputs/texts/a.txt: the text must be there again",
+        ),
         ({"download.source": "shakespeare"}, "download.source is shakespeare: the text must be there again"),
         ({"numerics.determinism": "off"}, "numerics.determinism is off, which promises no bits"),
         ({"numerics.determinism": "machine"}, "the same bits only on the same kind of machine"),

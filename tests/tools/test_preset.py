@@ -148,7 +148,8 @@ def test_what_it_changes_of_the_commit_is_told() -> None:
     ]
     changed = set(PARAMS.read_text().splitlines()) - set(COMMITTED.splitlines())
     assert (
-        '  prompts: ["", "a"]          # texts to continue ("": a new document), or FILE:<path in prompts/>' in changed
+        '  prompts: ["", "a"]          # texts to continue ("": a new document), or FILE:<path in inputs/prompts/>'
+        in changed
     )
     assert len(changed) == 4
 

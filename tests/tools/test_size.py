@@ -7,8 +7,9 @@ import pytest
 from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
+from nanogpt import timing
 from tests.conftest import GPT2, REPOSITORY
-from tools import size, timing
+from tools import size
 from tools.size import main, time_line
 
 META = {

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from nanogpt import replicator, tracking_follow
-from nanogpt.journal import Journal, RunLock, read_records
-from nanogpt.mlflow_server import TrackingError, connect, resolve_uri
-from nanogpt.tracking import LOCK, Replica
-from nanogpt.tracking_follow import SystemMetrics, Trainer, follow
 from tests.runs import contents, end, finished_attempt, make_attempt, start, train, write_report
 from tools.sync import main
+from tracking import mlflow_process, mlflow_sync
+from tracking.journal import Journal, RunLock, read_records
+from tracking.mlflow_run import LOCK, Replica
+from tracking.mlflow_server import TrackingError, connect, resolve_uri
+from tracking.mlflow_sync import SystemMetrics, Trainer, follow
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +133,13 @@ def test_a_training_is_followed_to_its_end(repository: Path) -> None:
     attempt = make_attempt(repository)
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)
-        follower = replicator.start(attempt, repository, 60)
+        follower = mlflow_process.start(attempt, repository, 60)
         train(journal, 0, 20)
         wait_until(lambda: (attempt / "mlflow.json").exists())
         assert follower.process.poll() is None
         train(journal, 21, 40)
         end(journal, "FINISHED", 40)
-    assert re.search(r"run 'run' is complete in MLflow \(\w{32}\)$", replicator.wait(follower, 120))
+    assert re.search(r"run 'run' is complete in MLflow \(\w{32}\)$", mlflow_process.wait(follower, 120))
     assert follower.log.read_text().count("\n") == 1  # nothing else: no warnings of MLflow's
     found = only_run(repository)
     assert found["info"][1] == "FINISHED"
@@ -169,10 +169,10 @@ def test_a_trainer_that_is_killed_leaves_a_run_that_is_killed(repository: Path) 
 def test_a_second_follower_waits_for_the_first(repository: Path) -> None:
     attempt = finished_attempt(repository)
     with RunLock(attempt, name=LOCK):
-        follower = replicator.start(attempt, repository, 60)
+        follower = mlflow_process.start(attempt, repository, 60)
         wait_until(lambda: "still sends this run; waiting for it" in follower.log.read_text())
         assert not (attempt / "mlflow.json").exists()
-    assert "is complete in MLflow" in replicator.wait(follower, 120)
+    assert "is complete in MLflow" in mlflow_process.wait(follower, 120)
 
 
 def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypat
 
     monkeypatch.setattr(Replica, "push", push)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(tracking_follow, "PUSH_SECONDS", 0.01)
+    monkeypatch.setattr(mlflow_sync, "PUSH_SECONDS", 0.01)
     assert follow(attempt, resolve_uri(repository), os.getpid(), 60, said.append)
     journal.close()
     refused = "will try again: no server at http://***@host"
@@ -209,14 +209,14 @@ def test_the_wait_for_a_dead_server_is_bounded_and_told(repository: Path, monkey
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        line = replicator.wait(replicator.start(attempt, repository, 0), 120)
+        line = mlflow_process.wait(mlflow_process.start(attempt, repository, 0), 120)
     assert re.match(
         r"MLflow lacks a part of the run \(.*failed: MLflow at http://127.0.0.1:\d+ cannot be reached", line
     )
     assert "`python -m tools.sync` sends it later" in line
-    monkeypatch.setattr(replicator, "_GRACE", 0.1)
+    monkeypatch.setattr(mlflow_process, "_GRACE", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    line = replicator.wait(replicator.Follower(process, attempt / "tracking.log"), 0)
+    line = mlflow_process.wait(mlflow_process.Follower(process, attempt / "tracking.log"), 0)
     assert line == "MLflow has not taken all of the run within 0 s; `python -m tools.sync` sends the rest"
     assert process.returncode == -signal.SIGTERM
 
@@ -244,7 +244,7 @@ def test_a_long_run_has_a_bounded_number_of_system_metrics(tmp_path: Path, monke
         def clear_metrics(self) -> None: ...
 
     now = [1e9]
-    monkeypatch.setattr(tracking_follow, "_monitors", lambda: [Monitor()])
+    monkeypatch.setattr(mlflow_sync, "_monitors", lambda: [Monitor()])
     monkeypatch.setattr(time, "time", lambda: now[0])
     for _ in range(2):  # a follower of a resumed training goes on where the first one was
         metrics = SystemMetrics(tmp_path)
@@ -256,18 +256,18 @@ def test_a_long_run_has_a_bounded_number_of_system_metrics(tmp_path: Path, monke
     assert 500 < len(records) < 2000
     assert [record["step"] for record in records] == list(range(len(records)))
     keys = [key for key in records[0] if "/" in key]
-    assert len(keys) == tracking_follow.MAX_SYSTEM_KEYS
+    assert len(keys) == mlflow_sync.MAX_SYSTEM_KEYS
     assert {f"system/gpu_{i}_utilization_percentage" for i in range(8)} <= set(keys)
 
 
 def test_the_line_at_the_start_says_what_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    line = replicator.describe_system_metrics()
+    line = mlflow_process.describe_system_metrics()
     assert line.startswith("system metrics: CPU, memory, disk")
     assert line.endswith("this machine cannot report GPU (nvidia-ml-py is not installed)")
 
 
 def test_a_trainer_does_not_import_mlflow() -> None:
-    code = "import nanogpt.replicator, nanogpt.journal, sys; print('mlflow' in sys.modules)"
+    code = "import tracking.mlflow_process, tracking.journal, sys; print('mlflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -1,0 +1,1 @@
+"""From a source to token files: sources, raw text, tokenizers, .bin files."""

@@ -1,0 +1,118 @@
+"""Token files, opened only if they are what meta.json says; sample i of step k is a pure function of (seed, k, i).
+
+data/tokens/ holds train.bin and val.bin (raw little-endian uint16 or uint32, as nanoGPT's), meta.json, tokenizer.json.
+Shapes: B samples, T tokens of context.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nanogpt.files import check_regular, read_bytes
+
+Tokens = npt.NDArray[np.unsignedinteger]
+SplitName = Literal["train", "val"]
+
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Id = Annotated[int, Field(ge=0, lt=2**32)]
+
+_LARGEST_META = 2**20  # bytes of meta.json
+_BLOCK = 2**20  # bytes that are read at once
+
+
+class _Meta(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class CorpusMeta(_Meta):
+    source: str
+    documents: Count
+
+
+class SplitMeta(_Meta):
+    tokens: Count
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]  # of the text as UTF-8, without end-of-text tokens: for bits per byte
+    documents: Count  # 1 for a part of one text
+    sha256: Sha256
+    first_context: Id | None  # the token before the first one, given which that one can be scored; None: there is none
+
+
+class Meta(_Meta):
+    """meta.json."""
+
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: Annotated[int, Field(ge=1, le=2**21)]  # as many as a tokenizer.json may have
+    tokenizer: Literal["char", "gpt2", "bpe"]
+    tokenizer_sha256: Sha256
+    end_of_text: Id | None  # what the tokenizer calls it; in the files only if the corpus has more than one document
+    corpus: CorpusMeta
+    train: SplitMeta
+    val: SplitMeta
+
+
+@dataclass(frozen=True)
+class Split:
+    """One verified token file; `tokens` is a read-only memory map of shape (meta.tokens,)."""
+
+    name: SplitName
+    tokens: Tokens
+    meta: SplitMeta
+
+
+def load_meta(directory: Path) -> Meta:
+    """Reads meta.json. Raises ValueError, naming file and remedy, if it is missing or damaged."""
+    path = directory / "meta.json"
+    try:
+        return Meta.model_validate_json(read_bytes(path, _LARGEST_META))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {_remedy(directory)}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:40] for part in first["loc"])
+        raise ValueError(f"{path} is damaged ({where}: {first['msg']}); {_remedy(directory)}") from error
+
+
+def load_split(directory: Path, name: SplitName) -> Split:
+    """Opens train.bin or val.bin. Raises ValueError, naming file and remedy, unless size and sha256 are meta.json's.
+
+    And unless every token is of the vocabulary: whoever makes both files can make hashes agree.
+    """
+    meta = load_meta(directory)
+    split: SplitMeta = getattr(meta, name)
+    path, dtype = directory / f"{name}.bin", np.dtype(meta.dtype).newbyteorder("<")
+    try:
+        check_regular(path)
+        size, expected = path.stat().st_size, split.tokens * dtype.itemsize
+        if size != expected:
+            raise ValueError(f"{path} has {size:,} bytes and meta.json says {expected:,}; {_remedy(directory)}")
+        digest, largest = _scan(path, dtype)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {_remedy(directory)}") from error
+    if digest != split.sha256:
+        raise ValueError(f"{path} has sha256 {digest} and meta.json says {split.sha256}; {_remedy(directory)}")
+    if (largest := max(largest, split.first_context or 0)) >= meta.vocab_size:
+        raise ValueError(
+            f"{path} has token {largest:,} and meta.json a vocabulary of {meta.vocab_size:,}; {_remedy(directory)}"
+        )
+    return Split(name, np.memmap(path, dtype=dtype, mode="r"), split)
+
+
+def _scan(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
+    """The sha256 of a token file and its largest token, in one reading."""
+    digest, largest = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            largest = max(largest, int(np.frombuffer(block, dtype).max()))
+    return digest.hexdigest(), largest
+
+
+def _remedy(directory: Path) -> str:
+    # DVC takes a damaged file for a good one if its time and size are right, hence the removal.
+    return f"`rm -r {directory}` and `dvc checkout`, or make it anew with `dvc repro -f tokenize`"

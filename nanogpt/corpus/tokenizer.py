@@ -1,0 +1,394 @@
+"""Text to tokens and back: single characters, GPT-2's byte-pair encoding, or one trained on the corpus.
+
+A tokenizer is saved as tokenizer.json. There is one way to write each of them, so its sha256 is its identity.
+"""
+
+import abc
+import codecs
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nanogpt.corpus.words import WordTable
+from nanogpt.files import read_bytes, write_text
+
+if TYPE_CHECKING:
+    import tiktoken
+
+Ids = npt.NDArray[np.unsignedinteger]
+
+END_OF_TEXT = "<|endoftext|>"  # how the end-of-text token reads; in a text these characters are ordinary ones
+GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, end of text
+_LARGEST_VOCABULARY = 2**21  # more than Unicode has characters
+_LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
+_LONGEST_TOKEN = 2**16  # bytes
+_REMEDY = "restore it with `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
+_ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
+_PART = 2**16  # characters that are encoded at once
+
+
+class Tokenizer(abc.ABC):
+    """What every tokenizer offers. Ids are 0 ... vocab_size - 1; `end_of_text` is one of them, or None."""
+
+    name: Literal["char", "gpt2", "bpe"]
+    vocab_size: int
+    end_of_text: int | None
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> Ids:
+        """The text's ids as `dtype`, without an end-of-text token. Raises ValueError if a character has none."""
+
+    @abc.abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes of the ids; they may end within a character. Raises ValueError for an id out of range."""
+
+    @abc.abstractmethod
+    def last_cut(self, text: str) -> int:
+        """The last position at which the text can be cut without changing its tokens, or 0."""
+
+    @abc.abstractmethod
+    def _content(self) -> dict[str, Any]:
+        """What tokenizer.json holds beside name, vocab_size and end_of_text."""
+
+    def parts(self, text: str) -> Iterator[str]:
+        """The text in parts of about _PART characters, longer where there is no cut that does not change its tokens."""
+        start = 0
+        while start < len(text):
+            size, length = _PART, 0
+            while not length and start + size < len(text):
+                length = self.last_cut(text[start : start + size])
+                size *= 2
+            length = length or len(text) - start
+            yield text[start : start + length]
+            start += length
+
+    def encode_all(self, texts: Iterable[str], mark_ends: bool) -> Ids:
+        """The ids of the texts one after the other, each followed by end of text if `mark_ends`."""
+        end = np.array([self.end_of_text] if mark_ends else [], dtype=self.dtype)
+        ids = [end[:0]]
+        for text in texts:
+            ids += [*(self.encode(part) for part in self.parts(text)), end]
+        return np.concatenate(ids)
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """How an id is stored: little-endian uint16, or uint32 where the vocabulary needs it."""
+        return np.dtype("<u2") if self.vocab_size <= 2**16 else np.dtype("<u4")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text as the ids arrive; bytes of an unfinished character wait for the rest of it. Joined: `decode(ids)`."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            if text := decoder.decode(self.decode_bytes([token])):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    def to_json(self) -> str:
+        head = {"end_of_text": self.end_of_text, "name": self.name, "vocab_size": self.vocab_size}
+        return json.dumps(head | self._content(), sort_keys=True) + "\n"
+
+    @property
+    def sha256(self) -> str:
+        """The identity of the tokenizer: the hash of its tokenizer.json."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        write_text(path, self.to_json())
+
+    def _known(self, ids: Iterable[int]) -> list[int]:
+        known = [int(token) for token in ids]
+        for token in known:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token {token} is not in the vocabulary of {self.vocab_size} tokens")
+        return known
+
+
+# --- characters -------------------------------------------------------------------------------------------------------
+
+
+class UnknownCharacter(ValueError):
+    """A text has a character that the vocabulary lacks."""
+
+    def __init__(self, character: str, position: int, known: int):
+        super().__init__(
+            f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the {known} "
+            "characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
+        )
+        self.character, self.known = character, known
+
+    def at(self, position: int) -> "UnknownCharacter":
+        """The same, of a text of which this one's is a part."""
+        return UnknownCharacter(self.character, position, self.known)
+
+
+class CharTokenizer(Tokenizer):
+    """One token per character, numbered in code point order (as nanoGPT's), then end of text if there is one."""
+
+    name = "char"
+
+    def __init__(self, characters: str, end_of_text: bool):
+        if not characters or list(characters) != sorted(set(characters)):
+            raise ValueError("the characters of a vocabulary must be sorted and distinct")
+        characters.encode()  # a lone surrogate is no character: UnicodeEncodeError, a ValueError
+        self.characters = characters
+        self.end_of_text = len(characters) if end_of_text else None
+        self.vocab_size = len(characters) + end_of_text
+        self._texts = [*characters, END_OF_TEXT]
+
+    @functools.cached_property
+    def _ascii(self) -> bytes:
+        """From ASCII character to id (they come first, so ids are < 128); 255 for one that is unknown."""
+        ids = {character: i for i, character in enumerate(self.characters[:128])}
+        return bytes(ids.get(chr(byte), 255) for byte in range(256))
+
+    @functools.cached_property
+    def _table(self) -> Ids:
+        """From code point to id; vocab_size for a character that is unknown, and last for all beyond the table."""
+        codes = np.array([ord(c) for c in self.characters])
+        table = np.full(codes[-1] + 2, self.vocab_size, dtype="<u2" if self.vocab_size < 2**16 else "<u4")
+        table[codes] = np.arange(len(codes))
+        return table
+
+    def encode(self, text: str) -> Ids:
+        if text.isascii():
+            # bytes.translate is several times as fast as numpy's gather.
+            data = text.encode("ascii").translate(self._ascii)
+            if b"\xff" in data:
+                raise self._unknown(text)
+            return np.frombuffer(data, dtype=np.uint8).astype(self.dtype)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        ids: Ids = self._table.take(codes, mode="clip")
+        if ids.max() == self.vocab_size:
+            raise self._unknown(text)
+        return ids.astype(self.dtype, copy=False)
+
+    def _unknown(self, text: str) -> UnknownCharacter:
+        known = set(self.characters)
+        position, character = next((i, c) for i, c in enumerate(text) if c not in known)
+        return UnknownCharacter(character, position, len(self.characters))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(self._texts[token] for token in self._known(ids)).encode()
+
+    def last_cut(self, text: str) -> int:
+        return len(text)
+
+    def _content(self) -> dict[str, Any]:
+        return {"characters": self.characters}
+
+
+class Alphabet:
+    """Collects the distinct characters of a corpus that goes by in pieces."""
+
+    def __init__(self) -> None:
+        self._ascii = b""
+        self._seen = np.zeros(0x110000, dtype=bool)
+
+    def add(self, text: str) -> None:
+        # Most characters of most texts are ASCII and known: bytes.translate leaves little for numpy.
+        if rest := text.encode().translate(None, delete=self._ascii):
+            self._seen[np.frombuffer(rest.decode().encode("utf-32-le"), dtype="<u4")] = True
+            self._ascii = bytes(np.flatnonzero(self._seen[:128]).tolist())
+
+    def characters(self) -> str:
+        return "".join(map(chr, np.flatnonzero(self._seen).tolist()))
+
+
+# --- byte pairs -------------------------------------------------------------------------------------------------------
+
+# A cut before a space or line feed that follows anything but white space. GPT-2's pattern, which splits text into words
+# before any merge, always begins a word there, looks ahead only from white space, and never back.
+_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+class BytePairTokenizer(Tokenizer):
+    """Byte-pair encoding as in GPT-2 (Radford et al. 2019), which can spell any text; run by tiktoken."""
+
+    @functools.cached_property
+    def _encoding(self) -> "tiktoken.Encoding":
+        return self._load()
+
+    @functools.cached_property
+    def _words(self) -> WordTable:
+        return WordTable(self._encoding, END_OF_TEXT, self.dtype)
+
+    @abc.abstractmethod
+    def _load(self) -> "tiktoken.Encoding":
+        """The encoding, with the text END_OF_TEXT as a special token."""
+
+    def encode(self, text: str) -> Ids:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                code = ord(text[error.start])
+                raise ValueError(f"U+{code:04X} at position {error.start} is half a character; leave it out") from error
+        # Nothing is disallowed and nothing allowed: the text of a special token is ordinary text.
+        ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
+        return ids.astype(self.dtype)
+
+    def encode_all(self, texts: Iterable[str], mark_ends: bool) -> Ids:
+        """As `encode` does, several times as fast where there is much text."""
+        return self._words.encode_all(map(self.parts, texts), self.end_of_text if mark_ends else None)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes(self._known(ids))
+
+    def last_cut(self, text: str) -> int:
+        match = _CUT.match(text)
+        return match.end() if match else 0
+
+
+class Gpt2Tokenizer(BytePairTokenizer):
+    """GPT-2's own 50,257 tokens. tiktoken fetches their two files (1.5 MB) once, when the first text is encoded."""
+
+    name = "gpt2"
+    vocab_size = GPT2_VOCAB_SIZE
+    end_of_text = GPT2_VOCAB_SIZE - 1
+
+    def _load(self) -> "tiktoken.Encoding":
+        import tiktoken
+
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+            raise ValueError(
+                "GPT-2's vocabulary could not be fetched from openaipublic.blob.core.windows.net "
+                f"({type(error).__name__}); connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it "
+                "(tokenize.tokenizer char and bpe need no network)"
+            ) from error
+
+    def _content(self) -> dict[str, Any]:
+        return {}
+
+
+class TrainedTokenizer(BytePairTokenizer):
+    """Ids 0 to 255 are the bytes, 256 + k is the k-th merge, the last one is end of text if there is one."""
+
+    name = "bpe"
+
+    def __init__(self, merges: Sequence[tuple[int, int]], end_of_text: bool):
+        tokens, total = [bytes([i]) for i in range(256)], 256
+        for left, right in merges:
+            if not (0 <= left < len(tokens) and 0 <= right < len(tokens)):
+                raise ValueError(f"merge of ({left}, {right}) comes before the tokens that it joins")
+            tokens.append(tokens[left] + tokens[right])
+            total += len(tokens[-1])
+            if len(tokens[-1]) > _LONGEST_TOKEN:
+                raise ValueError(f"a token is longer than {_LONGEST_TOKEN} bytes")
+            if total > _ALL_TOKENS:
+                raise ValueError(f"its tokens are longer than {_ALL_TOKENS:,} bytes together")
+        if len(set(tokens)) != len(tokens):
+            raise ValueError("two tokens are the same")
+        self.merges = list(merges)
+        self.end_of_text = len(tokens) if end_of_text else None
+        self.vocab_size = len(tokens) + end_of_text
+        self._tokens = tokens
+
+    def _load(self) -> "tiktoken.Encoding":
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]  # GPT-2's, as in training
+
+        special = {END_OF_TEXT: len(self._tokens)}
+        ranks = {token: rank for rank, token in enumerate(self._tokens)}
+        return tiktoken.Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+    def _content(self) -> dict[str, Any]:
+        return {"merges": [list(pair) for pair in self.merges]}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, end_of_text: bool) -> TrainedTokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens (a small corpus may have fewer), end of text included.
+
+    The same texts give the same tokenizer, whatever the number of threads. Memory grows with the number of distinct
+    words, not with the texts.
+    """
+    from tokenizers import Tokenizer as Trainable
+    from tokenizers import models, pre_tokenizers, trainers
+
+    trainable = Trainable(models.BPE())
+    trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - end_of_text, initial_alphabet=alphabet, show_progress=False)
+    trainable.train_from_iterator(texts, trainer)
+    model = json.loads(trainable.to_str())["model"]
+    return TrainedTokenizer(_merges(model["merges"]), end_of_text)
+
+
+def _merges(pairs: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
+    """The library's merges, whose bytes are spelt as visible characters, as pairs of our ids.
+
+    A token that two merges make keeps the first, since tiktoken knows tokens, not merges.
+    """
+    ids = {character: byte for byte, character in enumerate(byte_characters())}
+    merges = []
+    for left, right in pairs:
+        if left + right not in ids:
+            merges.append((ids[left], ids[right]))
+            ids[left + right] = len(ids)
+    return merges
+
+
+def byte_characters() -> list[str]:
+    """How GPT-2's files spell the bytes: a visible Latin-1 character as itself, each other one from U+0100 upwards."""
+    substitutes = itertools.count(0x100)
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    return [chr(byte) if byte in visible else chr(next(substitutes)) for byte in range(256)]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: Path, sha256: str | None = None, remedy: str = _REMEDY) -> Tokenizer:
+    """Reads a tokenizer.json. Raises ValueError if it is missing, damaged, or not the one with the given sha256."""
+    try:
+        data = read_bytes(path, _LARGEST_FILE)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    try:
+        tokenizer = _from_json(data)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {remedy}") from error
+    if sha256 not in (None, tokenizer.sha256):
+        raise ValueError(f"{path} is another tokenizer (sha256 {tokenizer.sha256}) than expected ({sha256}); {remedy}")
+    return tokenizer
+
+
+def _from_json(data: bytes) -> Tokenizer:
+    content = json.loads(data.decode("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    if not isinstance(content["vocab_size"], int) or content["vocab_size"] > _LARGEST_VOCABULARY:
+        raise ValueError("vocab_size is no possible number")
+    if not isinstance(content.get("characters", ""), str) or len(content.get("merges", "")) > content["vocab_size"]:
+        raise ValueError("its parts disagree")
+    readers: dict[str, Callable[[dict[str, Any], bool], Tokenizer]] = {
+        "char": lambda content, end: CharTokenizer(content["characters"], end),
+        "gpt2": lambda content, end: Gpt2Tokenizer(),
+        "bpe": lambda content, end: TrainedTokenizer([_pair(item) for item in content["merges"]], end),
+    }
+    if content["name"] not in readers:
+        raise ValueError(f"tokenizer {content['name']!r:.40} is not known")
+    tokenizer = readers[content["name"]](content, content["end_of_text"] is not None)
+    if tokenizer.to_json().encode() != data:
+        raise ValueError("its parts disagree")
+    return tokenizer
+
+
+def _pair(item: Any) -> tuple[int, int]:
+    if not (isinstance(item, list) and len(item) == 2 and all(type(token) is int for token in item)):
+        raise ValueError(f"{item!r:.40} is no merge")
+    return item[0], item[1]

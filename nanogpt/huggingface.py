@@ -1,0 +1,167 @@
+"""GPTs of other programs: weights of Hugging Face's GPT-2 and of nanoGPT's ckpt.pt, to ours and back.
+
+And to Hugging Face's NanoChat, whose architecture is ours with the options that came after GPT-2. Each conversion is
+exact: the model on the other side computes the same logits, to rounding.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanogpt.files import read_bytes
+from nanogpt.model import GPTConfig
+from nanogpt.weights import GPT2_OPTIONS, Weights, check_options, dropout, fitted_weights, integer, without_padding
+
+# Hugging Face's GPT-2 keeps these as (in, out), a Linear as (out, in).
+_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_GELUS: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# What our GPT has built in; an absent key means the same to Hugging Face.
+_FIXED = {
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_NANOCHAT: dict[str, Collection[Any]] = {
+    "bias": [False],
+    "norm": ["rmsnorm"],
+    "activation": ["relu_squared"],
+    "position": ["rotary"],
+    "qk_norm": [True],
+    "tie_embeddings": [False],
+    "previous_tokens": [0],
+    "embedding_norm": [True],
+}
+_LARGEST_JSON = 2**22  # bytes of config.json
+
+
+def load_huggingface(directory: Path) -> tuple[GPTConfig, Weights]:
+    """The GPT-2 in a directory with config.json and model.safetensors. Raises ValueError if there is none."""
+    try:
+        config = json.loads(read_bytes(directory / "config.json", _LARGEST_JSON))
+        if not isinstance(config, dict):
+            raise ValueError("config.json is no JSON object")
+        return from_huggingface(config, load_file(directory / "model.safetensors"))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{directory} is no GPT-2 that can be read ({reason}); "
+            "transformers' `GPT2LMHeadModel.save_pretrained` writes one"
+        ) from error
+
+
+def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[GPTConfig, Weights]:
+    """A GPT2LMHeadModel's (or GPT2Model's) config and state dict as ours, in float32. Raises ValueError."""
+    for name, value in {"model_type": "gpt2", **_FIXED}.items():
+        found = config.get(name, value)
+        if found != value and (name, found) != ("n_inner", 4 * integer(config, "n_embd")):
+            raise ValueError(f"{name} is {found!r:.40}, and our GPT has {value!r} alone")
+    activation = str(config.get("activation_function", "gelu_new"))
+    if activation not in _GELUS:
+        raise ValueError(f"activation_function is {activation!r:.40}, and our GPT has {', '.join(_GELUS)} alone")
+    dropouts = {dropout(config.get(f"{part}_pdrop", 0.1)) for part in ("resid", "embd", "attn")}
+    if len(dropouts) != 1:
+        raise ValueError(
+            "resid_pdrop, embd_pdrop and attn_pdrop differ, and our GPT has one dropout; set them the same"
+        )
+    ours = GPTConfig(
+        n_layer=integer(config, "n_layer"),
+        n_head=integer(config, "n_head"),
+        n_embd=integer(config, "n_embd"),
+        vocab_size=integer(config, "vocab_size"),
+        block_size=integer(config, "n_positions"),
+        bias=True,
+        activation=_GELUS[activation],
+        dropout=dropouts.pop(),
+    )
+    return ours, fitted_weights(ours, {name: t.t() if _is_conv1d(name, t) else t for name, t in tensors.items()})
+
+
+def to_huggingface(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
+    """Our weights as a config and state dict of transformers: of GPT-2, or with rotary positions of NanoChat.
+
+    Padding of the vocabulary is cut off, as no token is ever drawn from it. Raises ValueError for what theirs has not.
+    """
+    return (_to_nanochat if config.position == "rotary" else _to_gpt2)(config, weights, end_of_text)
+
+
+def _to_gpt2(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
+    """As a GPT2LMHeadModel; a model without biases gets zeros, which compute the same."""
+    check_options(config, {**GPT2_OPTIONS, "activation": ["gelu", "gelu_tanh"]}, "Hugging Face's GPT-2")
+    theirs: dict[str, Any] = {
+        "activation_function": "gelu" if config.activation == "gelu" else "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": config.dropout,
+        "bos_token_id": end_of_text,
+        "dtype": str(weights["wte.weight"].dtype).removeprefix("torch."),
+        "embd_pdrop": config.dropout,
+        "eos_token_id": end_of_text,
+        "layer_norm_epsilon": 1e-5,
+        "model_type": "gpt2",
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "n_layer": config.n_layer,
+        "n_positions": config.block_size,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": True,
+        "vocab_size": config.vocab_size,
+    }
+    tensors: Weights = {}
+    for name, tensor in without_padding(config, weights).items():
+        tensors[name] = tensor.t() if _is_conv1d(name, tensor) else tensor
+        if not config.bias and name.startswith(("h.", "ln_f.")):
+            tensors[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.size(0))
+    return theirs, {f"transformer.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _to_nanochat(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
+    """As a NanoChatForCausalLM, with as many keys as queries and logits without a cap."""
+    check_options(config, _NANOCHAT, "Hugging Face's NanoChat")
+    theirs: dict[str, Any] = {
+        "architectures": ["NanoChatForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "bos_token_id": end_of_text,
+        "dtype": str(weights["wte.weight"].dtype).removeprefix("torch."),
+        "eos_token_id": end_of_text,
+        "final_logit_softcapping": None,
+        "hidden_act": "relu2",
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "max_position_embeddings": config.block_size,
+        "model_type": "nanochat",
+        "num_attention_heads": config.n_head,
+        "num_hidden_layers": config.n_layer,
+        "num_key_value_heads": config.n_head,
+        "pad_token_id": end_of_text,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"},
+        "tie_word_embeddings": False,
+        "vocab_size": config.vocab_size,
+    }
+    ours = without_padding(config, weights)
+    tensors: Weights = {"lm_head.weight": ours["lm_head.weight"], "model.embed_tokens.weight": ours["wte.weight"]}
+    for layer in range(config.n_layer):
+        here, there = f"h.{layer}", f"model.layers.{layer}"
+        for name, part in zip("qkv", ours[f"{here}.attn.c_attn.weight"].chunk(3), strict=True):
+            tensors[f"{there}.self_attn.{name}_proj.weight"] = part.clone()
+        tensors[f"{there}.self_attn.o_proj.weight"] = ours[f"{here}.attn.c_proj.weight"]
+        tensors[f"{there}.mlp.fc1.weight"] = ours[f"{here}.mlp.c_fc.weight"]
+        tensors[f"{there}.mlp.fc2.weight"] = ours[f"{here}.mlp.c_proj.weight"]
+    return theirs, tensors
+
+
+def _is_conv1d(name: str, tensor: Tensor) -> bool:
+    return name.endswith(_CONV1D) and tensor.dim() == 2

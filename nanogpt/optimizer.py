@@ -1,0 +1,146 @@
+"""The optimizers, AdamW and Muon, and the learning-rate schedule."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.params import TrainParams
+
+Group = dict[str, Any]
+
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # coefficients of the iteration, chosen for speed at zero (Jordan et al. 2024)
+NEWTON_SCHULZ_STEPS = 5
+MOMENTUM_WARMUP = (0.85, 100)  # Muon's momentum at first, and the steps in which it rises to its value
+
+
+def make_optimizer(model: nn.Module, params: TrainParams, device_type: str, dtype: str) -> torch.optim.Optimizer:
+    """AdamW for all of the model, or Muon for the matrices of its blocks and AdamW for the rest.
+
+    dtype: in which the forward pass multiplies matrices, and so does Muon. Each group has `lr_multiplier`: its learning
+    rate as a multiple of train.learning_rate.
+    """
+    groups = parameter_groups(model, params)
+    adamw: dict[str, Any] = {
+        "lr": params.learning_rate,
+        "betas": (params.beta1, params.beta2),
+        "fused": device_type in {"cpu", "cuda"},
+    }
+    if params.optimizer == "adamw":
+        return AdamW(groups, **adamw)
+    return MuonAdamW(groups, params.muon_momentum, getattr(torch, dtype), **adamw)
+
+
+def parameter_groups(model: nn.Module, params: TrainParams) -> list[Group]:
+    """Groups by what differs between them. Weight decay is for matrices and embeddings; biases and norms have none."""
+    muon = params.optimizer == "muon"
+    kinds: dict[str, Group] = {
+        "matrices": {"lr_multiplier": 1.0, "weight_decay": params.weight_decay},
+        "embeddings": {"lr_multiplier": params.embedding_lr_multiplier, "weight_decay": params.weight_decay},
+        "vectors": {"lr_multiplier": 1.0, "weight_decay": 0.0},
+    }
+    if muon:
+        lr_multiplier = params.muon_learning_rate / params.learning_rate
+        kinds["muon"] = {"lr_multiplier": lr_multiplier, "weight_decay": params.muon_weight_decay}
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            kind = "vectors"
+        elif id(parameter) in embeddings:
+            kind = "embeddings"
+        else:
+            kind = "muon" if muon and name.startswith("h.") else "matrices"
+        members[kind].append(parameter)
+    return [{"params": members[kind], "kind": kind, **kinds[kind]} for kind in kinds if members[kind]]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, without its import of torch._dynamo, which takes two seconds.
+
+    torch wraps these methods for torch.compile, and `step` for gradients through it; nobody wants either here.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class MuonAdamW(AdamW):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the groups of kind `muon`; AdamW for the others.
+
+    A step of Muon is its momentum with all singular values made about one, so that no direction of a matrix is left
+    behind. Matrices of one shape are computed together; queries, keys and values, one tensor, are three matrices.
+    """
+
+    def __init__(self, groups: list[Group], momentum: float, dtype: torch.dtype, **adamw: Any):
+        super().__init__(groups, **adamw)
+        self.momentum, self.dtype = momentum, dtype
+        # Fused, AdamW would have torch's GradScaler call step() with infinite gradients; Muon wants them left out.
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        everything = self.param_groups
+        self.param_groups = [group for group in everything if group["kind"] != "muon"]
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = everything
+        for group in everything:
+            if group["kind"] == "muon":
+                self._step_muon(group)
+
+    def _step_muon(self, group: Group) -> None:
+        updates: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # shape -> matrices and their updates
+        for parameter in group["params"]:
+            gradient, state = parameter.grad, self.state[parameter]
+            if not state:
+                state["step"], state["momentum_buffer"] = torch.zeros(()), torch.zeros_like(parameter)
+            state["step"] = state["step"].cpu()  # load_state_dict puts it where the parameter is
+            momentum, buffer = momentum_at(int(state["step"]), self.momentum), state["momentum_buffer"]
+            state["step"] += 1
+            buffer.lerp_(gradient, 1 - momentum)
+            update = gradient.lerp(buffer, momentum)  # Nesterov's form
+            for matrix, part in zip(_matrices(parameter), _matrices(update), strict=True):
+                updates.setdefault(tuple(part.shape), []).append((matrix, part))  # type: ignore[arg-type]
+        for (rows, columns), pairs in updates.items():
+            orthogonal = orthogonalize(torch.stack([update for _, update in pairs]), self.dtype)
+            lr = group["lr"] * math.sqrt(max(1.0, rows / columns))
+            for (matrix, _), update in zip(pairs, orthogonal, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=lr)
+
+
+def _matrices(weight: Tensor) -> tuple[Tensor, ...]:
+    """A weight (out, in); queries, keys and values (3 * in, in) as three."""
+    return weight.chunk(3) if weight.size(0) == 3 * weight.size(1) else (weight,)
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, rows, columns) -> the same with singular values between 0.7 and 1.2, by a quintic Newton-Schulz iteration.
+
+    Computed in `dtype`; bfloat16 is exact enough.
+    """
+    a, b, c = NEWTON_SCHULZ
+    transposed = matrices.size(1) > matrices.size(2)
+    x: Tensor = matrices.mT if transposed else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        product = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(product, product, product, beta=b, alpha=c), x, beta=a)
+    return (x.mT if transposed else x).to(matrices.dtype)
+
+
+def momentum_at(step: int, momentum: float) -> float:
+    """Muon's momentum of step 0, 1, …: it rises linearly in the first steps, when gradients still turn fast."""
+    first, steps = MOMENTUM_WARMUP
+    return first + (momentum - first) * min(1.0, step / steps)

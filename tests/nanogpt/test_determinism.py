@@ -1,0 +1,208 @@
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanogpt import determinism
+from nanogpt.params import NumericsParams
+
+
+def settings(determinism="portable", threads=2):
+    return NumericsParams(determinism=determinism, threads=threads, dtype="float32", compile=False, attention="fused")
+
+
+# Large enough for two threads and for other instructions to sum in another order.
+TRAINING = """
+import hashlib, sys
+from nanogpt import numerics
+from nanogpt.params import NumericsParams
+chosen = {"determinism": sys.argv[1], "threads": int(sys.argv[2])}
+params = NumericsParams(**chosen, dtype="float32", compile=False, attention="fused")
+resolved = numerics.pin(params, "auto")
+import torch
+from nanogpt.model import GPT
+from nanogpt.optim import make_optimizer
+from tests.nanogpt import tiny
+torch.set_num_threads(resolved.threads)
+weights = b""
+for options, optimizer in ({}, "adamw"), (tiny.NANOCHAT, "muon"):
+    torch.manual_seed(1)
+    model = GPT(tiny.config(n_embd=64, block_size=64, vocab_size=65, **options))
+    optimizer = make_optimizer(model, tiny.train_params(optimizer=optimizer, beta2=0.99), "cpu", "float32")
+    for step in range(3):
+        x = torch.randint(65, (16, 65), generator=torch.Generator().manual_seed(step))
+        model(x[:, :-1], x[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights += b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
+strict = torch.get_deterministic_debug_mode()  # 2: what is not deterministic is an error
+tf32 = torch.backends.cuda.matmul.allow_tf32
+print(hashlib.sha256(weights).hexdigest(), resolved.threads, resolved.instruction_set, resolved.device, strict, tf32)
+"""
+
+THREADS_AND_INSTRUCTIONS = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_DYNAMIC": "true",
+    "OMP_THREAD_LIMIT": "1",
+    "MKL_DYNAMIC": "true",
+    "MKL_DOMAIN_NUM_THREADS": "MKL_DOMAIN_BLAS=1",
+    "MKL_CBWR": "AVX512",
+    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "DNNL_MAX_CPU_ISA": "SSE41",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
+}
+OURS = {*THREADS_AND_INSTRUCTIONS, "OMP_MAX_ACTIVE_LEVELS", "OMP_NESTED"}
+
+
+def bits(determinism="portable", threads=2, **environment):
+    """The hash of a few training steps' weights, and what was resolved, in a new process."""
+    clean = {name: value for name, value in os.environ.items() if name not in OURS}
+    command = [sys.executable, "-c", TRAINING, determinism, str(threads)]
+    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def portable():
+    return bits()
+
+
+def test_portable_resolves_to_two_threads_of_avx2_on_the_cpu_and_deterministic_algorithms(portable):
+    assert portable[1:] == ["2", "AVX2", "cpu", "2", "False"]
+
+
+def test_what_the_caller_has_set_does_not_change_the_bits_of_portable(portable):
+    assert bits(**THREADS_AND_INSTRUCTIONS) == portable
+    # Without the pins the same variables do change them, or the line above would show nothing.
+    assert bits("off", **THREADS_AND_INSTRUCTIONS)[0] != portable[0]
+
+
+def test_nor_does_a_ban_on_parallel_regions(portable):
+    # libgomp then runs one thread while torch says two.
+    assert bits(OMP_MAX_ACTIVE_LEVELS="0") == portable
+
+
+def test_the_number_of_threads_does_change_the_bits(portable):
+    assert bits(threads=1)[0] != portable[0]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("determinism", ["portable", "machine"])
+def test_it_must_come_before_torch(determinism):
+    assert "torch" in sys.modules
+    with pytest.raises(RuntimeError, match="before the first import of torch"):
+        determinism.pin(settings(determinism), "cpu")
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])
+def test_portable_is_refused_on_arm_before_anything_is_pinned(machine, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.delitem(sys.modules, "torch")
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match=f"portable is for x86-64 CPUs, and this is {machine}; set it to machine"):
+        determinism.pin(settings(), "cpu")
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_cuda_where_there_is_none(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(
+        ValueError, match=rf"runtime\.device = {device}, but torch .* sees 0 CUDA.*set it to cpu or auto"
+    ):
+        determinism.pin(settings("off"), device)
+
+
+def test_a_gpu_beyond_the_last_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"runtime\.device = cuda:2, but torch .* sees 2 CUDA"):
+        determinism.pin(settings("off"), "cuda:2")
+
+
+def test_an_apple_gpu_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"runtime\.device = mps.*set it to cpu or auto"):
+        determinism.pin(settings("off"), "mps")
+
+
+# --- what was resolved ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeps_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_what_is_resolved_holds_all_that_the_bits_depend_on(keeps_threads, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    resolved = determinism.pin(settings("off", threads=1), "auto").as_dict()
+    assert resolved == {
+        "determinism": "off",
+        "threads": 1,
+        "dtype": "float32",
+        "compile": False,
+        "attention": "fused",
+        "device": "cpu",
+        "device_name": os.uname().machine,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
+def test_autocast_acts_for_the_short_types_alone():
+    x = torch.ones(2, 2)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        with determinism.autocast(torch.device("cpu"), name):
+            assert torch.mm(x, x).dtype is dtype
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to a core")
+def test_one_core_gives_the_bits_of_two(portable):
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})  # children inherit it
+    try:
+        assert bits() == portable
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+@pytest.mark.parametrize(("name", "value"), THREADS_AND_INSTRUCTIONS.items())
+def test_no_single_variable_of_the_caller_changes_the_bits(portable, name, value):
+    assert bits(**{name: value}) == portable
+
+
+def test_every_knob_of_numerics_is_in_what_was_resolved():
+    assert set(NumericsParams.model_fields) <= {field.name for field in dataclasses.fields(determinism.Numerics)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "expected"),
+    [
+        ("bfloat16", {}, True),
+        ("bfloat16", {"amx_bf16": True}, False),
+        ("bfloat16", {"avx512_bf16": True}, False),
+        ("bfloat16", {"avx512_fp16": True}, True),
+        ("float16", {"avx512_fp16": True}, False),
+        ("float16", {"avx512_bf16": True}, True),
+        ("float32", {}, False),
+        ("bfloat16", {"architecture": "aarch64"}, False),  # not known there, so nothing is said
+    ],
+)
+def test_a_dtype_that_the_cpu_has_no_instructions_for_is_known(monkeypatch, dtype, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **has})
+    assert determinism.is_emulated(dtype) is expected
+
+
+def test_the_instructions_are_called_so_by_torch():
+    known = torch.cpu.get_capabilities()
+    assert known["architecture"] != "x86_64" or {"amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16"} <= known.keys()

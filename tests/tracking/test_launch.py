@@ -1,0 +1,223 @@
+"""Several real processes of the train stage (tests/stages/ranks.py), which share each step over gloo."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from nanogpt.corpus.prepare import prepare
+from nanogpt.corpus.raw_text import Writer
+from nanogpt.params import load_params
+from tests.conftest import REPOSITORY
+from tracking.launch import check_started, launch
+
+STEPS = 50
+SETTINGS = {
+    "tokenizer": "char",
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "max_iters": STEPS,
+    "warmup_iters": 2,
+    "gradient_accumulation_steps": 4,
+    "eval_interval": 25,
+    "eval_iters": 2,
+    "determinism": "off",
+    "threads": 1,
+    "log_interval": 7,
+    "checkpoint_interval": 1_000_000,
+}
+
+
+@dataclass
+class Stage:
+    """A folder in which the train stage can run, and what it leaves there."""
+
+    folder: Path
+    output: str = ""
+
+    def start(self, **environment: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.stages.ranks"],
+            cwd=self.folder,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, expected: int = 0, **environment: str) -> "Stage":
+        process = self.start(**environment)
+        try:
+            self.output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == expected, self.output
+        return self
+
+    def set(self, **values: Any) -> "Stage":
+        yaml = YAML()
+        params = yaml.load(self.folder / "params.yaml")
+        for name, value in values.items():
+            (section,) = [key for key in ("tokenize", "model", "train", "numerics", "runtime") if name in params[key]][
+                :1
+            ]
+            params[section][name] = value
+        params["train"]["batch_size"], params["tracking"]["prompts"] = 2, []
+        yaml.dump(params, self.folder / "params.yaml")
+        return self
+
+    def records(self, kind):
+        (journal,) = self.folder.glob(".runs/*/attempt-1/journal.jsonl")
+        return [r for r in map(json.loads, journal.read_text().splitlines()) if r["kind"] == kind]
+
+    def losses(self):
+        steps = self.records("step")
+        assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+        return [r["loss"] for r in steps]
+
+    def used(self, rank):
+        """(step, samples) of each micro-batch of a process, in order; of all that have had this rank here."""
+        lines = (self.folder / f"used-{rank}.jsonl").read_text().splitlines()
+        return [(step, tuple(samples)) for step, samples in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A training that one process has done."""
+    folder = tmp_path_factory.mktemp("reference")
+    shutil.copyfile(REPOSITORY / "params.yaml", folder / "params.yaml")
+    for name in ("nanogpt", "stages"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    writer = Writer(folder / "raw", 1.0, lambda done: None)
+    for number in range(60):
+        writer.add([f"Story {number}. The cat sat on the mat; the dog didn't."])
+    writer.close("grammar")
+    stage = Stage(folder)
+    stage.set(**SETTINGS)
+    prepare(folder / "raw", folder / "data/tokens", load_params(folder / "params.yaml").tokenize, 1)
+    return stage.run()
+
+
+@pytest.fixture
+def stage(reference, tmp_path):
+    """The same folder before its training."""
+    left_out = shutil.ignore_patterns(".runs", "model", "metrics", "plots", "used-*")
+    shutil.copytree(reference.folder, tmp_path / "stage", symlinks=True, ignore=left_out)
+    return Stage(tmp_path / "stage")
+
+
+def test_two_processes_train_as_one_with_the_same_samples(reference, stage):
+    stage.set(processes=2).run()
+    assert stage.losses() == pytest.approx(reference.losses(), abs=1e-5)
+    assert stage.losses() != reference.losses()  # they were added in another order
+    own = [(step, (2 * micro, 2 * micro + 1)) for step in range(STEPS) for micro in range(4)]
+    assert reference.used(0) == own
+    assert stage.used(0) == [own[i] for i in range(len(own)) if i % 4 < 2]
+    assert stage.used(1) == [own[i] for i in range(len(own)) if i % 4 >= 2]
+    assert stage.output.count("train: step 25: val loss") == stage.output.count("-> model") == 1
+    assert "arning" not in stage.output
+    assert (stage.folder / "model/weights.safetensors").exists()
+
+
+def test_stopped_anywhere_any_number_of_processes_goes_on_with_the_very_next_batch(reference, stage):
+    stage.set(processes=2).run(143, DO="1 20 SIGTERM")  # as a machine that is taken away tells one of them
+    assert "train: stopped at step 21 (SIGTERM), all is saved" in stage.output
+    stage.set(processes=1).run(143, DO="0 30 SIGTERM")
+    assert "train: resuming at step 21 of 50" in stage.output
+    stage.set(processes=2).run(-signal.SIGKILL, DO="1 40 launcher")  # returns when nobody is left who could write to it
+    assert "train: resuming at step 31 of 50" in stage.output
+    assert "train: warning: who launched it is gone" in stage.output
+    stage.set(processes=1).run()
+    assert sorted(stage.used(0) + stage.used(1)) == reference.used(0)
+    assert stage.losses() == pytest.approx(reference.losses(), abs=1e-5)
+    assert [r["processes"] for r in stage.records("start")] == [2, 1, 2, 1]
+    assert [r["status"] for r in stage.records("end")] == ["KILLED", "KILLED", "KILLED", "FINISHED"]
+
+
+def test_an_error_of_one_process_ends_all_and_is_told_once(stage):
+    stage.set(processes=2).run(1, DO="1 5 the other machine is out of memory")
+    assert stage.output.endswith("\nError: train: the other machine is out of memory\n")
+    assert stage.output.count("out of memory") == 1
+    (end,) = stage.records("end")
+    assert (end["status"], end["step"]) == ("FAILED", 5)
+    assert end["message"].endswith("process 1 of this training failed: ValueError: the other machine is out of memory")
+
+
+# --- launch by itself: these processes train nothing ------------------------------------------------------------------
+
+
+def test_signals_are_passed_on():
+    program = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if os.environ["RANK"] == "0":
+    time.sleep(0.5)
+    os.kill(os.getppid(), signal.SIGINT)
+time.sleep(60)
+"""
+    before = signal.getsignal(signal.SIGINT)
+    assert launch(2, 0.0, "-c", program) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("does", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137), ("sys.exit(0)", 0)])
+def test_what_ends_one_ends_all_and_is_the_exit_code(does, code):
+    other = "time.sleep(60)" if code else "pass"
+    assert launch(2, 0.0, "-c", f"import os, sys, time\nif os.environ['RANK'] == '1': {does}\n{other}") == code
+
+
+def test_a_process_that_ends_while_gloo_is_at_work_has_its_own_exit_code(capfd):
+    program = """
+import sys, torch
+from nanogpt.distributed import join
+from stages.launch import run_to_exit
+
+def main():
+    try:
+        with join("cpu"):
+            for _ in range(3000):
+                torch.distributed.all_reduce(torch.ones(()), async_op=True)
+            raise ValueError("in all processes")
+    except ValueError as error:
+        print(error)
+        sys.exit(3)
+
+run_to_exit(main)
+"""
+    assert launch(2, 0.0, "-c", program) == 3
+    assert "in all processes" in capfd.readouterr().out  # what was printed is not lost
+
+
+def test_they_listen_to_this_machine_alone(tmp_path):
+    program = f"""
+import psutil
+from nanogpt.distributed import join
+with join("cpu") as ranks:
+    both = (psutil.Process(), psutil.Process().parent())
+    found = {{c.laddr.ip for p in both for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}}
+    open(f"{tmp_path}/{{ranks.rank}}", "w").write(str(found))
+"""
+    assert launch(2, 0.0, "-c", program) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["{'127.0.0.1'}"] * 2
+
+
+def test_processes_that_the_parameters_do_not_ask_for_are_refused(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    check_started(1)
+    check_started(2)  # they are still to be started
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_started(2)
+    refusal = r"train\.processes = 1, .* 2 processes \(WORLD_SIZE\); set train\.processes to 2"
+    with pytest.raises(ValueError, match=refusal):
+        check_started(1)

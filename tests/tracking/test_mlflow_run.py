@@ -1,0 +1,536 @@
+import json
+import math
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import T0, contents, end, finished_attempt, make_attempt, start, train, write_report
+from tracking import mlflow_models, mlflow_page, mlflow_server
+from tracking.journal import Journal
+from tracking.mlflow_page import Page
+from tracking.mlflow_run import NOTE, Replica, deliver_report
+from tracking.mlflow_server import TrackingError, connect, redact, resolve_uri
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new database costs seconds, a copy of it nothing."""
+    folder = tmp_path_factory.mktemp("database")
+    connect(f"sqlite:///{folder}/mlflow.db", folder)
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    repository = tmp_path / "a repository"  # with a space in its name
+    repository.mkdir()
+    shutil.copyfile(empty_database, repository / "mlflow.db")
+    monkeypatch.chdir(repository)
+    yield repository
+    assert not (repository / "mlruns").exists()
+
+
+def finish(attempt: Path, repository: Path, killed: bool = False) -> tuple[Replica, dict[str, Any]]:
+    replica = Replica(attempt, resolve_uri(repository))
+    replica.finish(killed)
+    return replica, contents(replica._client, replica.run_id)
+
+
+# --- the run's page, without MLflow
+
+
+def points(records: list[dict[str, Any]], max_iters: int) -> list[tuple[str, int]]:
+    page = Page(max_iters)
+    return [(point.key, point.step) for record in records for point in page.feed(record)]
+
+
+def test_many_steps_are_thinned_and_the_last_one_is_kept() -> None:
+    values = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 0}
+    records = [{"kind": "step", "step": s, "t": s, **values} for s in range(1, 10_008)]
+    records += [{"kind": "end", "t": 1, "status": "KILLED", "step": 10_007}]
+    steps = [step for key, step in points(records, 10_010) if key == "train/loss"]
+    assert steps == [1, *range(6, 10_007, 6), 10_007]
+    # a run that goes on after a kill adds nothing twice
+    again = records + records[9_000:-1] + [{**records[0], "step": s} for s in range(10_008, 10_011)] + records[-1:]
+    steps = [step for key, step in points(again, 10_010) if key == "train/loss"]
+    assert steps == [1, *range(6, 10_007, 6), 10_007, 10_008, 10_010]
+
+
+def test_evaluations_whose_interval_fits_no_stretch_are_shown_and_the_best_is_not_lost() -> None:
+    page, shown = Page(10_000), []
+    for step in range(0, 10_001, 3):
+        loss = 1.0 if step == 4_002 else 2.0 + step / 1e6
+        shown += page.feed(
+            {"kind": "eval", "step": step, "t": step, "tokens": step, "train_loss": 1.0, "val_loss": loss}
+        )
+    assert 1900 < len([p for p in shown if p.key == "val/loss"]) <= 2001
+    assert page.best == (1.0, 4_002)
+    assert [p.value for p in shown if p.key == "best/val_loss"][-1] == 1.0
+    assert [p.value for p in shown if p.key == "best/step"][-1] == 4_002
+
+
+def test_what_is_not_finite_is_named_and_not_shown() -> None:
+    page = Page(10)
+    assert page.feed({"kind": "step", "step": 3, "t": 0, "loss": math.nan, "lr": 0.1, "grad_norm": math.inf}) == [
+        mlflow_page.Point("learning_rate", 0.1, 0, 3)
+    ]
+    assert page.not_finite == {"train/loss": 3, "grad_norm": 3}
+    assert "Not finite, so not shown: grad_norm from step 3, train/loss from step 3" in mlflow_page.description(
+        page, {}
+    )
+
+
+def test_table_shows_evenly_chosen_evaluations_and_the_newest() -> None:
+    page = Page(1000)
+    for step in range(0, 999, 3):
+        for prompt in "ab":
+            page.feed({"kind": "sample", "step": step, "t": 0, "prompt": prompt, "text": f"{step}{prompt}"})
+    rows = json.loads(mlflow_page.table(page))["data"]
+    assert len(rows) <= 2 * 202
+    assert rows[:4] == [[0, "a", "0a"], [0, "b", "0b"], [6, "a", "6a"], [6, "b", "6b"]]
+    assert rows[-2:] == [[996, "a", "996a"], [996, "b", "996b"]]
+    assert len({(row[0], row[1]) for row in rows}) == len(rows)
+
+
+def test_description_keeps_what_other_stages_added_and_fits() -> None:
+    page = Page(10)
+    page.feed({"kind": "sample", "step": 1, "t": 0, "prompt": "p", "text": "<!-- sample -->\n" + "x" * 9000})
+    note = mlflow_page.with_sections("old", "", "evaluate", "val_loss 1.5")
+    note = mlflow_page.with_sections(mlflow_page.without_sections(note), note, "sample", "text")
+    new = mlflow_page.with_sections(mlflow_page.description(page, {}), note)
+    assert "**RUNNING** at step" in new
+    assert "val_loss 1.5" in new
+    assert len(new) <= 5000
+    assert mlflow_page.without_sections(new).count("<!--") == 0
+    assert len(mlflow_page.with_sections("x" * 9000, note)) <= 5000
+
+
+def test_checkpoints_are_bounded() -> None:
+    page = Page(1000)
+    for step in range(1, 1001):
+        page.feed(
+            {"kind": "checkpoint", "step": step, "t": 0, "val_loss": 1.0 if step % 2 == 0 else None, "best": False}
+        )
+    assert [r["step"] for r in page.checkpoints] == [2, *range(50, 1001, 50)]
+
+
+# --- which server
+
+
+def test_uri_is_absolute_and_under_the_original_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Path("/some/where")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_uri(repository) == "sqlite:////some/where/mlflow.db"
+    for uri, resolved in {
+        "sqlite:///other.db": "sqlite:////some/where/other.db",
+        "sqlite:////abs/x.db": "sqlite:////abs/x.db",
+        "http://user:pw@127.0.0.1:5000": "http://user:pw@127.0.0.1:5000",
+        "./mlruns": "file:///some/where/mlruns",
+        "file:///abs/mlruns": "file:///abs/mlruns",
+        "databricks": "databricks",
+    }.items():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert resolve_uri(repository) == resolved
+    assert redact("at http://user:pw@host/x\nfailed") == "at http://***@host/x failed"
+
+
+def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in mlflow_server._ENVIRONMENT:
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.delenv(name)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        uri = f"http://someone:secret@127.0.0.1:{unused.getsockname()[1]}"
+        attempt = finished_attempt(repository)
+        begin = time.monotonic()
+        with pytest.raises(TrackingError, match=r"cannot be reached .*refused") as caught:
+            Replica(attempt, uri).push()
+        assert time.monotonic() - begin < 120  # MLflow's own setting: 247 s
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert finish(attempt, repository)[1]["info"][1] == "FINISHED"
+    assert "secret" not in (attempt / "mlflow.json").read_text()
+
+
+CREATE = """
+import os, sys
+from pathlib import Path
+from nanogpt.mlflow_server import prepare_environment
+from nanogpt.tracking import Replica, resolve_uri
+prepare_environment()
+import mlflow.store.tracking.sqlalchemy_store
+repository = Path(sys.argv[1])
+read, write = os.pipe()
+children = []
+for name in sys.argv[2:]:
+    if pid := os.fork():
+        children.append(pid)
+        continue
+    os.close(write)
+    os.read(read, 1)  # until the parent closes it: all at once
+    Replica(repository / ".runs" / name / "attempt-1", resolve_uri(repository)).push()
+    os._exit(0)
+os.close(write)
+print([os.waitpid(pid, 0)[1] for pid in children])
+"""
+
+
+def test_four_processes_create_one_database_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    names = ["a", "b", "c", "d"]
+    for name in names:
+        finished_attempt(tmp_path, name)
+    command = [sys.executable, "-c", CREATE, str(tmp_path), *names]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "[0, 0, 0, 0]\n"
+    client = connect(resolve_uri(tmp_path), tmp_path)
+    experiment = client.get_experiment_by_name("test/one experiment")
+    assert sorted(run.info.run_name for run in client.search_runs([experiment.experiment_id])) == names
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert not list(tmp_path.glob("*.new*"))
+
+
+@pytest.mark.parametrize("content", [b"not a database at all, but long enough to be read" * 100])
+def test_a_damaged_database_is_named_with_its_remedy(repository: Path, content: bytes) -> None:
+    attempt = finished_attempt(repository)
+    expected = finish(attempt, repository)[1]
+    for name in ("mlflow.db-wal", "mlflow.db-shm"):
+        (repository / name).unlink(missing_ok=True)
+    other = repository / "other.db"
+    other.write_bytes(content)
+    with pytest.raises(TrackingError, match=r"other.db is damaged .*move it away .*tools.sync"):
+        Replica(attempt, f"sqlite:///{other}").push()
+    other.unlink()
+    replica = Replica(attempt, f"sqlite:///{other}")
+    replica.finish()
+    assert contents(replica._client, replica.run_id) == expected
+
+
+# --- a run
+
+
+def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = finished_attempt(repository)
+    replica, found = finish(attempt, repository)
+    assert found["info"] == ("run", "FINISHED", T0, T0 + 405)
+    assert found["params"] == {
+        "train.learning_rate": "0.0003",
+        "train.lr_decay_iters": "null",
+        "download.source": "grammar",
+    }
+    assert found["tags"]["git.commit"] == "abc"
+    assert found["tags"]["model.sha256"] == "m" * 64
+    assert found["datasets"] == [("grammar", "d" * 36)]
+    assert len(found["metrics"]) <= 25
+    assert [step for step, _, _ in found["metrics"]["train/loss"]] == list(range(1, 41))
+    assert found["metrics"]["val/loss"][1] == (10, T0 + 101, 4.0)
+    for name in ("train/loss", "val/loss"):  # once more, at each point's number of tokens
+        points = [(512 * step, t, loss) for step, t, loss in found["metrics"][name]]
+        assert found["metrics"][f"by_tokens/{name.replace('/', '_')}"] == points
+    assert (found["last"]["best/val_loss"], found["last"]["best/step"]) == (2.0, 30.0)
+    assert found["artifacts"] == ["environment.json", "loss.png", "params.yaml", "samples.json"]
+    assert [name for name, _, _ in found["models"]] == ["best", "last", "step-000000", "step-000010", "step-000020"]
+    assert found["models"][0][2] == [("val/loss", 2.0, 30, T0 + 301)]
+    assert "**FINISHED** at step 40 of 40: best validation loss **2.0000** at step 30" in found["tags"][NOTE]
+    assert "    text of 40" in found["tags"][NOTE]
+    assert list((repository / "mlartifacts" / "test_one_experiment").glob("*/artifacts/loss.png"))
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", resolve_uri(repository))
+    mlflow.set_tracking_uri(None)
+    experiment = replica._client.get_run(replica.run_id).info.experiment_id
+    table = replica._client.load_table(experiment, "samples.json", run_ids=[replica.run_id])
+    assert table["step"].tolist() == [0, 10, 20, 30, 40]
+    assert table["text"].tolist()[0] == "text of 0 <!-- x -->\nü"
+
+
+def test_replaying_changes_nothing_and_fills_another_database_alike(repository: Path, empty_database: Path) -> None:
+    attempt = finished_attempt(repository)
+    replica, first = finish(attempt, repository)
+    assert finish(attempt, repository)[1] == first  # nothing to do
+    (attempt / "mlflow.json").unlink()
+    again, found = finish(attempt, repository)  # everything again
+    assert again.run_id == replica.run_id
+    assert found == first
+    (attempt / "mlflow.json").write_text('{"uri": ')  # damaged
+    assert finish(attempt, repository)[1] == first
+    for name in ("mlflow.db", "mlflow.db-wal", "mlflow.db-shm"):
+        (repository / name).unlink(missing_ok=True)
+    shutil.copyfile(empty_database, repository / "other.db")
+    other = Replica(attempt, f"sqlite:///{repository}/other.db")
+    other.finish()
+    assert other.run_id != replica.run_id
+    assert contents(other._client, other.run_id) == first
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(repository: Path) -> None:
+    undisturbed = finish(finished_attempt(repository, "undisturbed"), repository)[1]
+    attempt = make_attempt(repository)
+    with Journal(attempt / "journal.jsonl") as journal:
+        start(journal)
+        train(journal, 0, 17)
+    replica = Replica(attempt, resolve_uri(repository))
+    replica.push()
+    assert replica._client.get_run(replica.run_id).info.status == "RUNNING"
+    with Journal(attempt / "journal.jsonl") as journal:
+        train(journal, 18, 23)
+    _, killed = finish(attempt, repository, killed=True)  # SIGKILL: no end record
+    assert killed["info"] == ("run", "KILLED", T0, T0 + 230)
+    assert "**KILLED** at step 23" in killed["tags"][NOTE]
+    replica = Replica(attempt, resolve_uri(repository))
+    replica.push()
+    assert replica._client.get_run(replica.run_id).info.status == "KILLED"  # a replay does not revive it
+    with Journal(attempt / "journal.jsonl") as journal:
+        start(journal, 20)
+        train(journal, 21, 33)  # 21 to 23 for the second time
+    again = Replica(attempt, resolve_uri(repository))
+    again.push()
+    assert again._client.get_run(again.run_id).info.status == "RUNNING"
+    with Journal(attempt / "journal.jsonl") as journal:
+        end(journal, "KILLED", 33, "Ctrl-C")
+    again.finish()
+    stopped = contents(again._client, again.run_id)
+    assert stopped["info"][1] == "KILLED"
+    assert "Ctrl-C" in stopped["tags"][NOTE]
+    finished = repository / ".runs" / "undisturbed" / "attempt-1"
+    shutil.copytree(finished / "models", attempt / "models")
+    with Journal(attempt / "journal.jsonl") as journal:
+        start(journal, 30)
+        train(journal, 31, 40)
+        end(journal, "FINISHED", 40, model_sha256="m" * 64, parameters=12345)
+    replica, found = finish(attempt, repository)
+    assert found["info"] == ("run", "FINISHED", T0, T0 + 405)
+    assert found["metrics"] == undisturbed["metrics"]
+    assert found["models"] == undisturbed["models"]
+    assert "resumed 2 times (at step 20, 30)" in found["tags"][NOTE]
+    experiment = replica._client.get_run(replica.run_id).info.experiment_id
+    assert len(replica._client.search_runs([experiment])) == 2
+
+
+def test_a_failure_in_the_middle_is_made_good(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = finish(finished_attempt(repository, "expected"), repository)[1]
+    attempt = finished_attempt(repository)
+    real = mlflow_models.save_pyfunc
+    monkeypatch.setattr(mlflow_models, "save_pyfunc", lambda *_: 1 / 0)
+    replica = Replica(attempt, resolve_uri(repository))
+    with pytest.raises(TrackingError, match="ZeroDivisionError"):
+        replica.finish()
+    assert replica._client.get_run(replica.run_id or _run_id(attempt)).info.status == "RUNNING"
+    monkeypatch.setattr(mlflow_models, "save_pyfunc", real)
+    client = replica._client
+    for name in ("log_batch", "log_artifact", "log_outputs", "set_terminated"):
+        monkeypatch.setattr(client, name, lambda *_, **__: 1 / 0)
+        with pytest.raises(TrackingError):
+            replica.finish()
+        monkeypatch.undo()
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        (attempt / "mlflow.json").unlink(missing_ok=True)
+    replica.finish()
+    found = contents(client, replica.run_id)
+    assert found["models"] == expected["models"]
+    assert found["metrics"] == expected["metrics"]
+    assert found["outputs"] == expected["outputs"]
+
+
+def _run_id(attempt: Path) -> str:
+    return str(json.loads((attempt / "mlflow.json").read_text())["run_id"])
+
+
+def test_best_and_last_of_the_same_step_are_one_model(repository: Path) -> None:
+    attempt = make_attempt(repository, max_iters=20)
+    with Journal(attempt / "journal.jsonl") as journal:
+        start(journal)
+        train(journal, 0, 20)
+        end(journal, "FINISHED", 20)
+    for kind in ("best", "last"):
+        (attempt / "models" / kind).mkdir(parents=True)
+        (attempt / "models" / kind / "weights.safetensors").write_text("same")
+    found = finish(attempt, repository)[1]
+    assert [name for name, _, _ in found["models"]] == ["best", "step-000000", "step-000010"]
+
+
+def test_a_run_that_diverged_is_failed_and_says_why(repository: Path) -> None:
+    attempt = make_attempt(repository)
+    with Journal(attempt / "journal.jsonl") as journal:
+        start(journal)
+        train(journal, 0, 11)
+        journal.append("step", t=T0 + 120, step=12, loss=math.nan, grad_norm=math.inf, lr=1e-3, tokens=1)
+        end(journal, "FAILED", 12, "Diverged: loss nan at step 12", diverged=12)
+    found = finish(attempt, repository)[1]
+    assert found["info"][1] == "FAILED"
+    assert max(step for step, _, _ in found["metrics"]["train/loss"]) == 11
+    assert "Diverged: loss nan" in found["tags"][NOTE]
+    assert json.loads(found["tags"]["not_finite"]) == {"train/loss": 12, "grad_norm": 12}
+
+
+def test_system_metrics_are_sent_once(repository: Path) -> None:
+    attempt = finished_attempt(repository)
+    with Journal(attempt / "system.jsonl") as journal:
+        for step in range(3):
+            journal.append("system", t=T0 + step, step=step, **{"system/cpu_utilization_percentage": 10.0 * step})
+    _, found = finish(attempt, repository)
+    assert found["metrics"]["system/cpu_utilization_percentage"] == [(s, T0 + s, 10.0 * s) for s in range(3)]
+    (attempt / "mlflow.json").unlink()
+    content = (attempt / "system.jsonl").read_bytes()
+    (attempt / "system.jsonl").write_bytes(content[:100].replace(b"0", b"1") + content[100:])
+    again = finish(attempt, repository)[1]
+    assert again["metrics"] == found["metrics"]
+    assert "damaged" in again["tags"]["system_metrics"]
+
+
+def test_what_the_user_deleted_stays_deleted(repository: Path) -> None:
+    attempt = finished_attempt(repository)
+    replica, _ = finish(attempt, repository)
+    replica._client.delete_run(replica.run_id)
+    (attempt / "mlflow.json").unlink()
+    again = Replica(attempt, resolve_uri(repository))
+    again.finish()
+    assert again.deleted
+    assert again.run_id == replica.run_id
+
+
+def test_two_runs_that_add_the_same_dataset_at_once_both_succeed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(finished_attempt(repository, "first"), resolve_uri(repository))
+    replica._client = connect(replica.uri, repository)
+    real = replica._client.log_inputs
+
+    def overtaken(run_id: str, inputs: Any) -> None:
+        from mlflow.exceptions import MlflowException
+
+        monkeypatch.setattr(replica._client, "log_inputs", real)
+        finish(finished_attempt(repository, "second"), repository)
+        raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
+
+    monkeypatch.setattr(replica._client, "log_inputs", overtaken)
+    replica.finish()
+    assert contents(replica._client, replica.run_id)["datasets"] == [("grammar", "d" * 36)]
+
+
+# --- models
+
+
+def test_best_model_loads_and_generates_in_another_directory(repository: Path, tmp_path: Path) -> None:
+    """With a stub of nanogpt.saved_model, so that it shows what MLflow stores and calls; the real one: below."""
+    package = tmp_path / "stub" / "nanogpt"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "published.py").write_text(
+        "from pathlib import Path\n"
+        "class Stub:\n"
+        "    def __init__(self, path): self.text = (Path(path) / 'weights.safetensors').read_text()\n"
+        "load_model = Stub\n"
+    )
+    (package / "complete.py").write_text(
+        "def complete(gpt, prompt, **options): return f'{prompt}|{gpt.text}|{sorted(options.items())}'\n"
+    )
+    model = finished_attempt(repository) / "models" / "best"
+    target = tmp_path / "saved"
+    mlflow_models.save_pyfunc(model, target, "run", "m-1")
+    assert not [p for p in target.rglob("*") if p.suffix in {".pkl", ".pickle", ".cloudpickle"}]
+    requirements = (target / "requirements.txt").read_text().split()
+    assert [line.split("==")[0] for line in requirements] == list(mlflow_models.REQUIREMENTS)
+    shutil.rmtree(target / "code" / "nanogpt")
+    shutil.copytree(package, target / "code" / "nanogpt")
+    code = (
+        "import mlflow, sys\n"
+        f"model = mlflow.pyfunc.load_model({str(target)!r})\n"
+        "print(model.predict(['A', 'B'])[1])\n"
+        "import pandas\n"
+        "frame = pandas.DataFrame({'prompt': ['A']})\n"
+        "print(model.predict(frame, params={'top_k': 5, 'max_new_tokens': 7})[0])\n"
+    )
+    lines = run_elsewhere(code)
+    defaults = "('max_new_tokens', 200), ('seed', 1337), ('temperature', 1.0), ('top_k', None), ('top_p', None)"
+    assert lines[0] == f"B|best|[{defaults}]"
+    assert "('max_new_tokens', 7)" in lines[1]
+    assert "('top_k', 5)" in lines[1]
+
+
+def run_elsewhere(code: str) -> list[str]:
+    """Runs Python where this repository cannot be seen; returns the lines it prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_the_real_model_generates_the_same_text_through_mlflow(repository: Path) -> None:
+    from nanogpt.complete import complete
+    from nanogpt.saved_model import load_model, save_model
+    from tests.nanogpt.tiny import char_tokenizer, gpt, weights
+
+    attempt = finished_attempt(repository)
+    shutil.rmtree(attempt / "models")
+    model = gpt(std=0.5)
+    char_tokenizer(repository / "tokenizer.json")
+    for kind in ("best", "last"):
+        save_model(attempt / "models" / kind, model.config, weights(model), repository / "tokenizer.json", {})
+    replica, _ = finish(attempt, repository)
+    found = replica._client.search_logged_models([replica._experiment], f"source_run_id = '{replica.run_id}'")
+    (best,) = [model.model_id for model in found if model.name == "best"]
+    code = (
+        "import mlflow\n"
+        f"mlflow.set_tracking_uri({resolve_uri(repository)!r})\n"
+        f"model = mlflow.pyfunc.load_model('models:/{best}')\n"
+        "print(ascii(model.predict(['abc', 'd'], params={'max_new_tokens': 9})))\n"
+    )
+    expected = [complete(load_model(attempt / "models" / "best"), prompt, max_new_tokens=9) for prompt in ("abc", "d")]
+    assert run_elsewhere(code)[-1] == ascii(expected)
+
+
+# --- reports
+
+
+def test_reports_join_the_run_that_trained_the_model(repository: Path) -> None:
+    attempt = finished_attempt(repository)
+    uri = resolve_uri(repository)
+    paths = [write_report(repository), write_report(repository, "sample", metrics={})]
+    # the training has not been sent yet: that comes first
+    runs = {deliver_report(path, uri, repository) for path in paths}
+    replica, found = finish(attempt, repository)
+    assert runs == {replica.run_id}
+    assert found["info"] == ("run", "FINISHED", T0, T0 + 405)
+    assert found["metrics"]["evaluate/val_loss"] == [(0, T0 + 1000, 1.25)]
+    assert found["tags"]["evaluate.stride"] == "null"
+    assert "samples" in found["artifacts"]
+    assert "**FINISHED**" in found["tags"][NOTE]
+    assert "evaluate/val_loss 1.25" in found["tags"][NOTE]
+    assert "Once upon a time" in found["tags"][NOTE]
+    # a repeated stage writes the same at another time, a lost marker sends it again: nothing is there twice
+    write_report(repository, t=T0 + 2000)
+    deliver_report(paths[0], uri, repository)
+    write_report(repository)
+    for path in paths:
+        deliver_report(path, uri, repository, again=True)
+    (attempt / "mlflow.json").unlink()
+    assert finish(attempt, repository)[1] == found
+
+
+def test_reports_on_a_pulled_model_share_a_run_that_says_so(repository: Path) -> None:
+    uri = resolve_uri(repository)
+    run_id = deliver_report(write_report(repository), uri, repository)
+    assert deliver_report(write_report(repository, "sample", metrics={}), uri, repository) == run_id
+    found = contents(connect(uri, repository), run_id)
+    assert found["info"] == ("pulled model mmmmmmmm", "FINISHED", T0 + 1000, T0 + 1000)
+    assert found["tags"]["model.pulled"] == "training run not in this database"
+    assert "The model was pulled: its training run is not in this database." in found["tags"][NOTE]
+    assert "evaluate/val_loss 1.25" in found["tags"][NOTE]
+    # and a run that trains it later is preferred
+    finished_attempt(repository)
+    assert deliver_report(write_report(repository), uri, repository) != run_id

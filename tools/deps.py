@@ -1,0 +1,47 @@
+"""Writes into dvc.yaml which files of code each stage depends on: those that its module imports."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from ruamel.yaml import YAML
+
+from nanogpt.files import replacing
+from tracking.fingerprint import import_closure
+
+PIPELINE = Path("dvc.yaml")
+
+
+@click.command()
+def main() -> None:
+    """Writes each stage's deps in dvc.yaml from the imports of its module."""
+    yaml = pipeline_yaml()
+    pipeline = yaml.load(PIPELINE.read_text(encoding="utf-8"))
+    changed = []
+    for stage, entry in pipeline["stages"].items():
+        deps = deps_of(stage, entry["deps"])
+        if deps != list(entry["deps"]):
+            changed.append(stage)
+            entry["deps"] = deps
+    if changed:
+        with replacing(PIPELINE) as temporary, temporary.open("w", encoding="utf-8") as file:
+            yaml.dump(pipeline, file)
+    click.echo(f"{PIPELINE}: {', '.join(changed) or 'nothing'} changed")
+
+
+def deps_of(stage: str, present: list[str]) -> list[str]:
+    """The stage's data deps as they are, and after them all code that its module imports."""
+    data = [dep for dep in present if not dep.endswith(".py")]
+    return data + import_closure(Path(), f"stages.{stage}")
+
+
+def pipeline_yaml() -> Any:
+    """A YAML reader and writer that keeps dvc.yaml's comments and indentation."""
+    yaml = YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.width = 120
+    return yaml
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What a stage says: lines, progress, errors in one line. All of it is also in .runs/logs/<experiment>/<stage>.log."""
+
+import errno
+import functools
+import inspect
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tracking.dvc_files import dvc_process
+from tracking.launch import rank, started
+from tracking.stop import end_with
+
+Update = Callable[..., None]
+
+
+def repository() -> Path:
+    """The original repository; under `dvc exp run --temp` and in the queue, not the working directory."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+class Console:
+    """Prints lines and progress, and keeps a copy of every line in the stage's log.
+
+    Of the processes that share a training's steps the first one does; the others say nothing but what ends them.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.silent = name, rank() > 0
+        self.log = repository() / ".runs" / "logs" / os.environ.get("DVC_EXP_NAME", "workspace") / f"{name}.log"
+        if not self.silent:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write_bytes(b"")
+
+    def say(self, line: str) -> None:
+        if not self.silent:
+            click.echo(f"{self.name}: {line}")
+            self.record(line)
+
+    def warn(self, line: str) -> None:
+        if not self.silent:
+            click.secho(f"{self.name}: warning: {line}", fg="yellow", err=True)
+            self.record(f"warning: {line}")
+
+    def record(self, line: str) -> None:
+        # Without a copy on a full disk: what is to be told is told on the screen.
+        with suppress(OSError), self.log.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    @contextmanager
+    def progress(self, what: str, total: int | None, done: int = 0) -> Iterator[Update]:
+        """Yields `update(done, **fields)`. A bar on a terminal; elsewhere a plain line every five seconds."""
+        if self.silent:
+            yield lambda done, **fields: None
+            return
+        if sys.stderr.isatty():
+            with _bar(what, total, done) as update:
+                yield update
+            return
+        last = time.monotonic()
+
+        def say(done: int, **fields: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 5:
+                last = time.monotonic()
+                of = f" of {total:,}" if total else ""
+                self.say(", ".join([f"{what} {done:,}{of}", *(f"{name} {value}" for name, value in fields.items())]))
+
+        yield say
+
+
+_REMEDIES = {
+    errno.EACCES: "check its owner and permissions",
+    errno.EMFILE: "allow more open files (`ulimit -n`)",
+    errno.ENOSPC: "free some space",
+    errno.EROFS: "make the file system writable",
+}
+
+
+def explain(error: Exception) -> str:
+    """An error of the user's world on one line, with a remedy where the system that raised it tells none."""
+    text = " ".join(str(error).split())
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"{text}; {remedy} and start again" if remedy and "start again" not in text else text
+
+
+@contextmanager
+def _bar(what: str, total: int | None, done: int) -> Iterator[Update]:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done, text="")
+
+        def update(done: int, **fields: str) -> None:
+            bar.update(task, completed=done, text="  ".join(f"{name} {value}" for name, value in fields.items()))
+
+        yield update
+
+
+def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes `function(console, **options)` a click command whose errors are one line, its traceback in the log.
+
+    ValueError and OSError are the user's business: exit code 1. Ctrl-C exits with 130. Anything else is a defect of
+    ours and is shown whole.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            try:
+                console = Console(name)
+            except OSError as error:
+                raise click.ClickException(f"{name}: the log cannot be written ({error}); check the disk") from error
+            if started() is not None:  # torchrun is the parent, and not DVC
+                end_with(os.getppid(), "who launched it", console.warn)
+            elif (dvc := dvc_process()) is not None:
+                end_with(dvc, "dvc", console.warn)
+            try:
+                function(console, **arguments)
+            except KeyboardInterrupt:
+                console.warn("interrupted")
+                sys.exit(130)
+            except (ValueError, OSError) as error:
+                console.record(traceback.format_exc())
+                raise click.ClickException(f"{name}: {explain(error)}") from error
+            except Exception:
+                console.record(traceback.format_exc())
+                raise
+
+        for option in reversed(options):
+            run = option(run)
+        return click.command(name, help=inspect.getdoc(function))(run)
+
+    return decorate

@@ -1,0 +1,83 @@
+"""Where two trainings part: the first step, the first tensor, and by how many units in the last place."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tracking.dvc_files import directory_md5
+from tracking.journal import Record, attempts, last_record, read_records
+from tracking.retrace import first_difference
+
+
+def ulps(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Distance of floats of one type and shape, counted in representable numbers between them."""
+    integers = np.dtype(f"i{first.dtype.itemsize}")
+
+    def ordered(array: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        bits: npt.NDArray[np.int64] = array.view(integers).astype(np.int64)
+        # Negative floats count downwards from zero: -0.0 and 0.0 are the same place.
+        return np.where(bits < 0, np.int64(np.iinfo(integers).min) - bits, bits)
+
+    distance: npt.NDArray[np.int64] = np.abs(ordered(first) - ordered(second))
+    return distance
+
+
+def first_step(expected: list[Record], found: list[Record]) -> str:
+    """A line on the first step whose record differs."""
+    common = {record["step"] for record in expected} & {record["step"] for record in found}
+    if not common:
+        return "there is no record of the expected steps here"
+    difference = first_difference(expected, found)
+    if difference is None:
+        return f"the {len(common)} steps that both records hold are the same"
+    step, name = difference
+    values = [next(record[name] for record in records if record["step"] == step) for records in (expected, found)]
+    distance = ulps(*(np.array([value], dtype=np.float32) for value in values))[0]
+    return f"first at step {step}: {name} {values[0]!r} -> {values[1]!r} ({distance} ulps in float32)"
+
+
+def first_tensor(expected: Path, found: Path) -> str:
+    """A line on the first tensor, by name, that differs between two model directories."""
+    from safetensors.numpy import load_file
+
+    first, second = (load_file(folder / "weights.safetensors") for folder in (expected, found))
+    if first.keys() != second.keys():
+        return f"tensors differ by name: {', '.join(sorted(first.keys() ^ second.keys()))}"
+    different = [name for name in sorted(first) if first[name].tobytes() != second[name].tobytes()]
+    if not different:
+        return "all tensors are the same"
+    name = different[0]
+    of = f"{len(different)} of {len(first)} tensors differ, the first is {name}"
+    if first[name].shape != second[name].shape or first[name].dtype != second[name].dtype:
+        return f"{of}: {first[name].dtype}{first[name].shape} -> {second[name].dtype}{second[name].shape}"
+    distance = ulps(first[name], second[name])
+    return f"{of}: {np.count_nonzero(distance):,} of {distance.size:,} elements, by up to {distance.max():,} ulps"
+
+
+def journal_of(root: Path, model_md5: str) -> list[Record]:
+    """The records of the training here that gave that model; none if there is no such run directory."""
+    for attempt in reversed(attempts(root / ".runs")):
+        end = last_record(attempt / "journal.jsonl") or {}
+        if (end.get("result") or {}).get("model_md5") == model_md5:
+            return [record for record, _ in read_records(attempt / "journal.jsonl") if record["kind"] == "step"]
+    return []
+
+
+def model_of(root: Path, model_md5: str, folder: Path) -> Path | None:
+    """A directory with that model: the workspace's, or a copy in `folder` from DVC's cache; None if neither has it."""
+    if (root / "model").is_dir() and directory_md5(root / "model") == model_md5:
+        return root / "model"
+    cache = root / ".dvc" / "cache" / "files" / "md5"
+    listing = cache / model_md5[:2] / model_md5[2:]
+    if not listing.is_file():
+        return None
+    for entry in json.loads(listing.read_bytes()):
+        if entry["relpath"] == "weights.safetensors":
+            cached = cache / entry["md5"][:2] / entry["md5"][2:]
+            if cached.is_file():
+                (folder / "weights.safetensors").write_bytes(cached.read_bytes())
+                return folder
+    return None

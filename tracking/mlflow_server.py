@@ -1,0 +1,158 @@
+"""Plumbing of tracking.py: which MLflow server, how long to wait for it, what its errors mean."""
+
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tracking.journal import JournalDamaged, RunLock
+
+# A dead server must be noticed in seconds, not in MLflow's four minutes; and nothing is to be told to anybody.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a URL may hold a password
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+class TrackingError(ValueError):
+    """MLflow could not be filled; one line that says why and what to do. Nothing is lost: try again later."""
+
+
+def prepare_environment() -> None:
+    """Sets, where the user has not, what bounds MLflow's waiting; must come before mlflow is imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def resolve_uri(repository: Path) -> str:
+    """MLFLOW_TRACKING_URI, or a database in the original repository. What is relative is relative to that."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme, separator, path = uri.partition("://")
+    if uri.startswith("sqlite:///"):
+        # A relative path would land in the temporary workspace of `dvc exp run --temp`, which is deleted.
+        return f"sqlite:///{repository / uri.removeprefix('sqlite:///')}"
+    if not separator and not re.match(r"(file:|databricks)", uri):
+        return (repository / uri).as_uri()
+    return f"{scheme}{separator}{path}"
+
+
+def redact(text: str) -> str:
+    """Text on one line, without what is secret in the URLs in it (user, password, query) and in headers."""
+    text = re.sub(r"://[^/\s'\"]*@", "://***@", text)
+    text = re.sub(r"\?[^\s'\")]*=[^\s'\")]*", "?***", text)
+    text = re.sub(r"\b(Basic|Bearer) [\w.~+/=-]+", r"\1 ***", text)
+    return " ".join(text.split())
+
+
+def connect(uri: str, repository: Path) -> Any:
+    """An MlflowClient. A new sqlite database is created whole, by one process at a time. Raises TrackingError."""
+    prepare_environment()
+    with explained(uri):
+        if path := _sqlite_path(uri):
+            with RunLock(repository / ".runs", name="mlflow.lock"):
+                _prepare_sqlite(path)
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        return client
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def _prepare_sqlite(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:
+        # Under another name first: a process that is killed half-way must not leave half a database.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.new")
+        for leftover in (new, new.with_name(f"{new.name}-journal")):
+            leftover.unlink(missing_ok=True)
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        SqlAlchemyStore(f"sqlite:///{new}", f"{path.parent}/mlartifacts/default").engine.dispose()
+        new.replace(path)
+    database = sqlite3.connect(path, timeout=30)
+    try:
+        if database.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            database.execute("PRAGMA journal_mode=wal")  # lets several runs write at once; stays set in the file
+    finally:
+        database.close()
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turns what MLflow, its database or its connection raise into a TrackingError of one line."""
+    try:
+        yield
+    except (TrackingError, JournalDamaged):
+        raise
+    except Exception as error:
+        text = redact(str(error))
+        where = redact(uri)
+        if path := _sqlite_path(uri):
+            if re.search(r"malformed|not a database|Can't locate revision|out-of-date database", text):
+                raise TrackingError(
+                    f"{path} is damaged or of another MLflow version ({text[:200]}): move it away (with its -wal and "
+                    "-shm), then `python -m tools.sync` fills a new one from the journals"
+                ) from error
+            where = str(path)
+        if unreachable := re.search(
+            r"Max retries exceeded.*?(timed out|too many \d+ error|\[Errno -?\d+\] [\w ]+)", text
+        ):
+            raise TrackingError(f"MLflow at {where} cannot be reached ({unreachable[1]})") from error
+        raise TrackingError(f"MLflow at {where} did not take it ({type(error).__name__}: {text[:300]})") from error
+
+
+def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
+    """The experiment of that name, created if it is new; never Default, whose artifacts would lie anywhere."""
+    from mlflow.exceptions import MlflowException
+
+    for _ in range(2):
+        experiment = client.get_experiment_by_name(name)
+        if experiment is not None:
+            if experiment.lifecycle_stage != "active":
+                raise TrackingError(f"the MLflow experiment {name!r} is deleted: restore it or set tracking.experiment")
+            return str(experiment.experiment_id)
+        # Not quoted: MLflow takes a % in a path for an escape when it loads a model. Each run has its own folder below.
+        folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+        # A server knows where its artifacts belong; a database without one would take the working directory.
+        local = uri.startswith(("sqlite:", "file:"))
+        location = (repository / "mlartifacts" / folder).as_uri() if local else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+    raise TrackingError(f"the MLflow experiment {name!r} can neither be created nor found")
+
+
+def has_run(client: Any, run_id: str | None) -> bool:
+    """Whether the server has that run, be it deleted; None: no."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return run_id is not None and client.get_run(run_id) is not None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def find_run(client: Any, experiment: str, filter_string: str) -> Any | None:
+    """The newest run, deleted ones too, so that what a user has deleted is not sent again."""
+    from mlflow.entities import ViewType
+
+    order = ["attributes.start_time DESC"]
+    found = client.search_runs([experiment], filter_string, ViewType.ALL, max_results=1, order_by=order)
+    return found[0] if found else None

@@ -1,0 +1,130 @@
+"""Which training a `train` stage stands for: a new one, one that was interrupted, or one that is done."""
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from nanogpt.files import write_text
+from nanogpt.params import Params, flatten
+from tracking.console import Console, repository
+from tracking.dvc_files import experiment_name, is_cached, locked_md5
+from tracking.git import git
+from tracking.journal import START, Journal, damaged, read_records, state
+
+DIFF_LIMIT = 1_000_000  # bytes of uncommitted changes that are kept with a run
+
+
+def choose(console: Console, directory: Path, fingerprint: str) -> Path:
+    """The attempt to go on with, in a run directory whose lock is held. It may be new, unfinished or finished.
+
+    A finished one is returned, to be published again, only when DVC lost it: if dvc.lock already holds its model, the
+    user wants to see it reproduced. Raises ValueError for a training that diverged: the same would happen again, and
+    JournalDamaged.
+    """
+    numbers = sorted(int(path.name.removeprefix("attempt-")) for path in directory.glob("attempt-*"))
+    if not numbers:
+        return directory / "attempt-1"
+    newest, following = directory / f"attempt-{numbers[-1]}", directory / f"attempt-{numbers[-1] + 1}"
+    with Journal(newest / "journal.jsonl") as journal:
+        check_journal(newest, journal, fingerprint)
+    ended = state(newest / "journal.jsonl")
+    if ended in {"finished", "failed"}:
+        result = [record for record, _ in read_records(newest / "journal.jsonl")][-1]["result"]
+        if "diverged" in result:
+            raise ValueError(
+                f"this very training diverged at step {result['diverged']} before ({newest}); change "
+                "train.learning_rate, train.warmup_iters or train.grad_clip, "
+                f"or remove {directory} to see it again"
+            )
+        if ended == "finished" and has_been_taken(result):
+            console.say("dvc.lock holds this model already: training it afresh")
+            return following
+    return newest
+
+
+def has_been_taken(result: dict[str, Any]) -> bool:
+    """Whether DVC has taken a finished training's model: dvc.lock names it, and not only because a commit's did.
+
+    DVC puts a model into its cache before it writes dvc.lock; evaluate and sample, which leave reports, run after that.
+    """
+    if locked_md5("train", "model") != result["model_md5"]:
+        return False
+    # The model's hash is looked for in the text: a damaged report is tools.sync's business.
+    reports = (path.read_bytes() for path in (repository() / ".runs" / "reports").glob("*.json"))
+    sha256 = result["model_sha256"].encode()
+    return is_cached(repository(), result["model_md5"]) or any(sha256 in report for report in reports)
+
+
+def check_journal(attempt: Path, journal: Journal, fingerprint: str) -> None:
+    """Raises JournalDamaged if the journal is another run's, or lacks records that it had."""
+    first = next(journal.records(), None)
+    if first is not None and first.get("fingerprint") != fingerprint:
+        raise damaged(journal.path, "it is another run's")
+    try:
+        sent = json.loads((attempt / "mlflow.json").read_bytes())["journal"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sent = START  # MLflow has nothing of it, or what it has is sent again
+    if (first is None and (attempt / "run.json").exists()) or not journal.has_position(sent):
+        raise damaged(journal.path, "it lacks records that it had")
+
+
+def describe(attempt: Path, params: Params, hashes: dict[str, str], dataset: dict[str, Any]) -> None:
+    """Writes run.json and artifacts/, from which MLflow's run is made, unless an interrupted attempt has them."""
+    if (attempt / "run.json").exists():
+        return
+    commit = git(Path.cwd(), "rev-parse", "HEAD")
+    # The stages before this one have just written dvc.lock: that is no change of the user's.
+    # As `git apply` takes it, whatever the user's settings are.
+    plain = ("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-color", "--binary")
+    diff = git(Path.cwd(), *plain, "HEAD", "--", ".", ":(exclude)dvc.lock")
+    write_text(attempt / "artifacts" / "params.yaml", Path("params.yaml").read_text(encoding="utf-8"))
+    if diff:
+        cut = "" if len(diff) <= DIFF_LIMIT else f"\n[cut: {len(diff):,} characters in all]"
+        write_text(attempt / "artifacts" / "uncommitted.diff", diff[:DIFF_LIMIT] + cut + "\n")
+    tags = {
+        "git.commit": commit or "none",
+        "git.dirty": str(bool(diff)).lower(),
+        "dvc.experiment": experiment_name() or "none",
+        "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV", "none"),
+        "attempt": str(attempt.relative_to(repository())),
+        **hashes,
+    }
+    sections = ("download", "tokenize", "model", "train", "numerics")
+    run = {
+        "run_key": uuid.uuid4().hex,
+        "name": experiment_name() or _name(commit, bool(diff)),
+        "experiment": params.tracking.experiment,
+        "params": {k: v for name in sections for k, v in flatten(getattr(params, name), f"{name}.").items()},
+        "tags": tags,
+        "dataset": dataset,
+        "started": time.time_ns() // 1_000_000,
+        "max_iters": params.train.last_step,
+        "repository": str(repository()),
+    }
+    write_text(attempt / "run.json", json.dumps(run, sort_keys=True, indent=1) + "\n")
+
+
+def _name(commit: str, dirty: bool) -> str:
+    """The commit and what differs from it: "1a2b3c4 train.learning_rate=0.001", "1a2b3c4 + uncommitted"."""
+    changes = []
+    try:
+        committed = _flat(YAML(typ="safe").load(git(Path.cwd(), "show", "HEAD:./params.yaml")) or {})
+        current = _flat(YAML(typ="safe").load(Path("params.yaml").read_text(encoding="utf-8")))
+        changes = [f"{key}={value}" for key, value in current.items() if committed.get(key) != value]
+    except (YAMLError, ValueError, AttributeError, RecursionError):
+        pass  # a commit can hold anything; the name is a convenience
+    if dirty and not changes:
+        changes = ["+ uncommitted"]
+    name = " ".join([commit[:7] or "no commit", *changes])
+    return name if len(name) <= 100 else name[:99] + "…"
+
+
+def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    tracked = {name: section for name, section in sections.items() if name not in {"runtime", "tracking"}}
+    return {f"{name}.{key}": value for name, section in tracked.items() for key, value in section.items()}
