@@ -25,18 +25,18 @@ runpy.run_module(sys.argv[0], run_name="__main__")
 STEPS = """
 import sys
 from pathlib import Path
-from nanogpt import numerics
+from nanogpt import determinism
 from nanogpt.params import load_params
 
 params = load_params(Path("params.yaml"))
-numerics.pin(params.numerics, "cpu")
+determinism.pin(params.numerics, "cpu")
 import numpy as np
 import torch
 from nanogpt.evaluate import score, windows
 from nanogpt import model as model_module
 from nanogpt.model import GPT, GPTConfig, without_weights
-from nanogpt.optim import make_optimizer
-from stages import training  # and all that it needs
+from nanogpt.optimizer import make_optimizer
+from nanogpt import recipe, train  # and all that they need
 
 config = GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=20, bias=True, activation="gelu")
 tokens = np.arange(60, dtype=np.uint16) % 20

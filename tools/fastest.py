@@ -11,7 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,25 +140,17 @@ def measure(params: Params, limit: float) -> Timed:
 
     resolved = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt.pretrained import planned_config
-    from nanogpt.timing import WARM_UP, step_seconds
-    from nanogpt.train import Stopped
+    from nanogpt.timing import Stopwatch, step_seconds, untrained
 
-    train = params.train.model_copy(update={"gradient_accumulation_steps": 1, "processes": 1})
-    config = planned_config(train.init_from, params.model, vocabulary_or_so(params.tokenize))
-    times: list[float] = []
-    stamp = time.perf_counter()
-
-    def on_step(done: int) -> None:
-        nonlocal stamp
-        now = time.perf_counter()
-        times.append(now - stamp)
-        stamp = now
-        if done > 1 and times[-1] > limit:
-            raise Stopped("far behind")
-
-    whole = step_seconds(config, train, resolved, STEPS, budget=BUDGET, on_step=on_step)
-    step = statistics.median(times[WARM_UP:] or times[-1:])
-    return Timed(step, max(0.0, times[0] - step) if resolved.compile else 0.0, not whole or whole[-1] > limit)
+    one = {"gradient_accumulation_steps": 1, "processes": 1}
+    params = params.model_copy(update={"train": params.train.model_copy(update=one)})
+    config = planned_config(params.train.init_from, params.model, vocabulary_or_so(params.tokenize))
+    stopwatch = Stopwatch(STEPS, budget=BUDGET, limit=limit)
+    counted = step_seconds(untrained(config, params, resolved), params, stopwatch)
+    every = stopwatch.all_seconds()
+    step = statistics.median(counted or every[-1:])
+    compiling = max(0.0, every[0] - step) if resolved.compile else 0.0
+    return Timed(step, compiling, given_up=not counted or counted[-1] > limit)
 
 
 def vocabulary_or_so(params: TokenizeParams) -> int:

@@ -1,7 +1,6 @@
 """What the training of params.yaml will cost: `python -m tools.size`. For whoever is about to start a long one."""
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,6 @@ import click
 
 if TYPE_CHECKING:
     from nanogpt.corpus.token_files import Meta
-    from nanogpt.determinism import Numerics
     from nanogpt.model import GPTConfig
     from nanogpt.params import Params, TokenizeParams
     from nanogpt.sizing import Setup
@@ -78,6 +76,7 @@ def size(
 
         resolved = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt import sizing
+    from nanogpt.flops import device_peak
     from nanogpt.pretrained import planned_config
 
     config = planned_config(params.train.init_from, params.model, vocab_size)
@@ -88,9 +87,9 @@ def size(
     if measuring:
         from nanogpt.timing import median_seconds
 
-        own = train.model_copy(update={"gradient_accumulation_steps": micro_steps})
-        seconds = median_seconds(config, own, resolved)
-        device, peak = resolved.device, peak * 1e12 if peak else measured_peak(resolved)
+        own = train.model_copy(update={"gradient_accumulation_steps": micro_steps, "processes": 1})
+        seconds = median_seconds(config, params.model_copy(update={"train": own}), resolved)
+        device, peak = resolved.device, peak * 1e12 if peak else device_peak(resolved)
         share = sizing.share_of_peak(config, own_tokens, seconds, peak)
     else:
         device, known = planned_device(params)
@@ -164,17 +163,6 @@ def planned_device(params: "Params") -> tuple[str, float | None]:
     if not device.startswith("cuda") or not here:
         return device.split(":")[0], None
     return "cuda", peak_flops(torch.cuda.get_device_name(torch.device(device)), params.numerics.dtype)
-
-
-def measured_peak(resolved: "Numerics") -> float | None:
-    """The peak that a training would tell its MFU of: a CPU's is measured, a GPU's known or not."""
-    import torch
-
-    from nanogpt import flops
-
-    if resolved.device == "cpu":
-        return flops.measured_peak_flops(time.perf_counter, getattr(torch, resolved.dtype))
-    return flops.peak_flops(resolved.device_name, resolved.dtype)
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

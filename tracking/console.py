@@ -7,10 +7,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -19,6 +19,7 @@ from tracking.launch import rank, started
 from tracking.stop import end_with
 
 Update = Callable[..., None]
+Item = TypeVar("Item")
 
 
 def repository() -> Path:
@@ -74,6 +75,16 @@ class Console:
                 self.say(", ".join([f"{what} {done:,}{of}", *(f"{name} {value}" for name, value in fields.items())]))
 
         yield say
+
+
+def counting(items: Iterable[Item], update: Update) -> Iterator[Item]:
+    """The items one by one; `update` shows how many have been taken."""
+    done = 0
+    for item in items:
+        update(done)
+        yield item
+        done += 1
+    update(done)
 
 
 _REMEDIES = {

@@ -234,18 +234,16 @@ def test_it_gives_up_at_the_first_step_that_is_too_slow(
 ) -> None:
     clock = [0.0]
 
-    def steps(*arguments: Any, on_step: Callable[[int], None], **options: Any) -> list[float]:
-        assert arguments[1].gradient_accumulation_steps == 1
-        try:
-            for done, seconds in enumerate(stamps, start=1):
-                clock[0] += seconds
-                on_step(done)
-        except timing.Stopped:
-            return stamps[timing.WARM_UP : done]
-        return stamps[timing.WARM_UP :]
+    def train(state: Any, batches: Any, params: Any, evaluator: Any, observers: Any) -> None:
+        assert params.train.gradient_accumulation_steps == 1
+        for seconds in stamps:
+            observers[0].should_stop()
+            clock[0] += seconds
+            observers[0].on_steps(state, [])
 
-    monkeypatch.setattr(timing, "step_seconds", steps)
-    monkeypatch.setattr(fastest.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(fastest, "STEPS", len(stamps) - timing.WARM_UP)
+    monkeypatch.setattr(timing, "train", train)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     assert fastest.measure(load_params(), limit) == expected
 
 
