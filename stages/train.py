@@ -97,7 +97,7 @@ def train(console: Console, params: "Params", resolved: "Numerics", ranks: "Rank
             if resolved.device == "cpu" and determinism.is_emulated(resolved.dtype):
                 console.warn(
                     f"this CPU has no instructions for numerics.dtype = {resolved.dtype}, and may take ten times as "
-                    "long; set it to float32, or let `python -m tools.fastest --write` measure what is fastest"
+                    "long; set it to float32, or let `python -m tools fastest --write` measure what is fastest"
                 )
             run(console, attempt, params, resolved, splits, initial, hashes, ranks)
 

@@ -283,7 +283,7 @@ def test_the_card_tells_what_the_model_is_and_where_from(tmp_path, project):
         "| steps | 40 |",
         "| validation loss at that step | 1.5 |",
         f"| model, sha256 | {sha256_tree(model)} |",
-        f"python -m tools.lineage {sha256_tree(model)}",
+        f"python -m tools lineage {sha256_tree(model)}",
         "train.seed: 7",
     ):
         assert line in card
