@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.runs import contents, end, finished_attempt, make_attempt, start, train, write_report
-from tools.sync import main
+from tools.__main__ import main
 from tracking import mlflow_process, mlflow_sync
 from tracking.journal import Journal, RunLock, read_records
 from tracking.mlflow_run import LOCK, Replica
@@ -47,7 +47,7 @@ def new_database(repository: Path, empty_database: Path) -> None:
 
 
 def sync(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+    return CliRunner().invoke(main, ["sync", *arguments], catch_exceptions=False)
 
 
 def only_run(repository: Path) -> dict[str, Any]:
