@@ -1,6 +1,7 @@
 """`python -m tools`: what it lists, what it imports for that, and what it makes of an error."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from tools.__main__ import COMMANDS, main
 
 REPOSITORY = Path(__file__).parents[2]
 SLOW = {"torch", "numpy", "pydantic", "ruamel", "mlflow", "rich", "transformers", "datasets", "tokenizers", "tiktoken"}
+TEXTS = {".md", ".py", ".yaml", ".yml"}
+MENTION = re.compile(r'-m(?: |", ")tools((?:\.| |", ")[a-z][a-z_-]*)')  # in prose, a shell, or a list of arguments
 
 IMPORTED = """
 import atexit, runpy, sys
@@ -81,6 +84,15 @@ def test_a_misspelt_command_is_answered_with_the_near_one(wrong: str, near: str)
     result = run(wrong)
     assert result.exit_code == 2
     assert result.output.endswith(f"Error: No such command '{wrong}'. Did you mean '{near}'?\n")
+
+
+def test_every_mention_of_a_command_names_one_that_exists() -> None:
+    folders = (".github", "benchmarks", "docs", "nanogpt", "presets", "stages", "tests", "tools", "tracking")
+    paths = [REPOSITORY / name for name in ("Makefile", "README.md", "params.yaml")]
+    paths += [path for folder in folders for path in (REPOSITORY / folder).rglob("*.*") if path.suffix in TEXTS]
+    found = {name.lstrip(' ",'): path for path in paths for name in MENTION.findall(path.read_text(encoding="utf-8"))}
+    assert not {name: path for name, path in found.items() if name not in COMMANDS}
+    assert {"preset", "sync", "summary"} <= found.keys()
 
 
 def test_a_process_has_the_same_name_exit_code_and_line(tmp_path: Path) -> None:
