@@ -53,7 +53,7 @@ def test_every_stage_is_a_module_with_the_command_that_dvc_runs() -> None:
 
 
 def test_plumbing_exists() -> None:
-    assert [path for path in PLUMBING if not (REPOSITORY / path).is_file()] == []
+    assert [path for path in PLUMBING if not (REPOSITORY / path).exists()] == []
 
 
 def test_editing_generation_does_not_train_again_and_editing_the_model_does() -> None:
