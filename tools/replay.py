@@ -1,4 +1,4 @@
-"""One training step again, alone: `python -m tools.replay --step 350`. For whoever wonders at a spike of the loss."""
+"""One training step again, alone: `python -m tools replay --step 350`. For whoever wonders at a spike of the loss."""
 
 import sys
 from pathlib import Path
@@ -23,14 +23,12 @@ ATTEMPT = click.Path(exists=True, file_okay=False, resolve_path=True, path_type=
 @click.option("--attempt", type=ATTEMPT, help="[default: the newest]")
 @click.option("--text/--no-text", default=True, show_default=True, help="Show the batch's text.")
 def main(step: int, attempt: Path | None, text: bool) -> None:
-    """Recomputes one training step from the nearest checkpoint and compares it with the journal, bit for bit.
+    """Recomputes one training step and compares it with the journal.
 
-    Shows loss, gradient norm and the batch's samples, each with its loss before the step. Exit code 1 if it differs.
+    Begins at the nearest checkpoint and compares bit for bit. Shows loss, gradient norm and the batch's samples, each
+    with its loss before the step. Exit code 1 if it differs.
     """
-    try:
-        sys.exit(0 if replay(step, Run(attempt) if attempt else newest_run(), text) else 1)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+    sys.exit(0 if replay(step, Run(attempt) if attempt else newest_run(), text) else 1)
 
 
 def replay(step: int, run: Run, text: bool) -> bool:

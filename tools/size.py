@@ -1,4 +1,4 @@
-"""What the training of params.yaml will cost: `python -m tools.size`. For whoever is about to start a long one."""
+"""What the training of params.yaml will cost: `python -m tools size`. For whoever is about to start a long one."""
 
 import json
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ GPT2_VOCABULARY = 50_257
 @click.option("--measure", "measuring", is_flag=True, help="Take some steps of this very model here, on random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def main(vocab_size: int | None, mfu: float | None, peak: float | None, measuring: bool, as_json: bool) -> None:
-    """Parameters, FLOPs, memory, tokens and time of the training that params.yaml describes."""
+    """Shows what the training that params.yaml describes will cost.
+
+    Its parameters, FLOPs, memory, tokens and time.
+    """
     if measuring and mfu is not None:
         raise click.UsageError("--measure finds out what --mfu would tell: give one of them")
     from nanogpt.params import load_params
 
-    try:
-        params = load_params()
-        meta = known_meta(params.tokenize)
-        figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, mfu, peak, measuring)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+    params = load_params()
+    meta = known_meta(params.tokenize)
+    figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, mfu, peak, measuring)
     click.echo(json.dumps(figures, indent=1) if as_json else table(figures))
 
 
@@ -255,7 +255,3 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:,.1f} seconds"
-
-
-if __name__ == "__main__":
-    main()

@@ -54,7 +54,7 @@ def has_been_taken(result: dict[str, Any]) -> bool:
     """
     if locked_md5("train", "model") != result["model_md5"]:
         return False
-    # The model's hash is looked for in the text: a damaged report is tools.sync's business.
+    # The model's hash is looked for in the text: a damaged report is `tools sync`'s business.
     reports = (path.read_bytes() for path in (repository() / ".runs" / "reports").glob("*.json"))
     sha256 = result["model_sha256"].encode()
     return is_cached(repository(), result["model_md5"]) or any(sha256 in report for report in reports)

@@ -14,7 +14,8 @@ from nanogpt import timing
 from nanogpt.params import load_params
 from tests.conftest import REPOSITORY
 from tools import fastest
-from tools.fastest import CHARACTERS, Row, Timed, candidates, in_a_process, main, training_seconds
+from tools.__main__ import main
+from tools.fastest import CHARACTERS, Row, Timed, candidates, in_a_process, training_seconds
 
 TINY = {
     "model.n_layer": 1,
@@ -49,7 +50,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[Any, ...], Timed | str]
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
+    return CliRunner().invoke(main, ["fastest", *arguments])
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_if_nothing_can_be_timed_nothing_is_written(off: Path, times: dict[Any, 
         times[tuple(settings.values())] = "failed: out of memory"
     result = run("--write")
     assert result.exit_code == 1
-    assert result.output.splitlines()[-1] == "Error: no candidate could be timed (failed: out of memory)"
+    assert result.output.splitlines()[-1] == "Error: fastest: no candidate could be timed (failed: out of memory)"
     assert Path("params.yaml").read_bytes() == before
 
 
@@ -165,7 +166,7 @@ def test_portable_is_not_written_over(project: Callable[..., Path], times: dict[
     project(**TINY)
     result = run("--write")
     assert result.exit_code == 1
-    assert result.output.startswith("Error: numerics.determinism = portable keeps")
+    assert result.output.startswith("Error: fastest: numerics.determinism = portable keeps")
     assert len(result.output.splitlines()) == 1
     assert times["limits"] == []
     assert run().exit_code == 0

@@ -9,7 +9,8 @@ from ruamel.yaml import YAML
 
 from nanogpt import flops, timing
 from tests.conftest import GPT2, REPOSITORY
-from tools.size import main, time_line
+from tools.__main__ import main
+from tools.size import time_line
 
 META = {
     "corpus": {"documents": 2, "source": "grammar"},
@@ -49,7 +50,7 @@ def tokenized(**changes: object) -> None:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
+    return CliRunner().invoke(main, ["size", *arguments])
 
 
 def figures(*arguments: str) -> dict:

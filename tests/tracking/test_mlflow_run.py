@@ -211,7 +211,7 @@ def test_a_damaged_database_is_named_with_its_remedy(repository: Path, content: 
         (repository / name).unlink(missing_ok=True)
     other = repository / "other.db"
     other.write_bytes(content)
-    with pytest.raises(TrackingError, match=r"other.db is damaged .*move it away .*tools.sync"):
+    with pytest.raises(TrackingError, match=r"other.db is damaged .*move it away .*tools sync"):
         Replica(attempt, f"sqlite:///{other}").push()
     other.unlink()
     replica = Replica(attempt, f"sqlite:///{other}")
