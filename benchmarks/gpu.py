@@ -53,10 +53,11 @@ def main(nanogpt: Path | None, presets: tuple[str, ...], device: str) -> dict[st
         raise ValueError(missing(torch.__version__, torch.version.cuda))
     name = torch.cuda.get_device_name() if device == "cuda" else device
     click.echo(f"{name}, torch {torch.__version__}")
+    candidates = [candidate for preset in presets for candidate in plan(preset, nanogpt, device)]
     rows: list[Settings] = []
     columns = ("tokens/s", "of nanoGPT", "ms", "peak MB", "MFU", "first s", f"waits in {EVERY}")
-    click.echo(row(f"{'':72}", *columns))
-    for settings, params in [candidate for preset in presets for candidate in plan(preset, nanogpt, device)]:
+    click.echo(row(f"{'':74}", *columns))
+    for settings, params in candidates:
         try:
             figures, _ = call(trained, params=params, checkout=nanogpt and str(nanogpt), **settings)
         except click.ClickException as error:
@@ -128,7 +129,7 @@ def our_reports(
         warnings.simplefilter("always")
         step_seconds(state, params, stopwatch)
     waits = sum("synchroniz" in str(warning.message) for warning in caught)
-    return stopwatch.stamps[1:-1], waits if numerics.device == "cuda" else None
+    return stopwatch.timed(), waits if numerics.device == "cuda" else None
 
 
 def their_reports(checkout: Path, params: Params, config: "GPTConfig") -> list[float]:
@@ -155,12 +156,12 @@ def line(found: Settings, rows: list[Settings]) -> str:
     if found["who"] == "ours":
         name += f", {found['attention']}, {found['adamw']} AdamW"
     if "failed" in found:
-        return f"{name:72}failed: {found['failed']}"
+        return f"{name:74}failed: {found['failed']}"
     alike = ("preset", "dtype", "compile")
     theirs = [r for r in rows if r["who"] == "nanogpt" and "failed" not in r and all(r[k] == found[k] for k in alike)]
     ratio = found["tokens_per_second"] / theirs[0]["tokens_per_second"] if theirs and found["who"] == "ours" else ""
     figures = [found[name] for name in ("ms_per_step", "peak_memory_mb", "mfu", "first_seconds")]
-    return row(f"{name:72}", found["tokens_per_second"], ratio, *figures, "" if found["waits"] is None else found["waits"])
+    return row(f"{name:74}", found["tokens_per_second"], ratio, *figures, "" if found["waits"] is None else found["waits"])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Turns(Stopwatch):
 
     def __init__(self, steps: int, theirs: TheirStep | None = None, trace: Path | None = None, traced: int = 0):
         super().__init__(steps + traced * bool(trace))
-        self.steps, self.theirs, self.trace = steps, theirs, trace
+        self.steps, self.theirs, self.trace, self.traced = steps, theirs, trace, traced
         self.profiler = torch.profiler.profile() if trace else None
         self.pauses: list[float] = []  # seconds after each of our steps, which nanoGPT's takes
 
@@ -43,6 +43,9 @@ class Turns(Stopwatch):
         self.pauses.append(time.perf_counter() - self.stamps[-1])
         if self.profiler and len(self.pauses) == WARM_UP + self.steps:
             self.profiler.start()
+        elif self.profiler and len(self.pauses) == WARM_UP + self.steps + self.traced:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.trace))
 
     def seconds(self) -> list[float]:
         """Those of our timed steps."""
@@ -53,12 +56,6 @@ class Turns(Stopwatch):
         """Those of nanoGPT's steps between the timed ones."""
         return self.pauses[WARM_UP - 1 :][: self.steps]
 
-    def write_trace(self) -> None:
-        """Writes the trace of the last steps."""
-        if self.profiler:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.trace))
-
 
 class Waits(Stopwatch):
     """Times intervals of several steps. In one more, torch warns each time that the host waits for the GPU."""
@@ -68,8 +65,12 @@ class Waits(Stopwatch):
 
     def on_steps(self, state: TrainState, steps: list[Step]) -> None:
         super().on_steps(state, steps)
-        if len(self.stamps) == WARM_UP + self.reports and state.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
+        if state.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn" if len(self.stamps) == WARM_UP + self.reports else "default")
+
+    def timed(self) -> list[float]:
+        """When the timed intervals and those of the warm-up ended."""
+        return self.stamps[1 : WARM_UP + self.reports]
 
 
 def figures(params: Params, config: GPTConfig, seconds: float, peak: float | None) -> dict[str, float | None]:

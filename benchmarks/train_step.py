@@ -66,7 +66,6 @@ def measure(
     config = planned_config(params.train.init_from, params.model, vocab_size)
     turns = Turns(steps, their_step(nanogpt, params, config, "cpu") if nanogpt else None, trace, TRACED)
     seconds = statistics.median(step_seconds(untrained(config, params, numerics), params, turns, tokens))
-    turns.write_trace()
     peak = measured_peak(numerics)
     found: dict[str, Any] = {
         **figures(params, config, seconds, peak),

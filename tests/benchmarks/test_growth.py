@@ -3,7 +3,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import growth, growth_parts
+from benchmarks import growth
 from tracking.journal import Journal, end_of
 
 
@@ -23,7 +23,7 @@ def test_one_size_has_no_exponent():
 
 def test_rows_are_kept_until_their_size_is_measured_again(monkeypatch, tmp_path):
     out, answers = tmp_path / "growth.json", iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(growth, "measured", lambda part, size: {"open_s": next(answers), "open_mb": 5.0})
+    monkeypatch.setattr(growth, "call", lambda part, size: ({"open_s": next(answers), "open_mb": 5.0}, 0))
     for size in ("10", "1", "10"):
         options = ["--part", "corpus", "--size", size, "--json", str(out), "--picture", str(tmp_path / "growth.svg")]
         result = CliRunner().invoke(growth.main, options, catch_exceptions=False)
@@ -45,7 +45,7 @@ def test_options_that_cannot_be_together(options, told):
 
 
 def test_the_corpus_is_measured_stage_by_stage():
-    figures = growth_parts.corpus(0.1)
+    figures = growth.corpus(0.1)
     stages = ("download", "tokenize_char", "tokenize_bpe", "open")
     assert figures.keys() == {f"{stage}_{unit}" for stage in stages for unit in ("s", "mb")}
     assert all(value > 0 for value in figures.values())
@@ -53,7 +53,7 @@ def test_the_corpus_is_measured_stage_by_stage():
 
 def test_the_journal_is_a_training_s(tmp_path):
     with Journal(tmp_path / "journal.jsonl") as journal:
-        growth_parts.fill(journal, 500)
+        growth.fill(journal, 500)
         kinds = [record["kind"] for record in journal.records()]
         assert [kinds.count(kind) for kind in ("start", "step", "speed", "eval", "checkpoint", "end")] == [
             *(1, 500, 50, 2, 2, 1)
@@ -62,6 +62,6 @@ def test_the_journal_is_a_training_s(tmp_path):
 
 
 def test_the_models_are_of_the_sizes_that_are_told():
-    sizes = growth_parts.PARTS["model"].sizes
+    sizes = growth.PARTS["model"].sizes
     assert sizes[0] == pytest.approx(1e6, rel=0.1)
     assert sizes[-1] == pytest.approx(124e6, rel=0.01)
