@@ -6,19 +6,17 @@ what benchmarks.tracking_overhead is about.) Each training is a process of its o
 that a noisy machine is unfair to none. Both models are scored by evaluate.py on the whole validation split.
 """
 
-import json
+import os
 import re
-import shutil
 import statistics
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from benchmarks.checkout import TRAINING_AS_NANOGPT, check_comparable, prepare, training_command
-from benchmarks.common import TEXT, benchmark, call, nanogpt_option, row, run, with_params, with_values
+from benchmarks.common import TEXT, benchmark, call, nanogpt_option, own_peak, row, run, shown, with_params, with_values
 from nanogpt.params import Params
 
 if TYPE_CHECKING:  # torch comes after determinism.pin
@@ -27,7 +25,7 @@ if TYPE_CHECKING:  # torch comes after determinism.pin
 Figures = dict[str, float]
 
 MODES = ["off", "machine", "portable"]
-OURS = {"train.publish": "last", "runtime.device": "cpu", "runtime.log_interval": 1, "tracking.prompts": []}
+OURS = {"runtime.device": "cpu", "runtime.log_interval": 1, "runtime.profile_steps": 0, "tracking.prompts": []}
 WARM_UP = 20  # steps that are not timed
 MEASURES = {
     "val_loss": "val loss, whole split",
@@ -132,4 +130,32 @@ def whole_loss(model: "GPT", tokens: Path) -> float:
 
 
 def measure_ours(params: dict[str, Any], tokens: str) -> Figures:
-    """Trains as the train stage does, from report to report, and scores the last model."""
+    """Trains as the train stage does, timed from report to report, and scores the last model."""
+    own = Params.model_validate(params)
+    from nanogpt import determinism
+
+    numerics = determinism.pin(own.numerics, "cpu")
+    from nanogpt.checkpoint import Checkpoints
+    from nanogpt.recipe import load_recipe
+    from nanogpt.timing import Stopwatch
+    from nanogpt.train import train
+    from tracking.console import Console
+    from tracking.journal import Journal
+    from tracking.observers import observing
+    from tracking.run import Run
+
+    recipe, stopwatch = load_recipe(own, numerics, Path(tokens)), Stopwatch(own.train.max_iters)
+    state = recipe.new_state()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DVC_ROOT"] = folder  # where the console's log goes
+        console, run, curve = Console("benchmark"), Run(Path(folder) / "attempt-1"), Path(folder) / "loss.csv"
+        with Journal(run.journal) as journal, observing(console, recipe, run, journal, state, curve) as observers:
+            checkpoints = Checkpoints(run.checkpoints, "benchmark")
+            train(state, recipe.batches(state), own, recipe.evaluator(), [*observers, stopwatch], checkpoints)
+    peak = own_peak()  # before the score, which takes more
+    ms = 1e3 * statistics.median(stopwatch.all_seconds()[WARM_UP:])
+    return {"val_loss": whole_loss(state.model, Path(tokens)), "ms_per_step": ms, "peak_memory_mb": peak / 1e6}
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from nanogpt.params import Params, check_combinations, flatten, load_params
 from tools.preset import preset_params
-from tracking.clean_clone import CouldNotRun
+from tracking.errors import explain
 
 Command = Callable[..., Any]
 
@@ -68,8 +68,8 @@ def benchmark(main: Command) -> click.Command:
             figures = main(**options)
         except Missed as error:
             figures, missed = error.figures, str(error)
-        except (ValueError, OSError, CouldNotRun) as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+        except (ValueError, OSError) as error:
+            raise click.ClickException(explain(error)) from error
         if out:
             out.write_text(json.dumps(figures, indent=1) + "\n")
         if missed:

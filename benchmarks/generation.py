@@ -15,9 +15,9 @@ import click
 from benchmarks.common import benchmark, nanogpt_option, row
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "4x128, block 64": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65},
-    "6x384, block 256": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
-    "GPT-2, block 1024": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50_304},
+    "4x128": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65},
+    "6x384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
+    "GPT-2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50_304},
 }
 STRIDE = 8
 Generate = Callable[[int, bool], int]
@@ -28,7 +28,7 @@ Generate = Callable[[int, bool], int]
 @click.option("--rounds", default=3, show_default=True, help="Turns of each candidate.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--shape", "shapes", multiple=True, type=click.Choice([*SHAPES]), default=[*SHAPES][:2], show_default=True)
+@click.option("--shape", "shapes", multiple=True, type=click.Choice([*SHAPES]), default=["4x128", "6x384"])
 def main(nanogpt: Path | None, rounds: int, threads: int, device: str, shapes: tuple[str, ...]) -> dict[str, Any]:
     """Generates from untrained models (temperature 1), one sample and ten at once, and prints tokens/s."""
     import torch

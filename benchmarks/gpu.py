@@ -129,7 +129,7 @@ def our_reports(
         warnings.simplefilter("always")
         step_seconds(state, params, stopwatch)
     waits = sum("synchroniz" in str(warning.message) for warning in caught)
-    return stopwatch.timed(), waits if numerics.device == "cuda" else None
+    return stopwatch.stamps[1:-1], waits if numerics.device == "cuda" else None
 
 
 def their_reports(checkout: Path, params: Params, config: "GPTConfig") -> list[float]:
@@ -161,7 +161,8 @@ def line(found: Settings, rows: list[Settings]) -> str:
     theirs = [r for r in rows if r["who"] == "nanogpt" and "failed" not in r and all(r[k] == found[k] for k in alike)]
     ratio = found["tokens_per_second"] / theirs[0]["tokens_per_second"] if theirs and found["who"] == "ours" else ""
     figures = [found[name] for name in ("ms_per_step", "peak_memory_mb", "mfu", "first_seconds")]
-    return row(f"{name:74}", found["tokens_per_second"], ratio, *figures, "" if found["waits"] is None else found["waits"])
+    waits = "" if found["waits"] is None else found["waits"]
+    return row(f"{name:74}", found["tokens_per_second"], ratio, *figures, waits)
 
 
 if __name__ == "__main__":

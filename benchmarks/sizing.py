@@ -1,10 +1,10 @@
-"""What nanogpt/sizing.py predicts, beside training runs: peak memory; and how repeatable `tools.size --measure` is.
+"""What nanogpt/sizing.py predicts, beside training runs: peak memory; and how repeatable `tools size --measure` is.
 
 Each run is a process of its own: the loop of nanogpt/train.py on random tokens, then a checkpoint in a temporary
 folder. Its memory is what its peak grows by after the imports. The smallest shape needs next to nothing, so it shows
 what a process needs beside any model: workspaces of MKL and oneDNN, threads' stacks, code that is first used. That is
 added to the other predictions before the ratio, predicted / measured, is taken. The time is measured twice, first as
-`tools.size --measure` does, in another process.
+`tools size --measure` does, in another process.
 """
 
 import statistics
@@ -68,9 +68,9 @@ def trained(shape: dict[str, int], values: dict[str, Any], steps: int) -> dict[s
     numerics = determinism.pin(params.numerics, "cpu")
     from nanogpt import sizing
     from nanogpt.checkpoint import Checkpoints
+    from nanogpt.flops import device_peak
     from nanogpt.model import GPTConfig
     from nanogpt.timing import Stopwatch, step_seconds, untrained
-    from tools.size import measured_peak
 
     config = GPTConfig(vocab_size=vocab_size, **params.model.model_dump())
     before = own_peak()
@@ -85,7 +85,7 @@ def trained(shape: dict[str, int], values: dict[str, Any], steps: int) -> dict[s
         "mb": grown / 1e6,
         "predicted_mb": sizing.peak_bytes(config, setup) / 1e6,
         "ms": 1e3 * seconds,
-        "mfu": sizing.share_of_peak(config, tokens, seconds, measured_peak(numerics)),
+        "mfu": sizing.share_of_peak(config, tokens, seconds, device_peak(numerics)),
     }
 
 

@@ -18,14 +18,11 @@ import click
 
 from benchmarks.common import benchmark, call, cpu_seconds, row, with_values, write_params
 from nanogpt.params import load_params
+from tools.__main__ import COMMANDS
 from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone, git
-from tracking.journal import attempts, last_record
+from tracking.run import runs_in
 
 STAGES = ("download", "tokenize", "train", "evaluate", "sample")
-TOOLS = (
-    *("export", "fastest", "first_steps", "gc", "golden", "lineage"),
-    *("preset", "replay", "size", "summary", "sync", "verify"),
-)
 HEAVY = ("torch", "torch._dynamo", "transformers", "datasets", "mlflow", "tokenizers", "matplotlib", "pyarrow")
 SMALL = {
     "download.documents": 60,
@@ -69,11 +66,11 @@ def main(rounds: int) -> dict[str, Any]:
         end = seconds_after_the_end(clone.path)
         figures = measure(clone, rounds)
     figures["seconds"]["MLflow, end of the run"] = [end]
-    click.echo(row("", "time", "processor", "", width=10))
+    click.echo(row("", "time", "processor", width=10))
     for name, times in figures["seconds"].items():
-        processor = figures["processor_seconds"].get(name)
-        shown = f"{statistics.median(processor):.2f} s" if processor else ""
-        click.echo(row(name, f"{statistics.median(times):.2f} s", shown, width=10) + f"  {figures['imports'].get(name, '')}")
+        both = (times, figures["processor_seconds"].get(name))
+        cells = (f"{statistics.median(each):.2f} s" if each else "" for each in both)
+        click.echo(f"{row(name, *cells, width=10)}  {figures['imports'].get(name, '')}")
     return figures
 
 
@@ -86,7 +83,8 @@ def measure(clone: CleanClone, rounds: int) -> dict[str, Any]:
         "dvc repro, nothing to do": ["dvc", "repro"],
         **{f"stages.{name}": [sys.executable, "-c", START, f"stages.{name}", *HEAVY] for name in STAGES},
         **{f"stages.{name} --help": [sys.executable, "-m", f"stages.{name}", "--help"] for name in STAGES},
-        **{f"tools.{name} --help": [sys.executable, "-m", f"tools.{name}", "--help"] for name in TOOLS},
+        "tools --help": [sys.executable, "-m", "tools", "--help"],
+        **{f"tools {name} --help": [sys.executable, "-m", "tools", name, "--help"] for name in COMMANDS},
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     processor: dict[str, list[float]] = {name: [] for name in commands}
@@ -124,10 +122,9 @@ def mlflow_seconds() -> dict[str, float]:
 
 def seconds_after_the_end(clone: Path) -> float:
     """How long the train stage waited, after its last record, until MLflow had all of the run."""
-    (attempt,) = attempts(clone / ".runs")
-    end = last_record(attempt / "journal.jsonl")
-    assert end is not None
-    return float((attempt / "mlflow.json").stat().st_mtime - end["t"] / 1000)
+    (run,) = runs_in(clone)
+    assert run.end is not None
+    return float(run.mlflow_path.stat().st_mtime - run.end["t"] / 1000)
 
 
 if __name__ == "__main__":

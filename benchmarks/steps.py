@@ -37,15 +37,16 @@ class Turns(Stopwatch):
         self.pauses: list[float] = []  # seconds after each of our steps, which nanoGPT's takes
 
     def on_steps(self, state: TrainState, steps: list[Step]) -> None:
-        super().on_steps(state, steps)
+        done = len(self.stamps)
+        if self.profiler and done == WARM_UP + self.steps + self.traced:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.trace))
+        super().on_steps(state, steps)  # ends the training after the last step
         if self.theirs:
             self.theirs().item()
         self.pauses.append(time.perf_counter() - self.stamps[-1])
-        if self.profiler and len(self.pauses) == WARM_UP + self.steps:
+        if self.profiler and done == WARM_UP + self.steps:
             self.profiler.start()
-        elif self.profiler and len(self.pauses) == WARM_UP + self.steps + self.traced:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.trace))
 
     def seconds(self) -> list[float]:
         """Those of our timed steps."""
@@ -64,13 +65,9 @@ class Waits(Stopwatch):
         super().__init__(intervals + 1, every)
 
     def on_steps(self, state: TrainState, steps: list[Step]) -> None:
+        if state.device.type == "cuda" and len(self.stamps) == WARM_UP + self.reports - 1:
+            torch.cuda.set_sync_debug_mode("warn")
         super().on_steps(state, steps)
-        if state.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn" if len(self.stamps) == WARM_UP + self.reports else "default")
-
-    def timed(self) -> list[float]:
-        """When the timed intervals and those of the warm-up ended."""
-        return self.stamps[1 : WARM_UP + self.reports]
 
 
 def figures(params: Params, config: GPTConfig, seconds: float, peak: float | None) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ from benchmarks.common import TEXT, Missed, benchmark, nanogpt_option, row, with
 from nanogpt.params import Params
 from tools.preset import preset_params
 from tracking.clean_clone import clean_clone
-from tracking.journal import attempts, read_records
+from tracking.run import runs_in
 
 Curve = list[tuple[float, float]]  # seconds of training, validation loss
 
@@ -86,7 +86,7 @@ def run(params: Params, text: Path | None) -> dict[str, Any]:
         train, evaluate = (
             json.loads((clone.path / f"metrics/{name}.json").read_text()) for name in ("train", "evaluate")
         )
-        records = [record for record, _ in read_records(attempts(clone.path / ".runs")[-1] / "journal.jsonl")]
+        records = list(runs_in(clone.path)[-1].records())
     start = next(record["t"] for record in records if record["kind"] == "start")
     return {
         "seed": params.train.seed,

@@ -17,7 +17,7 @@ from benchmarks.checkout import AS_NANOGPT, check_comparable
 from benchmarks.common import TEXT, benchmark, nanogpt_option, shown, with_params, write_tokens
 from nanogpt.corpus.token_files import Tokens, load_meta, load_split
 from nanogpt.params import Params
-from tools.size import known_meta, measured_peak, vocabulary
+from tools.size import known_meta, vocabulary
 
 TRACED = 3  # steps
 
@@ -27,7 +27,7 @@ TRACED = 3  # steps
 @nanogpt_option
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Timed steps, after a warm-up.")
 @click.option("--text", type=TEXT, help="[default: random tokens]")
-@click.option("--vocab-size", type=click.IntRange(1, 2**21), help="Of random tokens. [default: as tools.size]")
+@click.option("--vocab-size", type=click.IntRange(1, 2**21), help="Of random tokens. [default: as `tools size`]")
 @click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), help="Write a Chrome trace of some steps.")
 def main(
     params: Params, nanogpt: Path | None, steps: int, text: Path | None, vocab_size: int | None, trace: Path | None
@@ -60,13 +60,14 @@ def measure(
         raise ValueError("--nanogpt shares a process, and nanoGPT's TF32 with it: on a GPU run benchmarks.gpu instead")
     from benchmarks.steps import Turns, figures, peak_memory, their_step
     from nanogpt import sizing
+    from nanogpt.flops import device_peak
     from nanogpt.pretrained import planned_config
     from nanogpt.timing import step_seconds, untrained
 
     config = planned_config(params.train.init_from, params.model, vocab_size)
     turns = Turns(steps, their_step(nanogpt, params, config, "cpu") if nanogpt else None, trace, TRACED)
     seconds = statistics.median(step_seconds(untrained(config, params, numerics), params, turns, tokens))
-    peak = measured_peak(numerics)
+    peak = device_peak(numerics)
     found: dict[str, Any] = {
         **figures(params, config, seconds, peak),
         "peak_tflops": None if peak is None else peak / 1e12,

@@ -57,7 +57,7 @@ def test_a_function_is_called_in_a_process_of_its_own(monkeypatch: pytest.Monkey
 
 
 def test_a_block_is_measured_with_the_processes_that_it_starts() -> None:
-    b"x" * 300_000_000
+    bytearray(b"x" * 300_000_000).clear()
     with measuring() as spent:
         code = "import time; x = b'x' * 500_000_000; time.sleep(0.5); sum(i * i for i in range(10**6))"
         subprocess.run([sys.executable, "-c", code], check=True)
@@ -67,7 +67,7 @@ def test_a_block_is_measured_with_the_processes_that_it_starts() -> None:
 
 
 def test_a_peak_begins_anew() -> None:
-    b"x" * 300_000_000
+    bytearray(b"x" * 300_000_000).clear()
     before = own_peak()
     forget_peak()
     assert own_peak() < before - 200_000_000
@@ -107,9 +107,7 @@ def test_the_figures_are_written_also_where_they_are_not_what_was_asked_for(proj
         ("model.n_head=5", "model.n_embd = 96 is not divisible by model.n_head = 5"),
     ],
 )
-def test_a_value_that_cannot_be_set_is_refused_in_one_line(
-    value: str, told: str, project: Callable[..., Path]
-) -> None:
+def test_a_value_that_cannot_be_set_is_refused_in_one_line(value: str, told: str, project: Callable[..., Path]) -> None:
     project()
     code, output = invoke("-S", value)
     assert code == 1

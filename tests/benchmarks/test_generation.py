@@ -11,9 +11,11 @@ TINY = {"1x8": {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab
 
 
 def test_the_json_has_what_the_table_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(generation.SHAPES, "4x128, block 64", TINY["1x8"])
+    monkeypatch.setitem(generation.SHAPES, "4x128", TINY["1x8"])
     out = tmp_path / "out.json"
-    result = CliRunner().invoke(generation.main, ["--rounds", "1", "--threads", "1", "--shape", "4x128, block 64", "--json", str(out)])
+    result = CliRunner().invoke(
+        generation.main, ["--rounds", "1", "--threads", "1", "--shape", "4x128", "--json", str(out)]
+    )
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text())["rows"]
     assert [(row["batch"], row["context"]) for row in rows] == [
