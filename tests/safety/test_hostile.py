@@ -4,21 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.safety.hostile import MOST_MEMORY, harmless, parsed
+from tests.safety import hostile
 
 
-def refused() -> None:
-    raise ValueError("not one of ours")
+def parse(folder: Path, size: int) -> None:
+    """One input that is refused, and one that takes `size` bytes."""
+
+    def refused() -> None:
+        raise ValueError("not one of ours")
+
+    with hostile.harmless("a parser", folder):
+        hostile.parsed("a parser", refused)
+        hostile.parsed("a parser", lambda: len(b"x" * size))
 
 
-def test_memory_counts_also_where_the_process_has_held_more_before(tmp_path: Path) -> None:
-    bytearray(b"x" * 2 * MOST_MEMORY).clear()
-    with pytest.raises(AssertionError, match="too much memory"), harmless("a parser", tmp_path / "folder"):
-        parsed("a parser", refused)
-        parsed("a parser", lambda: len(b"x" * MOST_MEMORY * 2))
-
-
-def test_what_takes_little_is_harmless(tmp_path: Path) -> None:
-    with harmless("another parser", tmp_path / "folder"):
-        parsed("another parser", refused)
-        parsed("another parser", lambda: 1)
+def test_memory_counts_also_where_the_process_has_held_more_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostile, "MOST_MEMORY", 50_000_000)
+    bytearray(b"x" * 200_000_000).clear()
+    parse(tmp_path / "folder", 1000)
+    with pytest.raises(AssertionError, match="too much memory"):
+        parse(tmp_path / "folder", 100_000_000)
