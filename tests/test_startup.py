@@ -34,7 +34,8 @@ import numpy as np
 import torch
 from nanogpt.evaluate import score, windows
 from nanogpt import model as model_module
-from nanogpt.model import GPT, GPTConfig, without_weights
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT, without_weights
 from nanogpt.optim import make_optimizer
 from stages import training  # and all that it needs
 

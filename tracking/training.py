@@ -12,7 +12,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from nanogpt import determinism, flops, seeds
+from nanogpt import determinism, flops
 from nanogpt.checkpoint import Checkpoint, Checkpoints, load_weights, put, restore
 from nanogpt.corpus.token_files import Split, SplitName, load_meta
 from nanogpt.corpus.tokenizer import load_tokenizer
@@ -23,7 +23,7 @@ from nanogpt.optimizer import make_optimizer
 from nanogpt.params import Params, flatten
 from nanogpt.pretrained import Initial
 from nanogpt.saved_model import PublishedModel, save_model
-from nanogpt.train import WEIGHTS, Intervals, Report, train
+from nanogpt.train import Intervals, Report, train
 from nanogpt.train_state import Progress
 from tracking.console import Console, Update
 from tracking.dvc_files import directory_md5
@@ -57,8 +57,7 @@ class Training:
         self.tokenizer_path = tokens / "tokenizer.json"
         tokenizer = load_tokenizer(self.tokenizer_path, load_meta(tokens).tokenizer_sha256)
         check_prompts(tokenizer, params.tracking.prompts)
-        torch.manual_seed(seeds.derived_seed(params.train.seed, WEIGHTS))
-        self.model = initial.build(params.numerics.attention, self.device)
+        self.model = initial.build(params.train.seed, params.numerics.attention, self.device)
         self.optimizer = make_optimizer(self.model, params.train, self.device.type, resolved.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=resolved.dtype == "float16")
         self.checkpoints = Checkpoints(attempt / "checkpoints", fingerprint)
