@@ -76,5 +76,5 @@ def test_sizes_fit_each_other():
 
 
 def test_an_error_names_the_field_as_the_file_does():
-    with pytest.raises(ValueError, match="^n_positions is '8'; it must be an integer from 1"):
+    with pytest.raises(ValueError, match=r"^n_positions is '8'; it must be an integer from 1"):
         checked("block_size", "8", "n_positions")
