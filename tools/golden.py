@@ -1,22 +1,20 @@
 """Writes the golden file of this environment: `make golden`."""
 
+from pathlib import Path
+
 import click
 
+from tracking.errors import check_made
 from tracking.golden import write_golden
 
 
 @click.command()
 def main() -> None:
-    """Writes the golden file of this environment: the first steps, and the metrics that belong to dvc.lock.
+    """Writes the golden file of this environment.
 
-    Run `dvc repro` first, and commit the file with dvc.lock.
+    It holds the first steps, and the metrics that belong to dvc.lock. Run `dvc repro` first, and commit the file with
+    dvc.lock.
     """
-    try:
-        path, golden = write_golden()
-    except (ValueError, OSError) as error:
-        raise click.ClickException(f"{' '.join(str(error).split())}; `dvc repro` comes first") from error
+    check_made(Path("dvc.lock"), Path("metrics/evaluate.json"))
+    path, golden = write_golden()
     click.echo(f"{path}: {len(golden['steps'])} steps, val loss {golden['metrics']['val_loss']:.4f}")
-
-
-if __name__ == "__main__":
-    main()

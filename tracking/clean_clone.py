@@ -1,4 +1,4 @@
-"""A clone of a commit, in which nothing has been run, without cache and settings of the user's; for tools.verify."""
+"""A clone of a commit, in which nothing has been run, without cache and settings of the user's; for `tools verify`."""
 
 import os
 import shutil

@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.params import flatten, load_params
-from tracking.console import Console
-from tracking.retrace import Retrace
 
 TOKENS = Path("data/tokens")
 STEPS = 20
@@ -15,20 +13,23 @@ def first_steps() -> dict[str, Any]:
     """{"environment": ..., "made_of": hashes of params, tokens and code, "steps": records of the journal}"""
     params = load_params()
     from nanogpt import determinism
-    from nanogpt.files import sha256_json, sha256_tree
-    from tracking.fingerprint import code_hash, environment
 
-    resolved = determinism.pin(params.numerics, params.runtime.device)
-    read = flatten(params.model, "model.") | flatten(params.train, "train.")
+    numerics = determinism.pin(params.numerics, params.runtime.device)
+    from nanogpt.files import sha256_json
+    from nanogpt.recipe import load_recipe
+    from tracking.fingerprint import environment, identify
+    from tracking.retrace import VALUES, Retrace
+
+    recipe = load_recipe(params, numerics, TOKENS)
+    hashes = identify(recipe)
     made_of = {
-        "params": sha256_json(read),
-        "tokens": sha256_tree(TOKENS),
-        "code": code_hash(Path.cwd(), "stages.train"),
+        "params": sha256_json(flatten(params.model, "model.") | flatten(params.train, "train.")),
+        "tokens": hashes["tokens.sha256"],
+        "code": hashes["code.sha256"],
     }
-    with Retrace(Console("first-steps"), params, resolved, TOKENS, made_of["code"]) as retrace:
-        records = retrace.to(min(STEPS, params.train.last_step))
-    steps = [{name: record[name] for name in ("step", "loss", "grad_norm", "lr")} for record in records]
-    bits = bits_environment(environment(), resolved.as_dict())
+    records = Retrace(recipe).to(min(STEPS, params.train.last_step))
+    steps = [{name: record[name] for name in ("step", *VALUES)} for record in records]
+    bits = bits_environment(environment(), numerics.as_dict())
     return {"environment": bits, "made_of": made_of, "steps": steps}
 
 

@@ -19,7 +19,7 @@ def write_golden() -> tuple[Path, Golden]:
     """
     model = DvcLock.parse(Path("dvc.lock").read_text()).out_md5("train", "model")
     if model is None:
-        raise ValueError("dvc.lock has no model")
+        raise ValueError("dvc.lock has no model; `dvc repro` comes first")
     golden = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
     path = FOLDER / file_name(golden["environment"])
     path.parent.mkdir(exist_ok=True)
