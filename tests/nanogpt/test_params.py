@@ -266,17 +266,18 @@ PORTABLE = {"numerics__determinism": "portable"}
         (SHAPE | {"evaluate__stride": 65}, "evaluate.stride = 65 is above model.block_size = 64, .*lower it or .*null"),
         (
             {"download__source": "file:/etc/*.txt"},
-            "download.source = .* does not lie in .*texts = inputs/texts, .*set",
+            "download.source = .* does not lie in download.texts = inputs/texts, .*set",
         ),
         ({"download__source": "file:inputs/texts/../x"}, "download.source = .* does not lie in download.texts"),
         ({"download__source": "file:texts2/x"}, "download.source = .* does not lie in download.texts"),
         (
             {"download__source": "bin:/etc"},
-            "download.source = bin:/etc does not lie in .*texts = inputs/texts, .*set",
+            "download.source = bin:/etc does not lie in download.texts = inputs/texts, .*set",
         ),
         (
             {"tokenize__tokenizer": "file:model/tokenizer.json"},
-            "tokenize.tokenizer = file:model/tokenizer.json does not lie in .* = inputs/pretrained, .*set train",
+            "tokenize.tokenizer = file:model/tokenizer.json does not lie in train.pretrained = inputs/pretrained, "
+            ".*set train",
         ),
         (
             PORTABLE | {"numerics__dtype": "bfloat16"},
