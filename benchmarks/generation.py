@@ -70,7 +70,8 @@ def make_candidates(shape: dict[str, Any], nanogpt: Path | None, device: str) ->
 
     from benchmarks.steps import their_model
     from nanogpt.generate import Sampling, choose, generate, uniforms
-    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.gpt_config import GPTConfig
+    from nanogpt.model import GPT
 
     torch.manual_seed(0)
     config, sampling, block_size = GPTConfig(**shape, bias=False), Sampling(), shape["block_size"]

@@ -22,7 +22,7 @@ from tools.preset import preset_params
 
 if TYPE_CHECKING:  # torch comes after determinism.pin
     from nanogpt.determinism import Numerics
-    from nanogpt.model import GPTConfig
+    from nanogpt.gpt_config import GPTConfig
 
 Settings = dict[str, Any]
 

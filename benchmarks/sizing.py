@@ -69,7 +69,7 @@ def trained(shape: dict[str, int], values: dict[str, Any], steps: int) -> dict[s
     from nanogpt import sizing
     from nanogpt.checkpoint import Checkpoints
     from nanogpt.flops import device_peak
-    from nanogpt.model import GPTConfig
+    from nanogpt.gpt_config import GPTConfig
     from nanogpt.timing import Stopwatch, step_seconds, untrained
 
     config = GPTConfig(vocab_size=vocab_size, **params.model.model_dump())

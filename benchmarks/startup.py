@@ -19,7 +19,8 @@ import click
 from benchmarks.common import benchmark, call, cpu_seconds, row, with_values, write_params
 from nanogpt.params import load_params
 from tools.__main__ import COMMANDS
-from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone, git
+from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
+from tracking.git import git
 from tracking.run import runs_in
 
 STAGES = ("download", "tokenize", "train", "evaluate", "sample")

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.checkout import SHAPE
 from benchmarks.common import own_peak
 from nanogpt import sizing
-from nanogpt.model import GPTConfig
+from nanogpt.gpt_config import GPTConfig
 from nanogpt.params import Params
 from nanogpt.timing import WARM_UP, Stopwatch, random_tokens
 from nanogpt.train import Step

@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks.common import benchmark, call, row, with_values
 from nanogpt.params import load_params
-from tools.first_steps import TOKENS
+from tracking.first_steps import TOKENS
 from tracking.run import Run
 
 CANDIDATES = {

@@ -126,7 +126,8 @@ def test_ours_trains_and_is_scored(checkout: Path, params: Params, tmp_path: Pat
 
 
 def test_nanogpt_s_weights_are_scored_by_the_same_measure(checkout: Path, params: Params, tmp_path: Path) -> None:
-    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.gpt_config import GPTConfig
+    from nanogpt.model import GPT
 
     _, tokens = prepare(checkout, checkout.parent / "text.txt", params, tmp_path / "work")
     gpt = GPT(GPTConfig(vocab_size=len(set(TEXT)), **params.model.model_dump()))
