@@ -127,7 +127,7 @@ def set_params(clone: CleanClone, assignments: tuple[str, ...]) -> None:
         key, _, value = assignment.partition("=")
         section, _, name = key.partition(".")
         try:
-            text, _ = changed(text, path.name, {section: {name: YAML(typ="safe").load(value)}}, f"--set {assignment}")
+            text, _ = changed(text, path.name, (f"--set {assignment}", {section: {name: YAML(typ="safe").load(value)}}))
         except ValueError as error:
             raise CouldNotRun(str(error)) from error
     path.write_text(text, encoding="utf-8")
