@@ -1,8 +1,4 @@
-"""params.yaml for a known experiment: `python -m tools.preset NAME`; without a name, the list of presets.
-
-Every preset can be run, those that others extend too: as in nanoGPT, where the defaults of train.py are a GPT-2 (124M)
-and a configuration names what differs. So the list leaves none out.
-"""
+"""params.yaml for a known experiment: `python -m tools.preset NAME`; without a name, the list of presets."""
 
 import difflib
 import io
@@ -32,8 +28,7 @@ Layer = tuple[str, dict[str, dict[str, Any]]]  # the file that sets values, and 
 def main(name: str | None, force: bool) -> None:
     """Makes params.yaml that of the commit with presets/NAME.yaml laid on it. Without NAME, lists the presets.
 
-    What neither the preset nor one that it extends names is as in the commit, so the result is the same whatever
-    params.yaml held before.
+    What the preset does not name is as in the commit, so the result is the same whatever params.yaml held before.
     """
     try:
         click.echo(listing() if name is None else apply(name, force))
@@ -46,7 +41,11 @@ def presets() -> dict[str, Path]:
 
 
 def listing() -> str:
-    """All presets, each with the first line of its comment."""
+    """All presets, each with the first line of its comment.
+
+    None exists only to be extended, and so none is left out: as in nanoGPT, where train.py's defaults are a GPT-2
+    (124M) that can be trained, and the other configurations say what differs from it.
+    """
     known = presets()
     width = max(map(len, known), default=0)
     lines = (path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for path in known.values())
