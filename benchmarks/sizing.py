@@ -1,4 +1,4 @@
-"""What nanogpt/sizing.py predicts, beside training runs: peak memory; and how repeatable `tools.size --measure` is.
+"""What nanogpt/sizing.py predicts, beside training runs: peak memory; and how repeatable `tools size --measure` is.
 
 Each run is a process of its own: the loop of nanogpt/train.py on random tokens, with a checkpoint and a journal in a
 temporary folder. Its memory is what ru_maxrss grows by after the imports. The smallest shape needs next to nothing, so
@@ -84,7 +84,7 @@ def main(steps: int, threads: int, determinism: str, dtype: str, out: Path | Non
 
 
 def child(task: str, shape: Shape, numerics_params: NumericsParams, steps: int) -> dict[str, float]:
-    """One process's part: `measure`, as `tools.size --measure` predicts the time, or `train`, the run itself."""
+    """One process's part: `measure`, as `tools size --measure` predicts the time, or `train`, the run itself."""
     from nanogpt import determinism
 
     resolved = determinism.pin(numerics_params, "cpu")

@@ -16,14 +16,11 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
+from tools.__main__ import COMMANDS
 from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone, git
 from tracking.journal import attempts, last_record
 
 STAGES = ("download", "tokenize", "train", "evaluate", "sample")
-TOOLS = (
-    *("export", "fastest", "first_steps", "gc", "golden", "lineage"),
-    *("preset", "replay", "size", "summary", "sync", "verify"),
-)
 HEAVY = ("torch", "torch._dynamo", "transformers", "datasets", "mlflow", "tokenizers", "matplotlib", "pyarrow")
 SMALL = {
     "download.documents": 60,
@@ -118,7 +115,8 @@ def measure(clone: CleanClone, rounds: int) -> dict[str, Any]:
         "dvc repro, nothing to do": ["dvc", "repro"],
         **{f"stages.{name}": [sys.executable, "-c", START, f"stages.{name}", *HEAVY] for name in STAGES},
         **{f"stages.{name} --help": [sys.executable, "-m", f"stages.{name}", "--help"] for name in STAGES},
-        **{f"tools.{name} --help": [sys.executable, "-m", f"tools.{name}", "--help"] for name in TOOLS},
+        "tools --help": [sys.executable, "-m", "tools", "--help"],
+        **{f"tools {name} --help": [sys.executable, "-m", "tools", name, "--help"] for name in COMMANDS},
     }
     parts = ("MLflow, import", "MLflow, a new database", "MLflow, one that exists")
     seconds: dict[str, list[float]] = {name: [] for name in [*commands, *parts]}

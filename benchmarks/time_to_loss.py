@@ -94,7 +94,7 @@ def run(preset: str, text: Path | None, values: tuple[str, ...], seed: int) -> d
     """The figures of one run, and its curve: seconds of training and validation loss of each evaluation."""
     with clean_clone(Path.cwd(), "HEAD") as clone, tempfile.TemporaryDirectory() as compiled:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
-        clone.run("python", "-m", "tools.preset", preset)
+        clone.run("python", "-m", "tools", "preset", preset)
         set_params(clone, (*values, f"train.seed={seed}"))
         if text is not None:
             shutil.copyfile(text, clone.path / "inputs/texts/text.txt")

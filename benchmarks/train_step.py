@@ -38,7 +38,7 @@ TRACED = 3  # steps
 @click.option("--nanogpt", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout of nanoGPT.")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Timed steps, after a warm-up.")
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="[default: random tokens]")
-@click.option("--vocab-size", type=click.IntRange(1, 2**21), help="Of random tokens. [default: as tools.size]")
+@click.option("--vocab-size", type=click.IntRange(1, 2**21), help="Of random tokens. [default: as `tools size`]")
 @click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), help="Write a Chrome trace of some steps.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
 def main(

@@ -1,10 +1,12 @@
 """Floating-point operations of training, and how much of a device's peak they use (MFU)."""
 
 import re
+import time
 from collections.abc import Callable
 
 import torch
 
+from nanogpt.determinism import Numerics
 from nanogpt.model import GPTConfig
 
 # Dense peaks in 10^12 FLOP/s from the vendors' data sheets, by a part of the device's name. The first match counts.
@@ -41,6 +43,13 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
         if re.search(rf"\b{name}\b(?! (Ti|D|NVL|Laptop)\b|-PCIE)", device_name):
             return peaks[dtype] * 1e12 if dtype in peaks else None
     return None
+
+
+def device_peak(numerics: Numerics) -> float | None:
+    """Peak FLOP/s of a device: a CPU's is measured, a GPU's known by its name or not."""
+    if numerics.device == "cpu":
+        return measured_peak_flops(time.perf_counter, getattr(torch, numerics.dtype))
+    return peak_flops(numerics.device_name, numerics.dtype)
 
 
 def measured_peak_flops(

@@ -31,9 +31,10 @@ class Garbage:
 @click.option("--days", default=14, show_default=True, help="Keep run directories that were written to since.")
 @click.option("--yes", is_flag=True, help="Free it without asking.")
 def main(days: int, yes: bool) -> None:
-    """Shows what old run directories, deleted MLflow runs and unused DVC objects take, and frees it if you agree.
+    """Frees what old runs and caches take, after showing it.
 
-    A run that MLflow does not hold whole is kept, and so are all objects that any commit or experiment refers to.
+    Lists old run directories, deleted MLflow runs and unused DVC objects, and frees them if you agree. A run that
+    MLflow does not hold whole is kept, and so are all objects that any commit or experiment refers to.
     """
     repository = Path.cwd()
     uri = resolve_uri(repository)
@@ -122,9 +123,5 @@ def dvc_gc(mode: str) -> str:
     command = ["dvc", "gc", "--workspace", "--all-commits", "--all-experiments", mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise click.ClickException(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+        raise ValueError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
     return done.stdout
-
-
-if __name__ == "__main__":
-    main()

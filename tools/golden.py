@@ -8,6 +8,7 @@ import click
 
 from nanogpt.files import sha256_json
 from tracking.clean_clone import CouldNotRun, locked_outs
+from tracking.errors import check_made
 
 FOLDER = Path("golden")
 Golden = dict[str, Any]
@@ -15,19 +16,19 @@ Golden = dict[str, Any]
 
 @click.command()
 def main() -> None:
-    """Writes the golden file of this environment: the first steps, and the metrics that belong to dvc.lock.
+    """Writes the golden file of this environment.
 
-    Run `dvc repro` first, and commit the file with dvc.lock.
+    It holds the first steps, and the metrics that belong to dvc.lock. Run `dvc repro` first, and commit the file with
+    dvc.lock.
     """
     from tools.first_steps import first_steps
 
-    try:
-        model = locked_outs(Path("dvc.lock").read_text()).get("train", {}).get("model")
-        if model is None:
-            raise CouldNotRun("dvc.lock has no model")
-        content = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
-    except (ValueError, OSError, CouldNotRun) as error:
-        raise click.ClickException(f"{' '.join(str(error).split())}; `dvc repro` comes first") from error
+    lock = Path("dvc.lock")
+    check_made(lock, Path("metrics/evaluate.json"))
+    model = locked_outs(lock.read_text()).get("train", {}).get("model")
+    if model is None:
+        raise ValueError("dvc.lock has no model; `dvc repro` comes first")
+    content = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
     path = FOLDER / f"{key(content['environment'])}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, sort_keys=True, indent=1) + "\n")
@@ -73,7 +74,3 @@ def read_metrics(folder: Path) -> dict[str, float]:
     """The numbers of metrics/evaluate.json."""
     metrics: dict[str, float] = json.loads((folder / "metrics" / "evaluate.json").read_bytes())
     return metrics
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Where a model comes from, and how to get it back: `python -m tools.lineage <MLflow run | model directory | hash>`."""
+"""Where a model comes from, and how to get it back: `python -m tools lineage <MLflow run | model directory | hash>`."""
 
 import json
 import re
@@ -47,29 +47,29 @@ class Lineage:
 
 
 def resolve(argument: str, root: Path, runs: Runs) -> Lineage:
-    """What the argument names. Raises ClickException where that is nothing, or several things."""
+    """What the argument names. Raises ValueError where that is nothing, or several things."""
     path = Path(argument)
     if path.is_dir() or "/" in argument:
         if not (path / "model.json").is_file():
-            raise click.ClickException(f"{argument} is no model directory: it holds no model.json; `dvc checkout`?")
+            raise ValueError(f"{argument} is no model directory: it holds no model.json; `dvc checkout`?")
         return _of_model(root, runs, sha256_tree(path), directory_md5(path), None)
     if _RUN_ID.fullmatch(argument) and (run := runs.by_id(argument)):
         return _of_model(root, runs, run.sha256, run.md5, run)
     prefix = argument.removesuffix(".dir")
     if _HASH.fullmatch(prefix) and (models := _models(root, runs, prefix)):
         if len(models) > 1:
-            raise click.ClickException(f"{argument} may be {' or '.join(sorted(models))}: give more of the hash")
+            raise ValueError(f"{argument} may be {' or '.join(sorted(models))}: give more of the hash")
         return _of_model(root, runs, *next(iter(models.values())), None)
     named = runs.by_name(argument)
     if len(named) > 1:
-        raise click.ClickException(f"{len(named)} runs are named {argument!r}: {_listed(named)}; give a run's id")
+        raise ValueError(f"{len(named)} runs are named {argument!r}: {_listed(named)}; give a run's id")
     if named:
         return _of_model(root, runs, named[0].sha256, named[0].md5, named[0])
     searched = ["run ids", "run names", "hashes of models in MLflow" if runs.client else "", "journals in .runs"]
     searched += ["dvc.lock in all of git's history and experiments", "model/"]
     short = "" if _HASH.fullmatch(prefix) else "; a hash is told by 7 or more of its hexadecimal digits"
     warnings = "".join(f" ({line})" for line in runs.warnings)
-    raise click.ClickException(
+    raise ValueError(
         f"nothing is known of {argument!r}{short}; searched: {', '.join(filter(None, searched))}{warnings}. "
         "What another clone has comes with `git fetch`, its experiments with `dvc exp pull`"
     )
@@ -104,7 +104,7 @@ def _of_model(root: Path, runs: Runs, sha256: str, md5: str, run: Run | None) ->
         md5 = directory_md5(root / "model")
     held = holders(root, md5) if md5 else []
     if run is None and not held:
-        raise click.ClickException(
+        raise ValueError(
             f"no run and no commit knows this model (sha256 {sha256}, md5 {md5}): it was changed, or made elsewhere; "
             "`dvc status model` compares it with dvc.lock, `git fetch` and `dvc exp pull` bring what another clone has"
         )
@@ -324,13 +324,14 @@ def show(root: Path, found: dict[str, Any]) -> None:
 @click.argument("subject", metavar="RUN|DIRECTORY|HASH")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def main(subject: str, as_json: bool) -> None:
-    """Tells where a model comes from: run, commit, params, data, code, environment, and the commands to make it again.
+    """Shows where a model comes from and how to make it again.
 
+    Prints its run, commit, params, data, code and environment, and the commands that make it again.
     RUN is an MLflow run's id or name, DIRECTORY holds a model, HASH is the beginning of a model's sha256 or md5.
     """
     root = repository()
     if not (root / "dvc.yaml").is_file():
-        raise click.ClickException(f"{root} has no dvc.yaml: start this in the root of the repository")
+        raise ValueError(f"{root} has no dvc.yaml: start this in the root of the repository")
     runs = Runs(root)
     found = describe(root, runs, resolve(subject, root, runs))
     if as_json:
@@ -339,7 +340,3 @@ def main(subject: str, as_json: bool) -> None:
     for warning in runs.warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     show(root, found)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""params.yaml for a known experiment: `python -m tools.preset NAME`; without a name, the list of presets."""
+"""params.yaml for a known experiment: `python -m tools preset NAME`; without a name, the list of presets."""
 
 import difflib
 import io
@@ -26,14 +26,12 @@ Layer = tuple[str, dict[str, dict[str, Any]]]  # the file that sets values, and 
 @click.argument("name", required=False)
 @click.option("--force", is_flag=True, help="Even if uncommitted edits of params.yaml are lost.")
 def main(name: str | None, force: bool) -> None:
-    """Makes params.yaml that of the commit with presets/NAME.yaml laid on it. Without NAME, lists the presets.
+    """Makes params.yaml that of a preset, or lists the presets.
 
-    What the preset does not name is as in the commit, so the result is the same whatever params.yaml held before.
+    params.yaml becomes that of the commit with presets/NAME.yaml laid on it. What the preset does not name is as in the
+    commit, so the result is the same whatever params.yaml held before. Without NAME, lists the presets.
     """
-    try:
-        click.echo(listing() if name is None else apply(name, force))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+    click.echo(listing() if name is None else apply(name, force))
 
 
 def presets() -> dict[str, Path]:
@@ -208,7 +206,3 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Sends to MLflow what has not reached it: `python -m tools.sync`. Everything lies in the runs' journals."""
+"""Sends to MLflow what has not reached it: `python -m tools sync`. Everything lies in the runs' journals."""
 
 import os
 import sys
@@ -16,9 +16,10 @@ from tracking.console import repository
 @click.option("--wait-seconds", type=float, default=60.0, help="With --follow: try so long after the end.")
 @click.option("--again", is_flag=True, help="Ask the server also for what it has confirmed; it may have lost it.")
 def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, again: bool) -> None:
-    """Sends the journals of ATTEMPTS (default: all of this repository) and the reports to MLflow.
+    """Sends to MLflow what has not reached it.
 
-    What is there already stays as it is. Exit code 1 if something could not be sent.
+    Sends the journals of ATTEMPTS (default: all of this repository) and the reports. What is there already stays as it
+    is. Exit code 1 if something could not be sent.
     """
     root = repository()
     # Before MLflow is imported; and the workspace of an experiment may be deleted while its training is still sent.
@@ -39,7 +40,3 @@ def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, ag
 
 def _log(line: str) -> None:
     click.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Does the commit give what its dvc.lock says? `python -m tools.verify` runs all of it anew in a clean clone."""
+"""Does the commit give what its dvc.lock says? `python -m tools verify` runs all of it anew in a clean clone."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,9 @@ from tracking.verdict import Report, write_reports
 @click.option("--varied", is_flag=True, help="For --layer full: one core, other locale, threads, folder, hash seed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the reports go.  [default: .runs/verify]")
 def main(layer: str, base: str | None, varied: bool, out: Path | None) -> None:
-    """Reproduces the committed dvc.lock from a clean clone of HEAD, with an empty cache, stage by stage.
+    """Reproduces the committed dvc.lock in a clean clone of HEAD.
+
+    The clone's cache is empty; the stages run one by one.
 
     lock: dvc.lock is complete, and the remote too. steps: the first 20 steps against the golden file of this
     environment. base: the same against another commit, run here too. full: every stage, every artifact.
@@ -59,7 +61,3 @@ def git_top() -> str:
         return git(Path.cwd(), "rev-parse", "--show-toplevel")
     except CouldNotRun as error:
         raise click.UsageError(f"not in a git repository ({error})") from error
-
-
-if __name__ == "__main__":
-    main()

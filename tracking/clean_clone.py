@@ -1,4 +1,4 @@
-"""A clone of a commit, in which nothing has been run, without cache and settings of the user's; for tools.verify."""
+"""A clone of a commit, in which nothing has been run, without cache and settings of the user's; for `tools verify`."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ VARIED = {
 _FOREIGN = ("DVC_", "MLFLOW_", "GIT_", "PYTHONPATH", "PYTHONHASHSEED")
 
 
-class CouldNotRun(Exception):
+class CouldNotRun(ValueError):
     """The check itself failed, so nothing is known of the result."""
 
 

@@ -104,7 +104,7 @@ def explained(uri: str) -> Iterator[None]:
             if re.search(r"malformed|not a database|Can't locate revision|out-of-date database", text):
                 raise TrackingError(
                     f"{path} is damaged or of another MLflow version ({text[:200]}): move it away (with its -wal and "
-                    "-shm), then `python -m tools.sync` fills a new one from the journals"
+                    "-shm), then `python -m tools sync` fills a new one from the journals"
                 ) from error
             where = str(path)
         if unreachable := re.search(

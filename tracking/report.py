@@ -37,6 +37,6 @@ def report(
         run = mlflow_tracking.deliver_report(path, mlflow_tracking.resolve_uri(repository()), repository())
     except Exception as error:  # whatever a tracking server does, the stage's result stands
         reason = mlflow_tracking.redact(str(error))[:200]
-        console.warn(f"MLflow did not take the report ({reason}); `python -m tools.sync` sends it later")
+        console.warn(f"MLflow did not take the report ({reason}); `python -m tools sync` sends it later")
     else:
         console.say(f"recorded in MLflow run {run}")

@@ -1,4 +1,4 @@
-"""The checks of `tools.verify`, cheapest first. Each returns a Report and raises CouldNotRun."""
+"""The checks of `tools verify`, cheapest first. Each returns a Report and raises CouldNotRun."""
 
 import json
 import re
@@ -189,7 +189,9 @@ def check_base(root: Path, base: str, say: Say) -> Report:
 def _first_steps(clone: CleanClone, say: Say) -> dict[str, Any]:
     for stage in TEXT_STAGES:
         say(f"{stage}: {clone.repro(stage):.0f} s")
-    clone.run("python", "-m", "tools.first_steps", "--out", "first-steps.json")
+    # A base commit may be older than the one command line, when each command was a module that ran by itself.
+    command = ("tools", "first-steps") if (clone.path / "tools/__main__.py").is_file() else ("tools.first_steps",)
+    clone.run("python", "-m", *command, "--out", "first-steps.json")
     found: dict[str, Any] = json.loads((clone.path / "first-steps.json").read_bytes())
     return found
 

@@ -202,10 +202,10 @@ def test_a_damaged_database_is_told_and_the_journals_fill_a_new_one(seed, copy_o
     assert clone.outs() == seed.outs()
     if damage is not emptied:  # an empty one is a new one
         assert re.search(r"warning: MLflow did not take the report \(.*mlflow\.db is damaged", output), output
-        told = clone.run("python -m tools.sync", check=1)
-        assert "move it away (with its -wal and -shm), then `python -m tools.sync` fills a new one" in told
+        told = clone.run("python -m tools sync", check=1)
+        assert "move it away (with its -wal and -shm), then `python -m tools sync` fills a new one" in told
         clone.run("mkdir away && mv mlflow.db* away/")
-    clone.run("python -m tools.sync")
+    clone.run("python -m tools sync")
     (run,), (reference,) = clone.runs(), seed.runs()
     assert run.info.status == "FINISHED"
     assert clone.history(run, "train/loss") == seed.history(reference, "train/loss")
@@ -217,7 +217,7 @@ def test_a_damaged_dvc_lock_is_told_by_our_tools_and_git_has_the_whole_one(seed,
     clone = copy_of(seed)
     clone.write("dvc.lock", content)
     for tool in ("summary", "golden"):
-        output = clone.run(f"python -m tools.{tool}", check=None)
+        output = clone.run(f"python -m tools {tool}", check=None)
         assert "dvc.lock" in output
         assert "Traceback" not in output
     output = clone.repro(check=None)

@@ -17,14 +17,14 @@ def settings(determinism="portable", threads=2):
 # Large enough for two threads and for other instructions to sum in another order.
 TRAINING = """
 import hashlib, sys
-from nanogpt import numerics
+from nanogpt import determinism
 from nanogpt.params import NumericsParams
 chosen = {"determinism": sys.argv[1], "threads": int(sys.argv[2])}
 params = NumericsParams(**chosen, dtype="float32", compile=False, attention="fused")
-resolved = numerics.pin(params, "auto")
+resolved = determinism.pin(params, "auto")
 import torch
 from nanogpt.model import GPT
-from nanogpt.optim import make_optimizer
+from nanogpt.optimizer import make_optimizer
 from tests.nanogpt import tiny
 torch.set_num_threads(resolved.threads)
 weights = b""
@@ -95,11 +95,11 @@ def test_the_number_of_threads_does_change_the_bits(portable):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("determinism", ["portable", "machine"])
-def test_it_must_come_before_torch(determinism):
+@pytest.mark.parametrize("mode", ["portable", "machine"])
+def test_it_must_come_before_torch(mode):
     assert "torch" in sys.modules
     with pytest.raises(RuntimeError, match="before the first import of torch"):
-        determinism.pin(settings(determinism), "cpu")
+        determinism.pin(settings(mode), "cpu")
 
 
 @pytest.mark.parametrize("machine", ["aarch64", "arm64"])

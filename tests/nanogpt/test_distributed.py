@@ -15,7 +15,7 @@ HEAD = """
 import json, os, signal, sys, time, torch
 torch.set_num_threads(1)
 from nanogpt.distributed import PeerFailed, join, synchronizing
-from stages.launch import run_to_exit
+from tracking.launch import run_to_exit
 """
 
 

@@ -65,10 +65,10 @@ def test_the_search_finds_a_secret_where_there_is_one(clone: Clone):
 def test_of_a_server_that_is_gone(clone: Clone, address: str):
     uri = address.format(secret=IN_ADDRESS, port=closed_port())
     output = clone.repro(MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-    assert output.count("`python -m tools.sync` sends it later") == 3, output
-    output += clone.run("python -m tools.sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
+    assert output.count("`python -m tools sync` sends it later") == 3, output
+    output += clone.run("python -m tools sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
     assert "failed: MLflow at " in output
-    output += clone.run("python -m tools.sync", **ENVIRONMENT)
+    output += clone.run("python -m tools sync", **ENVIRONMENT)
     assert "is complete in MLflow" in output
     assert leaks(clone, output) == []
 
@@ -105,7 +105,7 @@ def test_of_a_server_that_repeats_them(clone: Clone, status: int):
     with server(status) as port:
         uri = f"http://user:{IN_ADDRESS}@127.0.0.1:{port}"
         output = clone.repro("evaluate", MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-        assert output.count("`python -m tools.sync` sends it later") == 2, output
-        output += clone.run("python -m tools.sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-    output += clone.run("python -m tools.sync", **ENVIRONMENT)
+        assert output.count("`python -m tools sync` sends it later") == 2, output
+        output += clone.run("python -m tools sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
+    output += clone.run("python -m tools sync", **ENVIRONMENT)
     assert leaks(clone, output) == []

@@ -25,7 +25,7 @@ def golden(seed: Clone, once) -> Clone:
         (clone.path / ".venv/.ready").touch()  # make's set-up is done
         clone.set_params(**{"numerics.threads": 2, "model.n_embd": 64, "train.batch_size": 16})
         clone.repro()
-        clone.run("python -m tools.golden")
+        clone.run("python -m tools golden")
         clone.commit("Golden")
 
     return once("golden", make)
@@ -33,7 +33,7 @@ def golden(seed: Clone, once) -> Clone:
 
 def verify(clone: Clone, arguments: str = "", check: int = 0) -> tuple[str, dict]:
     """What it printed, and its newest entry in verify.json."""
-    output = clone.run(f"python -m tools.verify --out reports {arguments}", check=check)
+    output = clone.run(f"python -m tools verify --out reports {arguments}", check=check)
     suite = ElementTree.fromstring(clone.read("reports/junit.xml"))
     report = json.loads(clone.read("reports/verify.json"))[-1]
     assert int(suite.get("tests")) == max(1, len(report["findings"]))

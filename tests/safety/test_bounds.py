@@ -248,7 +248,7 @@ def test_token_files_that_are_huge_are_refused(tmp_path: Path) -> None:
     imports = f"""
 from nanogpt.corpus import write_corpus
 from nanogpt.params import DownloadParams, TokenizeParams
-from nanogpt.prepare import prepare
+from nanogpt.corpus.prepare import prepare
 TOKENIZE = TokenizeParams(**{SOURCE["tokenize"] | {"tokenizer": "char"}!r})
 def whole(path):
     write_corpus(DownloadParams(**{values!r} | {{"source": f"bin:{{path}}", "max_gigabytes": 0.05}}), path / "raw")

@@ -23,7 +23,8 @@ from nanogpt.generate import Sampling, generate
 from nanogpt.nanogpt_checkpoint import load_nanogpt
 from nanogpt.saved_model import load_model, save_model
 from tests.nanogpt import tiny
-from tools.export import export, main, tokenizer_files
+from tools.__main__ import main
+from tools.export import export, tokenizer_files
 from tracking.dvc_files import directory_md5
 
 CORPUS = ["Once upon a time it's 1234 o'clock,\n\n  and the café's cat sat.\n"] * 3
@@ -269,7 +270,7 @@ def test_of_tokens_that_the_sampler_does_not_know_the_command_warns(tmp_path, pr
 
 
 def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
 def test_the_card_tells_what_the_model_is_and_where_from(tmp_path, project):
@@ -283,7 +284,7 @@ def test_the_card_tells_what_the_model_is_and_where_from(tmp_path, project):
         "| steps | 40 |",
         "| validation loss at that step | 1.5 |",
         f"| model, sha256 | {sha256_tree(model)} |",
-        f"python -m tools.lineage {sha256_tree(model)}",
+        f"python -m tools lineage {sha256_tree(model)}",
         "train.seed: 7",
     ):
         assert line in card

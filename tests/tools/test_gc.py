@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.runs import finished_attempt
-from tools.gc import main
+from tools.__main__ import main
 from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri
@@ -42,7 +42,7 @@ def objects(repository: Path) -> list[Path]:
 
 
 def run(*arguments: str, answer: str = "") -> str:
-    result = CliRunner().invoke(main, arguments, input=answer, catch_exceptions=False)
+    result = CliRunner().invoke(main, ["gc", *arguments], input=answer, catch_exceptions=False)
     return result.output
 
 

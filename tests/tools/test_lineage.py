@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from nanogpt.files import sha256_tree
 from tests.runs import end, make_attempt, start, write_report
-from tools.lineage import main
+from tools.__main__ import main
 from tracking.dvc_files import directory_md5
 from tracking.history import holders
 from tracking.journal import Journal
@@ -99,7 +99,7 @@ def train(name: str, prefix: str, status: str = "FINISHED", started: int = 1, **
 
 
 def lineage(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+    return CliRunner().invoke(main, ["lineage", *arguments], catch_exceptions=False)
 
 
 def told(*arguments: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def told(*arguments: str) -> dict[str, Any]:
 def fails(argument: str) -> str:
     done = lineage(argument)
     assert done.exit_code == 1
-    assert done.output.startswith("Error: ")
+    assert done.output.startswith("Error: lineage: ")
     assert len(done.output.splitlines()) == 1
     return done.output
 

@@ -10,7 +10,8 @@ from ruamel.yaml import YAML
 
 from nanogpt.params import Params, check_combinations, flatten, load_params
 from tools import preset
-from tools.preset import main, overlaid
+from tools.__main__ import main
+from tools.preset import overlaid
 
 REPOSITORY = Path(__file__).parents[2]
 COMMITTED = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
@@ -48,7 +49,7 @@ def repository(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
+    return CliRunner().invoke(main, ["preset", *arguments])
 
 
 def refused(*arguments: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tools.summary import main
+from tools.__main__ import main
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def git(*arguments: str) -> None:
 
 
 def summary() -> str:
-    return CliRunner().invoke(main, [], catch_exceptions=False).output
+    return CliRunner().invoke(main, ["summary"], catch_exceptions=False).output
 
 
 def test_it_tells_the_loss_the_excess_and_where_to_look(repository: Path) -> None:
@@ -70,6 +70,6 @@ def test_a_lock_that_was_never_committed_is_told(repository: Path) -> None:
 
 def test_without_a_result_one_line_says_what_is_missing_and_what_makes_it(repository: Path) -> None:
     (repository / "metrics/evaluate.json").unlink()
-    result = CliRunner().invoke(main)
+    result = CliRunner().invoke(main, ["summary"])
     assert result.exit_code == 1
-    assert result.output == "Error: metrics/evaluate.json is missing; `dvc repro` or `dvc checkout` makes it\n"
+    assert result.output == "Error: summary: metrics/evaluate.json is missing; `dvc repro` or `dvc checkout` makes it\n"

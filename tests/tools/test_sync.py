@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.runs import contents, end, finished_attempt, make_attempt, start, train, write_report
-from tools.sync import main
+from tools.__main__ import main
 from tracking import mlflow_process, mlflow_sync
 from tracking.journal import Journal, RunLock, read_records
 from tracking.mlflow_run import LOCK, Replica
@@ -47,7 +47,7 @@ def new_database(repository: Path, empty_database: Path) -> None:
 
 
 def sync(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+    return CliRunner().invoke(main, ["sync", *arguments], catch_exceptions=False)
 
 
 def only_run(repository: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-# --- python -m tools.sync
+# --- python -m tools sync
 
 
 def test_everything_that_lacks_is_sent_with_a_line_each(repository: Path, empty_database: Path) -> None:
@@ -87,7 +87,7 @@ def test_everything_that_lacks_is_sent_with_a_line_each(repository: Path, empty_
     assert [contents(client, run.info.run_id) for run in client.search_runs([experiment])] == before
     # a new database is filled without being asked to
     new_database(repository, empty_database)
-    command = [sys.executable, "-m", "tools.sync"]  # MLflow in this process still has the old file open
+    command = [sys.executable, "-m", "tools", "sync"]  # MLflow in this process still has the old file open
     filled = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert len(filled.splitlines()) == 3
 
@@ -155,7 +155,7 @@ def test_a_trainer_that_is_killed_leaves_a_run_that_is_killed(repository: Path) 
         start(journal)
         train(journal, 0, 12)
     trainer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    command = [sys.executable, "-m", "tools.sync", str(attempt), "--follow", str(trainer.pid)]
+    command = [sys.executable, "-m", "tools", "sync", str(attempt), "--follow", str(trainer.pid)]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_until(lambda: (attempt / "mlflow.json").exists())
     trainer.send_signal(signal.SIGKILL)
@@ -213,11 +213,11 @@ def test_the_wait_for_a_dead_server_is_bounded_and_told(repository: Path, monkey
     assert re.match(
         r"MLflow lacks a part of the run \(.*failed: MLflow at http://127.0.0.1:\d+ cannot be reached", line
     )
-    assert "`python -m tools.sync` sends it later" in line
+    assert "`python -m tools sync` sends it later" in line
     monkeypatch.setattr(mlflow_process, "_GRACE", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     line = mlflow_process.wait(mlflow_process.Follower(process, attempt / "tracking.log"), 0)
-    assert line == "MLflow has not taken all of the run within 0 s; `python -m tools.sync` sends the rest"
+    assert line == "MLflow has not taken all of the run within 0 s; `python -m tools sync` sends the rest"
     assert process.returncode == -signal.SIGTERM
 
 

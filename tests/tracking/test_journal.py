@@ -286,7 +286,7 @@ def test_attempts_are_those_that_tracking_can_replay(tmp_path: Path) -> None:
 HOLD = r"""
 import os, sys, time
 from pathlib import Path
-from nanogpt.journal import RunLock
+from tracking.journal import RunLock
 with RunLock(Path(sys.argv[1])):
     if sys.argv[2:] and os.fork() == 0:
         os.write(1, b"child\n")

@@ -181,7 +181,7 @@ def test_a_process_that_ends_while_gloo_is_at_work_has_its_own_exit_code(capfd):
     program = """
 import sys, torch
 from nanogpt.distributed import join
-from stages.launch import run_to_exit
+from tracking.launch import run_to_exit
 
 def main():
     try:

@@ -167,8 +167,8 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
 CREATE = """
 import os, sys
 from pathlib import Path
-from nanogpt.mlflow_server import prepare_environment
-from nanogpt.tracking import Replica, resolve_uri
+from tracking.mlflow_server import prepare_environment
+from tracking.mlflow_run import Replica, resolve_uri
 prepare_environment()
 import mlflow.store.tracking.sqlalchemy_store
 repository = Path(sys.argv[1])
@@ -211,7 +211,7 @@ def test_a_damaged_database_is_named_with_its_remedy(repository: Path, content: 
         (repository / name).unlink(missing_ok=True)
     other = repository / "other.db"
     other.write_bytes(content)
-    with pytest.raises(TrackingError, match=r"other.db is damaged .*move it away .*tools.sync"):
+    with pytest.raises(TrackingError, match=r"other.db is damaged .*move it away .*tools sync"):
         Replica(attempt, f"sqlite:///{other}").push()
     other.unlink()
     replica = Replica(attempt, f"sqlite:///{other}")

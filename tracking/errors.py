@@ -1,0 +1,61 @@
+"""What an error prints, of stages and tools alike: one line for what a user can mend, the traceback for a defect."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+_REMEDIES = {
+    errno.EACCES: "check its owner and permissions",
+    errno.EMFILE: "allow more open files (`ulimit -n`)",
+    errno.ENOSPC: "free some space",
+    errno.EROFS: "make the file system writable",
+}
+
+
+def warn(name: str, line: str) -> None:
+    """Prints a warning of the command `name` to stderr."""
+    click.secho(f"{name}: warning: {line}", fg="yellow", err=True)
+
+
+def explain(error: Exception) -> str:
+    """The message of a ValueError or OSError on one line, with a remedy where the operating system gives none."""
+    text = " ".join(str(error).split())
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"{text}; {remedy} and start again" if remedy and "start again" not in text else text
+
+
+def check_made(*paths: Path) -> None:
+    """Raises ValueError for the first of the pipeline's artifacts that is missing."""
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} is missing; `dvc repro` or `dvc checkout` makes it")
+
+
+@contextmanager
+def errors_in_one_line(
+    name: str, warn: Callable[[str], None], record: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
+    """Turns the errors of the command `name` into what its user sees; `record` gets their tracebacks.
+
+    ValueError and OSError become one line and exit code 1, Ctrl-C a warning and exit code 130. Click's own errors keep
+    their exit codes. Anything else is a defect and shows its traceback.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort):  # click's prompts turn one into the other
+        warn("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # nobody reads the output any more; click ends the command without a word
+        record(traceback.format_exc())
+        raise
+    except (ValueError, OSError) as error:
+        record(traceback.format_exc())
+        raise click.ClickException(f"{name}: {explain(error)}") from error
+    except Exception:
+        record(traceback.format_exc())
+        raise
