@@ -117,8 +117,8 @@ def test_every_key_of_params_yaml_that_is_named_exists() -> None:
 
 def test_every_module_and_file_of_ours_that_is_named_exists() -> None:
     paths = set(re.findall(r"`((?:nanogpt|stages|tools|benchmarks)/\w+\.py)`", PAGE))
-    commands = set(re.findall(r"-m ((?:stages|tools|benchmarks)\.\w+)", PAGE))
-    paths |= {f"{command.replace('.', '/')}.py" for command in commands}
+    commands = set(re.findall(r"-m (stages|tools|benchmarks)[. ]([\w-]+)", PAGE))
+    paths |= {f"{package}/{command.replace('-', '_')}.py" for package, command in commands}
     assert len(paths) > 15
     assert {path for path in paths if not (REPOSITORY / path).exists()} == set()
 

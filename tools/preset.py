@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 from ruamel.yaml import YAML
@@ -166,8 +166,10 @@ def changed(text: str, name: str, *overlays: Layer) -> tuple[str, list[str]]:
 class _Representer(RoundTripRepresenter):
     """Writes null as null, where ruamel.yaml would write nothing."""
 
-
-_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+    yaml_representers: ClassVar[dict[Any, Any]] = {
+        **RoundTripRepresenter.yaml_representers,
+        type(None): lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"),
+    }
 
 
 def _yaml() -> YAML:
