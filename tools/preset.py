@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 from ruamel.yaml import YAML
@@ -163,19 +163,15 @@ def changed(text: str, name: str, *overlays: Layer) -> tuple[str, list[str]]:
     return out.getvalue(), differing
 
 
-class _Representer(RoundTripRepresenter):
-    """Writes null as null, where ruamel.yaml would write nothing."""
-
-    yaml_representers: ClassVar[dict[Any, Any]] = {
-        **RoundTripRepresenter.yaml_representers,
-        type(None): lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"),
-    }
-
-
 def _yaml() -> YAML:
-    """Reads and writes YAML with its comments, quotes and columns."""
+    """Reads and writes YAML with its comments, quotes and columns, and null as null."""
+
+    class Representer(RoundTripRepresenter):
+        """Of its own, as what is added would count for every one of this class."""
+
+    Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
     yaml = YAML()
-    yaml.Representer = _Representer
+    yaml.Representer = Representer
     yaml.preserve_quotes = True
     yaml.width = 10_000  # columns; comments are long
     return yaml
