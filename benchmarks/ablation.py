@@ -121,14 +121,13 @@ def train_one(text: Path, params: Params, name: str, steps: int, seed: int) -> d
     resolved = determinism.pin(params.numerics, "cpu")
     import torch
 
-    from nanogpt import seeds
     from nanogpt.checkpoint import Checkpoints
     from nanogpt.corpus.tokenizer import Alphabet, CharTokenizer
     from nanogpt.distributed import Ranks
     from nanogpt.evaluate import Score, score, windows
     from nanogpt.optimizer import make_optimizer
     from nanogpt.pretrained import load_initial
-    from nanogpt.train import WEIGHTS, Intervals, train
+    from nanogpt.train import Intervals, train
     from nanogpt.train_state import Progress
     from tracking.journal import Journal
 
@@ -138,9 +137,8 @@ def train_one(text: Path, params: Params, name: str, steps: int, seed: int) -> d
     tokenizer = CharTokenizer(alphabet.characters(), end_of_text=False)
     tokens = tokenizer.encode(content[: int(len(content) * (1 - params.tokenize.val_fraction))])
     cut = int(len(tokens) * (1 - HELD_OUT))
-    torch.manual_seed(seeds.derived_seed(seed, WEIGHTS))
     cpu = torch.device("cpu")
-    model = load_initial("scratch", params.model, tokenizer).build(params.numerics.attention, cpu)
+    model = load_initial("scratch", params.model, tokenizer).build(seed, params.numerics.attention, cpu)
     autocast = determinism.autocast(cpu, resolved.dtype)
     block_size, times = model.config.block_size, [time.perf_counter()]
 

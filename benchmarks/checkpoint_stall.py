@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from nanogpt.params import load_params
-from tools.first_steps import TOKENS
 from tracking.console import Console
+from tracking.first_steps import TOKENS
 from tracking.retrace import Retrace
 
 

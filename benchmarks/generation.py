@@ -80,7 +80,8 @@ def make_candidates(shape: dict[str, Any], nanogpt: Path | None) -> dict[str, Ge
     import torch
 
     from nanogpt.generate import Sampling, generate
-    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.gpt_config import GPTConfig
+    from nanogpt.model import GPT
 
     torch.manual_seed(0)
     block_size = shape["block_size"]

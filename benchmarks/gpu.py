@@ -26,7 +26,7 @@ from tools.preset import preset_params
 if TYPE_CHECKING:
     import torch
 
-    from nanogpt.model import GPTConfig
+    from nanogpt.gpt_config import GPTConfig
 
 Work = dict[str, Any]  # what a process does, as JSON
 Figures = dict[str, Any]

@@ -122,7 +122,7 @@ def step(layers: int, channels: int, vocabulary: int, block_size: int, batch_siz
 
     resolved = determinism.pin(numerics_params(), "cpu")
     from nanogpt import sizing
-    from nanogpt.model import GPTConfig
+    from nanogpt.gpt_config import GPTConfig
     from nanogpt.timing import step_seconds
     from tools.size import measured_peak
 
@@ -155,7 +155,8 @@ def checkpoint(megabytes: float) -> Figures:
 
     from nanogpt.checkpoint import Checkpoints, restore
     from nanogpt.files import sha256_file
-    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.gpt_config import GPTConfig
+    from nanogpt.model import GPT
     from nanogpt.optimizer import make_optimizer
     from nanogpt.train_state import Progress
     from tracking.journal import START

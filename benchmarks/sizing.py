@@ -89,7 +89,7 @@ def child(task: str, shape: Shape, numerics_params: NumericsParams, steps: int) 
 
     resolved = determinism.pin(numerics_params, "cpu")
     from nanogpt import sizing
-    from nanogpt.model import GPTConfig
+    from nanogpt.gpt_config import GPTConfig
     from nanogpt.timing import median_seconds
     from tools.size import measured_peak
 

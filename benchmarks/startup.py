@@ -17,7 +17,8 @@ import click
 from ruamel.yaml import YAML
 
 from tools.__main__ import COMMANDS
-from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone, git
+from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
+from tracking.git import git
 from tracking.journal import attempts, last_record
 
 STAGES = ("download", "tokenize", "train", "evaluate", "sample")

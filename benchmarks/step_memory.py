@@ -90,7 +90,7 @@ def ours(work: dict[str, Any]) -> dict[str, float]:
     chosen = {"determinism": "off", "threads": THREADS, "dtype": "float32", "compile": False, "attention": "fused"}
     resolved = determinism.pin(params.numerics.model_copy(update=chosen), "cpu")
     from nanogpt import sizing
-    from nanogpt.model import GPTConfig
+    from nanogpt.gpt_config import GPTConfig
     from nanogpt.timing import WARM_UP, step_seconds
 
     config = GPTConfig(**SHAPE, block_size=work["block"], vocab_size=VOCABULARY)  # type: ignore[arg-type]

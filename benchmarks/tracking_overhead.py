@@ -19,8 +19,8 @@ import click
 import psutil
 
 from nanogpt.params import load_params
-from tools.first_steps import TOKENS
 from tracking.console import Console
+from tracking.first_steps import TOKENS
 from tracking.retrace import Retrace
 
 CANDIDATES = {

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from nanogpt.evaluate import score, windows
 from nanogpt import model as model_module
-from nanogpt.model import GPT, GPTConfig, without_weights
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT, without_weights
 from nanogpt.optimizer import make_optimizer
 for name in sys.argv[1:]:
     importlib.import_module(name)

@@ -16,7 +16,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from nanogpt.files import write_text
 from nanogpt.params import Params, load_params
-from tracking.git import git
+from tracking.git import git_or_none
 
 PARAMS, PRESETS = Path("params.yaml"), Path("presets")
 Layer = tuple[str, dict[str, dict[str, Any]]]  # the file that sets values, and the values by section
@@ -95,7 +95,7 @@ def find(name: str, wanted: str = "") -> Path:
 
 def committed_params() -> str:
     """params.yaml as git's HEAD has it. Raises ValueError where no commit has one."""
-    text = git(Path.cwd(), "show", f"HEAD:./{PARAMS}")
+    text = git_or_none(Path.cwd(), "show", f"HEAD:./{PARAMS}")
     if not text:
         raise ValueError(
             f"no commit has a {PARAMS} on which the preset could be laid; commit it first (`git init`, if this is no "

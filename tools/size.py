@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from nanogpt.corpus.token_files import Meta
-    from nanogpt.model import GPTConfig
+    from nanogpt.gpt_config import GPTConfig
     from nanogpt.params import Params, TokenizeParams
     from nanogpt.sizing import Setup
 
