@@ -191,7 +191,7 @@ def said(settings: dict[str, Any]) -> str:
 
 def written(settings: dict[str, Any]) -> str:
     """Rewrites params.yaml, comments kept, and tells what has changed in it."""
-    text, changes = changed(PARAMS.read_text(encoding="utf-8"), str(PARAMS), {"numerics": settings}, "tools fastest")
+    text, changes = changed(PARAMS.read_text(encoding="utf-8"), str(PARAMS), ("tools fastest", {"numerics": settings}))
     with replacing(PARAMS) as temporary:
         temporary.write_bytes(text.encode())
         load_params(temporary)
