@@ -118,7 +118,3 @@ def samples_of(retrace: "Retrace", step: int) -> list[str]:
         text = data.tokenizer.decode([*tokens.tolist(), int(following[-1])])
         texts.append(f"\n--- sample {number}: loss {loss:.4f} before the step\n{text}")
     return texts
-
-
-if __name__ == "__main__":
-    main()

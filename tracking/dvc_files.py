@@ -130,6 +130,13 @@ def is_cached(root: Path, md5: str) -> bool:
     return cached(root, md5).exists()
 
 
+def path_md5(path: Path) -> str | None:
+    """DVC's hash of a file or a directory; None if there is neither."""
+    if path.is_dir():
+        return directory_md5(path)
+    return _md5(path.read_bytes()) if path.is_file() else None
+
+
 def directory_md5(directory: Path) -> str:
     """DVC's hash of a directory, as it stands in dvc.lock (a test compares it with DVC's own)."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
