@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from tracking.journal import RunLock, last_record
+from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri
+from tracking.run import attempts_of
 
 DAY = 86_400
 
@@ -62,17 +63,15 @@ def old_runs(repository: Path, uri: str, days: int) -> list[Garbage]:
     """Run directories that nobody has written to for so long, whose attempts have all ended and reached MLflow."""
     found = []
     for directory in sorted((repository / ".runs").glob("????????????????")):
-        attempts = sorted(directory.glob("attempt-*"))
-        journals = [attempt / "journal.jsonl" for attempt in attempts]
-        newest = max((path.stat().st_mtime for path in journals if path.exists()), default=0.0)
+        runs = attempts_of(directory)
+        newest = max((run.journal.stat().st_mtime for run in runs if run.journal.exists()), default=0.0)
         lock = RunLock(directory)
         if time.time() - newest < days * DAY or not lock.acquire_now():
             continue
-        ended = [last_record(path) for path in journals]
+        status = ", ".join(run.status for run in runs)
         lock.release()
-        if attempts and all(Replica(attempt, uri).finished_run() for attempt in attempts):
-            result = ", ".join(str(record["status"]).lower() for record in ended if record)
-            found.append(Garbage(directory, f"{result}, {(time.time() - newest) / DAY:.0f} days old"))
+        if runs and all(run.is_described and Replica(run, uri).finished_run() for run in runs):
+            found.append(Garbage(directory, f"{status}, {(time.time() - newest) / DAY:.0f} days old"))
     return found
 
 
