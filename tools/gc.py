@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from tools.command import command
 from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri
@@ -28,7 +29,7 @@ class Garbage:
         return sum(path.stat().st_size for path in files if path.is_file()) / 1e6
 
 
-@click.command()
+@command()
 @click.option("--days", default=14, show_default=True, help="Keep run directories that were written to since.")
 @click.option("--yes", is_flag=True, help="Free it without asking.")
 def main(days: int, yes: bool) -> None:

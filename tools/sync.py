@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from tools.command import command
 from tracking.console import repository
 from tracking.run import Run
 
 
-@click.command()
+@command()
 @click.argument("attempts", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--follow", type=int, metavar="PID", help="Send one attempt while process PID trains it.")
 @click.option("--wait-seconds", type=float, default=60.0, help="With --follow: try so long after the end.")
