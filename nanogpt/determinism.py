@@ -12,7 +12,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nanogpt.params import Attention, NumericsParams
+from nanogpt.gpt_config import Attention
+from nanogpt.params import NumericsParams
 
 if TYPE_CHECKING:
     import torch

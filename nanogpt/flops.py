@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from nanogpt.determinism import Numerics
-from nanogpt.model import GPTConfig
+from nanogpt.gpt_config import GPTConfig
 
 # Dense peaks in 10^12 FLOP/s from the vendors' data sheets, by a part of the device's name. The first match counts.
 _PEAKS = [

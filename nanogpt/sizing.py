@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nanogpt import loss, model
 from nanogpt.flops import flops_per_token, mfu
-from nanogpt.model import GPTConfig
+from nanogpt.gpt_config import GPTConfig
 
 Parts = dict[str, int]
 

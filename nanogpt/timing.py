@@ -15,7 +15,8 @@ import torch
 from nanogpt.batches import micro_batches
 from nanogpt.corpus.token_files import Tokens
 from nanogpt.determinism import Numerics
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT
 from nanogpt.params import Params
 from nanogpt.train import Observer, Step, Stopped, train
 from nanogpt.train_state import TrainState, new_state

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from nanogpt.generate import Sampling
-    from nanogpt.model import Attention
+    from nanogpt.gpt_config import Attention
     from nanogpt.params import SampleParams
     from nanogpt.saved_model import PublishedModel
 

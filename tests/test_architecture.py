@@ -33,7 +33,7 @@ LEAVES = {"nanogpt.files", "nanogpt.params", "nanogpt.seeds"}
 
 # Inside the core, low to high: a module imports from below its own line.
 LEVELS = [
-    {"files", "seeds", "corpus.meta_pickle", "corpus.words", "distributed", "loss", "schedule"},
+    {"files", "seeds", "corpus.meta_pickle", "corpus.words", "distributed", "gpt_config", "loss", "schedule"},
     {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
     {"optimizer"},
     {
@@ -46,9 +46,9 @@ LEVELS = [
         "model",
         "optimizer",
     },
-    {"corpus.prepare", "evaluate", "flops", "generate", "saved_model", "train_state", "weights"},
-    {"checkpoint", "complete", "huggingface", "nanogpt_checkpoint", "sizing"},
-    {"pretrained", "train"},
+    {"corpus.prepare", "evaluate", "flops", "generate", "train_state", "weights"},
+    {"checkpoint", "huggingface", "nanogpt_checkpoint", "saved_model", "sizing"},
+    {"complete", "pretrained", "train"},
     {"recipe", "timing"},
 ]
 

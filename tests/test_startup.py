@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from nanogpt.evaluate import score, windows
 from nanogpt import model as model_module
-from nanogpt.model import GPT, GPTConfig, without_weights
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT, without_weights
 from nanogpt.optimizer import make_optimizer
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -83,7 +84,7 @@ def test_the_commands_are_all_that_there_are() -> None:
             path.stem for path in (REPOSITORY / folder).glob("*.py") if '__name__ == "__main__"' in path.read_text()
         ]
         assert sorted(commands) == sorted(names), folder
-    tools = [path.stem for path in (REPOSITORY / "tools").glob("*.py") if "@click.command()" in path.read_text()]
+    tools = [path.stem for path in (REPOSITORY / "tools").glob("*.py") if "@command()" in path.read_text()]
     assert sorted(tools) == sorted(name.replace("-", "_") for name in TOOLS)
 
 

@@ -10,10 +10,11 @@ import click
 
 from nanogpt.corpus.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, byte_characters
 from nanogpt.files import replacing, sha256_tree
+from tools.command import command
 from tracking.console import repository
-from tracking.dvc_files import directory_md5
+from tracking.dvc_files import DvcLock, directory_md5
 from tracking.errors import warn
-from tracking.history import holders, lock_of_workspace, out_md5
+from tracking.history import holders
 
 if TYPE_CHECKING:
     from nanogpt.saved_model import PublishedModel
@@ -228,13 +229,12 @@ def model_card(gpt: "PublishedModel", directory: Path, format_name: str, use: st
 
 def metrics_of(root: Path, md5: str, directory: Path) -> dict[str, Any]:
     """metrics/evaluate.json beside the model; nothing unless dvc.lock says that it is about this model."""
-    path, stages = directory.resolve().parent / "metrics/evaluate.json", lock_of_workspace(root)
-    if not path.is_file() or {"path": "model", "md5": md5} not in [
-        {key: entry.get(key) for key in ("path", "md5")} for entry in stages.get("evaluate", {}).get("deps", [])
-    ]:
+    path = directory.resolve().parent / "metrics/evaluate.json"
+    evaluate = DvcLock.of_workspace(root).stages.get("evaluate")
+    if not path.is_file() or evaluate is None or evaluate.deps.get("model") != md5:
         return {}
     data = path.read_bytes()
-    if hashlib.md5(data).hexdigest() != out_md5(stages, "evaluate", "metrics/evaluate.json"):
+    if hashlib.md5(data).hexdigest() != evaluate.outs.get("metrics/evaluate.json"):
         return {}
     metrics: dict[str, Any] = json.loads(data)
     return metrics
@@ -265,7 +265,7 @@ def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
     return gpt
 
 
-@click.command()
+@command()
 @click.option("--format", "format_name", type=click.Choice([*FORMATS]), required=True, help="Who is to load it.")
 @click.option(
     "--model", type=click.Path(path_type=Path), default=Path("model"), show_default=True, help="What to export."

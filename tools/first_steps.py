@@ -2,17 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
-from nanogpt.params import flatten, load_params
-
-TOKENS = Path("data/tokens")
-STEPS = 20
+from tools.command import command
+from tracking.first_steps import first_steps
 
 
-@click.command()
+@command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
 def main(out: Path) -> None:
     """Writes loss and gradient norm of the first 20 training steps.
@@ -20,37 +17,3 @@ def main(out: Path) -> None:
     Trains these steps, and writes beside them what their bits depend on.
     """
     out.write_text(json.dumps(first_steps(), sort_keys=True, indent=1) + "\n")
-
-
-def first_steps() -> dict[str, Any]:
-    """{"environment": ..., "made_of": hashes of params, tokens and code, "steps": records of the journal}"""
-    params = load_params()
-    from nanogpt import determinism
-
-    numerics = determinism.pin(params.numerics, params.runtime.device)
-    from nanogpt.files import sha256_json
-    from nanogpt.recipe import load_recipe
-    from tracking.fingerprint import environment, identify
-    from tracking.retrace import VALUES, Retrace
-
-    recipe = load_recipe(params, numerics, TOKENS)
-    hashes = identify(recipe)
-    made_of = {
-        "params": sha256_json(flatten(params.model, "model.") | flatten(params.train, "train.")),
-        "tokens": hashes["tokens.sha256"],
-        "code": hashes["code.sha256"],
-    }
-    records = Retrace(recipe).to(min(STEPS, params.train.last_step))
-    steps = [{name: record[name] for name in ("step", *VALUES)} for record in records]
-    bits = bits_environment(environment(), numerics.as_dict())
-    return {"environment": bits, "made_of": made_of, "steps": steps}
-
-
-def bits_environment(environment: dict[str, str], numerics: dict[str, Any]) -> dict[str, str]:
-    """The part of an environment that the bits may depend on."""
-    names = ["torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"]
-    if numerics["determinism"] != "portable":
-        names.append("cpu")
-    python = ".".join(environment["python"].split(".")[:2])
-    resolved = {f"numerics.{name}": str(value) for name, value in numerics.items() if name != "torch"}
-    return {"python": python, **{name: environment[name] for name in names}, **resolved}

@@ -12,22 +12,13 @@ from typing import Any
 import click
 
 from nanogpt.files import sha256_tree
+from tools.command import command
 from tracking.console import repository
-from tracking.dvc_files import directory_md5
+from tracking.dvc_files import DvcLock, directory_md5, is_cached
 from tracking.fingerprint import environment
 from tracking.git import git
-from tracking.history import (
-    Holder,
-    Run,
-    Runs,
-    as_text,
-    fetch_command,
-    holders,
-    known_commit,
-    lock_of_workspace,
-    out_md5,
-)
-from tracking.mlflow_server import redact, resolve_uri
+from tracking.history import Holder, KnownRun, KnownRuns, fetch_command, holders, known_commit
+from tracking.mlflow_server import as_text, redact, resolve_uri
 
 UNKNOWN = "unknown"
 _HASH = re.compile(r"[0-9a-f]{7,64}")
@@ -40,13 +31,13 @@ class Lineage:
 
     sha256: str
     md5: str
-    run: Run | None
-    twins: list[Run]  # other runs that made the same model
+    run: KnownRun | None
+    twins: list[KnownRun]  # other runs that made the same model
     held: list[Holder]  # commits and experiments whose dvc.lock has the model
-    stages: dict[str, Any]  # of a dvc.lock that has it: a commit's, or else the workspace's
+    lock: DvcLock  # one that has it: a commit's, or else the workspace's; empty if there is none
 
 
-def resolve(argument: str, root: Path, runs: Runs) -> Lineage:
+def resolve(argument: str, root: Path, runs: KnownRuns) -> Lineage:
     """What the argument names. Raises ValueError where that is nothing, or several things."""
     path = Path(argument)
     if path.is_dir() or "/" in argument:
@@ -75,13 +66,13 @@ def resolve(argument: str, root: Path, runs: Runs) -> Lineage:
     )
 
 
-def _models(root: Path, runs: Runs, prefix: str) -> dict[str, tuple[str, str]]:
+def _models(root: Path, runs: KnownRuns, prefix: str) -> dict[str, tuple[str, str]]:
     """All models with a hash that begins so: a name for people -> (sha256, md5), "" where it is not known."""
     pairs = [(run.sha256, run.md5) for run in runs.by_model(prefix)]
     if (root / "model" / "model.json").is_file():
         pairs.append((sha256_tree(root / "model"), directory_md5(root / "model")))
     pairs += [("", holder.md5) for holder in holders(root, prefix)]
-    pairs.append(("", out_md5(lock_of_workspace(root), "train", "model") or ""))
+    pairs.append(("", DvcLock.of_workspace(root).out_md5("train", "model") or ""))
     found: dict[str, tuple[str, str]] = {}
     known = {md5: sha256 for sha256, md5 in pairs if sha256 and md5}
     for sha256, md5 in pairs:
@@ -93,7 +84,7 @@ def _models(root: Path, runs: Runs, prefix: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _of_model(root: Path, runs: Runs, sha256: str, md5: str, run: Run | None) -> Lineage:
+def _of_model(root: Path, runs: KnownRuns, sha256: str, md5: str, run: KnownRun | None) -> Lineage:
     same = runs.by_model(sha256 or md5) if sha256 or md5 else []
     trained = [twin for twin in same if not twin.pulled]
     if run is None or run.pulled:
@@ -110,12 +101,13 @@ def _of_model(root: Path, runs: Runs, sha256: str, md5: str, run: Run | None) ->
         )
     if run:
         runs.complete(run)
-    workspace = lock_of_workspace(root)
-    stages = held[0].stages if held else workspace if md5 and out_md5(workspace, "train", "model") == md5 else {}
-    return Lineage(sha256, md5, run, [twin for twin in trained if twin is not run], held, stages)
+    lock = held[0].lock if held else DvcLock.of_workspace(root)
+    if not md5 or lock.out_md5("train", "model") != md5:
+        lock = DvcLock()
+    return Lineage(sha256, md5, run, [twin for twin in trained if twin is not run], held, lock)
 
 
-def _listed(runs: list[Run]) -> str:
+def _listed(runs: list[KnownRun]) -> str:
     return ", ".join(run.id or run.attempt for run in runs[:5]) + (" …" if len(runs) > 5 else "")
 
 
@@ -158,7 +150,7 @@ def way_back(root: Path, lineage: Lineage) -> tuple[list[str], list[str]]:
     return commands, notes
 
 
-def _patch(root: Path, run: Run, notes: list[str]) -> list[str] | None:
+def _patch(root: Path, run: KnownRun, notes: list[str]) -> list[str] | None:
     """The commands that bring back a run's uncommitted changes; None, with a note, where these are not whole."""
     if not run.dirty:
         return []
@@ -183,8 +175,7 @@ def _patch(root: Path, run: Run, notes: list[str]) -> list[str] | None:
 
 def shortcut(root: Path, lineage: Lineage) -> str | None:
     """The command that takes the model from DVC's cache here, without training; None if it is not there."""
-    cached = root / ".dvc/cache/files/md5" / lineage.md5[:2] / lineage.md5[2:]
-    if not lineage.held or not cached.is_file():
+    if not lineage.held or not is_cached(root, lineage.md5):
         return None
     return f"dvc get . model --rev {lineage.held[0].commit} --out build/model-{lineage.md5[:8]}"
 
@@ -198,20 +189,20 @@ def _params(lineage: Lineage) -> dict[str, str]:
         return lineage.run.params
     found: dict[str, str] = {}
     for stage in ("download", "tokenize", "train"):
-        for values in (lineage.stages.get(stage, {}).get("params") or {}).values():
+        for values in lineage.lock.stages[stage].params.values() if stage in lineage.lock.stages else ():
             for section, content in values.items():
                 items = content.items() if isinstance(content, dict) else [("", content)]
                 found |= {f"{section}.{key}".rstrip("."): as_text(value) for key, value in items}
     return found
 
 
-def no_model_because(run: Run | None) -> str:
+def no_model_because(run: KnownRun | None) -> str:
     if run and "model.sha256" not in run.tags:
         return f"none: the run is {run.status}"
     return f"{UNKNOWN}: no run tells it"
 
 
-def describe(root: Path, runs: Runs, lineage: Lineage) -> dict[str, Any]:
+def describe(root: Path, runs: KnownRuns, lineage: Lineage) -> dict[str, Any]:
     """The whole chain: what `--json` prints, and what the lines for people are made of."""
     run, holder = lineage.run, next(iter(lineage.held), None)
     tags = run.tags if run else {}
@@ -225,10 +216,10 @@ def describe(root: Path, runs: Runs, lineage: Lineage) -> dict[str, Any]:
         "also": [other.name for other in lineage.held[1:]],
         "twins": [twin.id or twin.attempt for twin in lineage.twins],
         "params": _params(lineage),
-        "data": {"md5": out_md5(lineage.stages, "download", "data/raw") or no_lock},
+        "data": {"md5": lineage.lock.out_md5("download", "data/raw") or no_lock},
         "tokens": {
             "sha256": tags.get("tokens.sha256", no_run),
-            "md5": out_md5(lineage.stages, "tokenize", "data/tokens") or no_lock,
+            "md5": lineage.lock.out_md5("tokenize", "data/tokens") or no_lock,
         },
         "code": {"sha256": tags.get("code.sha256", no_run)},
         "environment": run.environment if run else None,
@@ -312,15 +303,15 @@ def show(root: Path, found: dict[str, Any]) -> None:
                 click.echo(f"{label:15}{line}")
                 label = ""
     click.echo("\nthe commands that bring it back:" if found["commands"] else "\nno way back is known")
-    for command in found["commands"]:
-        click.echo(f"    {command}")
+    for line in found["commands"]:
+        click.echo(f"    {line}")
     for note in found["notes"]:
         click.echo(f"note: {note}")
     if found["from_cache"]:
         click.echo(f"or, as DVC's cache here has it:\n    {found['from_cache']}")
 
 
-@click.command()
+@command()
 @click.argument("subject", metavar="RUN|DIRECTORY|HASH")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def main(subject: str, as_json: bool) -> None:
@@ -332,7 +323,7 @@ def main(subject: str, as_json: bool) -> None:
     root = repository()
     if not (root / "dvc.yaml").is_file():
         raise ValueError(f"{root} has no dvc.yaml: start this in the root of the repository")
-    runs = Runs(root)
+    runs = KnownRuns(root)
     found = describe(root, runs, resolve(subject, root, runs))
     if as_json:
         click.echo(json.dumps(found, indent=1))

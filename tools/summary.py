@@ -5,14 +5,15 @@ from pathlib import Path
 
 import click
 
-from tracking.clean_clone import locked_outs
+from tools.command import command
+from tracking.dvc_files import DvcLock
 from tracking.errors import check_made
-from tracking.git import git
+from tracking.git import git, git_or_none
 
 TRAIN, EVALUATE, LOCK = Path("metrics/train.json"), Path("metrics/evaluate.json"), Path("dvc.lock")
 
 
-@click.command()
+@command()
 def main() -> None:
     """Sums up the newest result and compares dvc.lock with HEAD's."""
     check_made(TRAIN, EVALUATE, LOCK)
@@ -48,13 +49,13 @@ def places() -> list[str]:
 
 def lock_state() -> str:
     """git's view of dvc.lock: DVC rewrites it without a word when an artifact has other bits than before."""
-    if not git(Path.cwd(), "ls-files", str(LOCK)):
+    committed = git_or_none(Path.cwd(), "show", "HEAD:./dvc.lock")
+    if committed is None or not git(Path.cwd(), "ls-files", str(LOCK)):
         return "dvc.lock is not committed yet: `git add dvc.lock params.yaml && git commit` keeps this result"
     changed = git(Path.cwd(), "diff", "HEAD", "--name-only", "--", "dvc.lock", "params.yaml", "nanogpt", "stages")
     if "dvc.lock" not in changed.splitlines():
         return "dvc.lock is the committed one: this result is bit for bit what the commit says"
-    committed, found = (locked_outs(text) for text in (git(Path.cwd(), "show", "HEAD:dvc.lock"), LOCK.read_text()))
-    if committed == found:
+    if DvcLock.parse(committed).outs() == DvcLock.parse(LOCK.read_text()).outs():
         return "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: commit it"
     if changed.splitlines() == ["dvc.lock"]:
         return (

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 
-from tracking.clean_clone import CouldNotRun, git
+from tools.command import command
 from tracking.console import repository
+from tracking.git import GitError, git
 from tracking.verdict import Report, write_reports
 
 
-@click.command()
+@command()
 @click.option("--layer", type=click.Choice(["lock", "steps", "base", "full"]), default="full", show_default=True)
 @click.option("--base", metavar="COMMIT", help="For --layer base: the commit to compare HEAD with.")
 @click.option("--varied", is_flag=True, help="For --layer full: one core, other locale, threads, folder, hash seed.")
@@ -50,7 +51,7 @@ def check(root: Path, layer: str, base: str, varied: bool) -> Report:
         if layer == "base":
             return verification.check_base(root, base, say)
         return verification.check_all(root, varied, say)
-    except CouldNotRun as error:
+    except ValueError as error:
         return Report(layer, "", error=str(error))
     except Exception as error:  # whatever it was, nothing is known of the result: exit code 2 and a report
         return Report(layer, "", error=f"{type(error).__name__}: {error}")
@@ -59,5 +60,5 @@ def check(root: Path, layer: str, base: str, varied: bool) -> Report:
 def git_top() -> str:
     try:
         return git(Path.cwd(), "rev-parse", "--show-toplevel")
-    except CouldNotRun as error:
+    except GitError as error:
         raise click.UsageError(f"not in a git repository ({error})") from error

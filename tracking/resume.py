@@ -14,8 +14,8 @@ from nanogpt.files import write_text
 from nanogpt.params import Params, flatten
 from nanogpt.train_state import TrainState
 from tracking.console import Console, repository
-from tracking.dvc_files import experiment_name, is_cached, locked_md5
-from tracking.git import git
+from tracking.dvc_files import DvcLock, experiment_name, is_cached, path_md5
+from tracking.git import git_or_none
 from tracking.journal import START, Journal, damaged
 from tracking.run import Run, attempts_of
 
@@ -25,9 +25,9 @@ DIFF_LIMIT = 1_000_000  # bytes of uncommitted changes that are kept with a run
 def choose(console: Console, directory: Path, fingerprint: str) -> Run:
     """The run to go on with, in a run directory whose lock is held. It may be new, unfinished or finished.
 
-    A finished one is returned, to be published again, only when DVC lost it: if dvc.lock already holds its model, the
-    user wants to see it reproduced. Raises ValueError for a training that diverged: the same would happen again, and
-    JournalDamaged.
+    A finished one is returned, to be published again, when DVC lost it, or when DVC runs the stage only because bytes
+    of a dep changed that cannot change the result. Else the user wants to see it reproduced. Raises ValueError for a
+    training that diverged: the same would happen again, and JournalDamaged.
     """
     attempts = attempts_of(directory)
     if not attempts:
@@ -42,6 +42,9 @@ def choose(console: Console, directory: Path, fingerprint: str) -> Run:
             f"or remove {directory} to see it again"
         )
     if newest.status == "finished" and has_been_taken(newest.result):
+        if changed := changed_deps("train"):
+            console.say(f"changed, but not in what they compute: {', '.join(changed)}")
+            return newest
         console.say("dvc.lock holds this model already: training it afresh")
         return following
     return newest
@@ -52,12 +55,22 @@ def has_been_taken(result: dict[str, Any]) -> bool:
 
     DVC puts a model into its cache before it writes dvc.lock; evaluate and sample, which leave reports, run after that.
     """
-    if locked_md5("train", "model") != result["model_md5"]:
+    if DvcLock.of_workspace(Path()).out_md5("train", "model") != result["model_md5"]:
         return False
     # The model's hash is looked for in the text: a damaged report is `tools sync`'s business.
     reports = (path.read_bytes() for path in (repository() / ".runs" / "reports").glob("*.json"))
     sha256 = result["model_sha256"].encode()
     return is_cached(repository(), result["model_md5"]) or any(sha256 in report for report in reports)
+
+
+def changed_deps(stage: str) -> list[str]:
+    """Deps of a stage that are not what dvc.lock says, and so are why DVC runs it; none if the user forced it to.
+
+    Only files and the folder of initial models: data is part of the fingerprint, and may be large.
+    """
+    locked = DvcLock.of_workspace(Path()).stages[stage]
+    made = [path for other in DvcLock.of_workspace(Path()).stages.values() for path in other.outs]
+    return [path for path, md5 in locked.deps.items() if path not in made and path_md5(Path(path)) != md5]
 
 
 def check_journal(run: Run, journal: Journal, fingerprint: str) -> None:
@@ -92,11 +105,11 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
     """Writes run.json and artifacts/, from which MLflow's run is made, unless an interrupted attempt has them."""
     if run.is_described:
         return
-    commit = git(Path.cwd(), "rev-parse", "HEAD")
+    commit = git_or_none(Path.cwd(), "rev-parse", "HEAD") or ""
     # The stages before this one have just written dvc.lock: that is no change of the user's.
     # As `git apply` takes it, whatever the user's settings are.
     plain = ("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-color", "--binary")
-    diff = git(Path.cwd(), *plain, "HEAD", "--", ".", ":(exclude)dvc.lock")
+    diff = git_or_none(Path.cwd(), *plain, "HEAD", "--", ".", ":(exclude)dvc.lock") or ""
     write_text(run.artifacts / "params.yaml", Path("params.yaml").read_text(encoding="utf-8"))
     if diff:
         cut = "" if len(diff) <= DIFF_LIMIT else f"\n[cut: {len(diff):,} characters in all]"
@@ -128,7 +141,7 @@ def _name(commit: str, dirty: bool) -> str:
     """The commit and what differs from it: "1a2b3c4 train.learning_rate=0.001", "1a2b3c4 + uncommitted"."""
     changes = []
     try:
-        committed = _flat(YAML(typ="safe").load(git(Path.cwd(), "show", "HEAD:./params.yaml")) or {})
+        committed = _flat(YAML(typ="safe").load(git_or_none(Path.cwd(), "show", "HEAD:./params.yaml") or "{}"))
         current = _flat(YAML(typ="safe").load(Path("params.yaml").read_text(encoding="utf-8")))
         changes = [f"{key}={value}" for key, value in current.items() if committed.get(key) != value]
     except (YAMLError, ValueError, AttributeError, RecursionError):

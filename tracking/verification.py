@@ -1,4 +1,4 @@
-"""The checks of `tools verify`, cheapest first. Each returns a Report and raises CouldNotRun."""
+"""The checks of `tools verify`, cheapest first. Each returns a Report; ValueError: nothing is known of the result."""
 
 import json
 import re
@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.first_steps import bits_environment
-from tools.golden import Golden, differences, load_goldens, nearest, read_metrics
 from tracking import divergence
-from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone, git, locked_outs, read_yaml, stage_names
-from tracking.journal import Record, attempts, read_records
+from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
+from tracking.dvc_files import DvcLock, read_yaml, stage_names
+from tracking.first_steps import bits_environment
+from tracking.git import git
+from tracking.golden import Golden, differences, load_goldens, nearest, read_metrics
+from tracking.journal import Record
 from tracking.retrace import first_difference
+from tracking.run import runs_in
 from tracking.verdict import (
     DECLARED,
     DIVERGED,
@@ -40,11 +43,11 @@ def check_lock(root: Path, say: Say) -> Report:
     report = Report("lock", git(root, "rev-parse", "HEAD"))
     with clean_clone(root, report.commit) as clone:
         stages = stage_names((clone.path / "dvc.yaml").read_text())
-        locked = locked_outs((clone.path / "dvc.lock").read_text())
+        lock = DvcLock.parse((clone.path / "dvc.lock").read_text())
         status = _json_of(clone.run("dvc", "status", "--json"))
-        torn = _torn(clone.path, locked)
+        torn = _torn(clone.path, lock)
     for stage in stages:
-        stale = [*_stale(status.get(stage, [])), *torn[stage]] if stage in locked else ["not in dvc.lock"]
+        stale = [*_stale(status.get(stage, [])), *torn[stage]] if stage in lock.stages else ["not in dvc.lock"]
         verdict = IDENTICAL if not stale else MISSING
         report.findings.append(Finding(stage, "dvc.lock", "up to date", ", ".join(stale) or "up to date", verdict))
     if report.exit_code:
@@ -61,23 +64,24 @@ def _stale(changes: list[Any]) -> list[str]:
             found.append(str(change))
             continue
         for kind, items in change.items():
-            if isinstance(items, dict):
-                gone = {"deleted", "not in cache"}
-                found += [f"{path} {how}" for path, how in items.items() if how not in gone]
-            else:
+            if not isinstance(items, dict):
                 found.append(kind)
+                continue
+            for path, how in items.items():
+                # Of a file of parameters DVC reports each of them.
+                reported = how.items() if isinstance(how, dict) else [(path, how)]
+                found += [f"{name} {what}" for name, what in reported if what not in {"deleted", "not in cache"}]
     return found
 
 
-def _torn(root: Path, locked: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+def _torn(root: Path, lock: DvcLock) -> dict[str, list[str]]:
     """Inputs of which DVC sees in a clone only that they are absent: those that dvc.lock's own stages did not make."""
-    entries = read_yaml((root / "dvc.lock").read_text(), "dvc.lock")["stages"]
-    made = {path: md5 for outs in locked.values() for path, md5 in outs.items()}
+    made = {path: md5 for outs in lock.outs().values() for path, md5 in outs.items()}
     found: dict[str, list[str]] = {}
-    for stage in locked:
-        deps = [(dep["path"], dep.get("md5")) for dep in entries[stage].get("deps", [])]
-        found[stage] = [f"{path} is not what its stage made" for path, md5 in deps if made.get(path, md5) != md5]
-        found[stage] += [f"{path} deleted" for path, _ in deps if path not in made and not (root / path).exists()]
+    for name, stage in lock.stages.items():
+        others = [path for path, md5 in stage.deps.items() if made.get(path, md5) != md5]
+        found[name] = [f"{path} is not what its stage made" for path in others]
+        found[name] += [f"{path} deleted" for path in stage.deps if path not in made and not (root / path).exists()]
     return found
 
 
@@ -115,7 +119,7 @@ def check_steps(root: Path, say: Say) -> Report:
     with clean_clone(root, report.commit) as clone:
         goldens = load_goldens(clone.path / "golden")
         if not goldens:
-            raise CouldNotRun("golden/ holds no file; `make golden` writes that of this environment")
+            raise CouldNotRun("golden/ holds no golden file; `make golden` writes that of this environment")
         found = _first_steps(clone, say)
     report.environment = found["environment"]
     golden = nearest(goldens, report.environment)
@@ -165,7 +169,7 @@ def check_base(root: Path, base: str, say: Say) -> Report:
     for commit in (git(root, "rev-parse", f"{base}^{{commit}}"), report.commit):
         with clean_clone(root, commit) as clone:
             say(f"commit {commit[:12]}")
-            models.append(locked_outs((clone.path / "dvc.lock").read_text()).get("train"))
+            models.append(DvcLock.parse((clone.path / "dvc.lock").read_text()).outs().get("train"))
             found = _first_steps(clone, say)
             results.append(found["steps"])
             report.environment = found["environment"]
@@ -200,16 +204,15 @@ def check_all(root: Path, varied: bool, say: Say) -> Report:
     """The whole check: every stage run anew in a clean clone, its outs against dvc.lock."""
     report = Report("full, in varied surroundings" if varied else "full", git(root, "rev-parse", "HEAD"))
     with clean_clone(root, report.commit, varied) as clone:
-        text = (clone.path / "dvc.lock").read_text() if (clone.path / "dvc.lock").exists() else ""
-        expected = locked_outs(text or git(root, "show", f"{report.commit}:dvc.lock"))
+        expected = DvcLock.parse(git(clone.path, "show", "HEAD:dvc.lock")).outs()
         determinism = read_yaml((clone.path / "params.yaml").read_text(), "params.yaml")["numerics"]["determinism"]
         model = expected.get("train", {}).get("model", "none")
         goldens = [golden for golden in load_goldens(clone.path / "golden") if golden["model"] == model]
         for stage in stage_names((clone.path / "dvc.yaml").read_text()):
             say(f"{stage}: {clone.repro(stage):.0f} s")
-        found = locked_outs((clone.path / "dvc.lock").read_text())
-        records = [record for record, _ in read_records(attempts(clone.path / ".runs")[-1] / "journal.jsonl")]
-        start = next(record for record in records if record["kind"] == "start")
+        found = DvcLock.parse((clone.path / "dvc.lock").read_text()).outs()
+        run = runs_in(clone.path)[-1]
+        start = next(run.records("start"))
         report.environment = bits_environment(start["environment"], start["numerics"])
         golden = nearest(goldens, report.environment) if goldens else None
         if golden:
@@ -221,7 +224,7 @@ def check_all(root: Path, varied: bool, say: Say) -> Report:
         report.findings += _compare(expected, found, close)
         if found.get("train", {}).get("model") != model:
             try:
-                report.notes += _where(root, clone, model, golden, [r for r in records if r["kind"] == "step"])
+                report.notes += _where(root, clone, model, golden, list(run.records("step")))
             except Exception as error:  # what is only told must not hide what was found
                 report.notes.append(f"where they part is not known ({type(error).__name__}: {error})")
     return report

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanogpt import flops
-from nanogpt.model import GPTConfig
+from nanogpt.gpt_config import GPTConfig
 
 GPT2 = GPTConfig(
     n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True, activation="gelu_tanh"

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from nanogpt import loss as loss_module
 from nanogpt import model as model_module
-from nanogpt.model import GPT, GPTConfig, KVCache, RMSNorm, rotate, rotation, without_weights
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT, KVCache, RMSNorm, rotate, rotation, without_weights
 from tests.nanogpt import tiny
 
 GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True, "activation": "gelu_tanh"}

@@ -276,7 +276,8 @@ PORTABLE = {"numerics__determinism": "portable"}
         ),
         (
             {"tokenize__tokenizer": "file:model/tokenizer.json"},
-            "tokenize.tokenizer = file:model/tokenizer.json does not lie in train.pretrained = pretrained, .*set train",
+            "tokenize.tokenizer = file:model/tokenizer.json does not lie in train.pretrained = inputs/pretrained, "
+            ".*set train",
         ),
         (
             PORTABLE | {"numerics__dtype": "bfloat16"},

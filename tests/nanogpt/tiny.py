@@ -16,7 +16,8 @@ from torch import Tensor
 from nanogpt.corpus.tokenizer import CharTokenizer
 from nanogpt.determinism import Numerics
 from nanogpt.files import sha256_json
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT
 from nanogpt.params import Params, TrainParams, load_params
 
 # Two workers of pytest share two cores; for models of this size a second thread is only overhead.

@@ -130,17 +130,18 @@ def test_a_change_that_changes_nothing_is_identical(golden, copy_of):
 
 def elsewhere(clone: Clone) -> None:
     """The golden file is of an older torch."""
-    (path,) = (clone.path / "golden").iterdir()
+    (path,) = (clone.path / "golden").glob("*.json")
     content = json.loads(path.read_bytes())
     content["environment"]["torch"] = "2.0.0"
     path.unlink()
     clone.write(
         "rename.py",
-        "import json, sys\nfrom tools.golden import key\nprint(key(json.load(open(sys.argv[1]))['environment']))\n",
+        "import json, sys\nfrom tracking.golden import file_name\n"
+        "print(file_name(json.load(open(sys.argv[1]))['environment']))\n",
     )
     clone.write("new.json", json.dumps(content))
     name = clone.run("PYTHONPATH=. python rename.py new.json").strip()
-    clone.run(f"mv new.json golden/{name}.json && rm rename.py")
+    clone.run(f"mv new.json golden/{name} && rm rename.py")
 
 
 def test_in_another_environment_metrics_may_differ_a_little_and_nothing_is_called_diverged_lightly(golden, copy_of):

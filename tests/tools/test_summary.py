@@ -24,7 +24,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def lock(model: str, code: str = "0") -> str:
+def lock(model: str, code: str = "c0") -> str:
     return f"stages: {{train: {{deps: [{{path: a.py, md5: {code}}}], outs: [{{path: model, md5: {model}}}]}}}}\n"
 
 
@@ -52,7 +52,7 @@ def test_other_bits_from_the_same_code_and_params_are_told_as_such(repository: P
 
 
 def test_the_same_bits_of_other_code_are_told_as_such(repository: Path) -> None:
-    (repository / "dvc.lock").write_text(lock("a", code="1"))
+    (repository / "dvc.lock").write_text(lock("a", code="c1"))
     assert "this result is bit for bit the committed one: commit it" in summary()
 
 

@@ -1,5 +1,4 @@
 import ast
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 from nanogpt.files import sha256_file, sha256_json, sha256_tree
 from tracking import fingerprint as provenance
 from tracking.fingerprint import code_hash, code_of, fingerprint, import_closure
-from tracking.git import git
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("nanogpt", "stages", "tracking", "tools")
@@ -231,11 +229,3 @@ def test_the_environment_names_versions_and_the_processor_and_no_host():
     assert {"python", "libc", "cpu", "machine", "numpy"} <= found.keys()
     assert all(isinstance(value, str) and value for value in found.values())
     assert Path("/proc/sys/kernel/hostname").read_text().strip() not in found.values()
-
-
-def test_git_answers_and_is_silent_where_there_is_no_repository(tmp_path):
-    assert git(tmp_path, "rev-parse", "HEAD") == ""
-    subprocess.run(["git", "init", "-q", "-b", "trunk", str(tmp_path)], check=True)
-    assert git(tmp_path, "symbolic-ref", "--short", "HEAD") == "trunk"
-    assert git(tmp_path, "no-such-command") == ""
-    assert git(tmp_path / "missing", "status") == ""
