@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -397,7 +398,8 @@ def test_no_database_is_made_by_looking(repository: Path) -> None:
     assert not (repository / "mlflow.db").exists()
 
 
-def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path) -> None:
+def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, repository)
     attempt = train("run", A, **{"git.dirty": "true"})
     (attempt / "artifacts" / "uncommitted.diff").write_text("diff\n")
     replica = Replica(attempt, resolve_uri(repository))
@@ -414,7 +416,8 @@ def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path) -> None:
     assert "nothing is known" in fails("0" * 32)
 
 
-def test_a_run_that_only_scored_a_pulled_model_leads_to_its_commit(repository: Path) -> None:
+def test_a_run_that_only_scored_a_pulled_model_leads_to_its_commit(repository: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, repository)
     (repository / "model").mkdir()
     (repository / "model/model.json").write_text("{}")
     write_lock(directory_md5(Path("model")))
