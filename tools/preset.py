@@ -16,13 +16,14 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from nanogpt.files import write_text
 from nanogpt.params import Params, load_params
+from tools.command import command
 from tracking.git import git_or_none
 
 PARAMS, PRESETS = Path("params.yaml"), Path("presets")
 Layer = tuple[str, dict[str, dict[str, Any]]]  # the file that sets values, and the values by section
 
 
-@click.command()
+@command()
 @click.argument("name", required=False)
 @click.option("--force", is_flag=True, help="Even if uncommitted edits of params.yaml are lost.")
 def main(name: str | None, force: bool) -> None:

@@ -21,7 +21,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from nanogpt.checkpoint import Checkpoints
-from tracking.journal import attempts, end_of, read_records
+from tracking.run import Run, runs_in
 
 REPOSITORY = Path(__file__).parents[2]
 HOOKS = Path(__file__).with_name("hooks")
@@ -181,13 +181,12 @@ class Clone:
 
     def attempts(self) -> list[Path]:
         """All trainings, in the order in which they were begun."""
-        return attempts(self.path / ".runs")
+        return [run.directory for run in runs_in(self.path)]
 
     def records(self, kind: str, attempt: int = -1) -> list[dict[str, Any]]:
         """The records of a kind in an attempt's journal, by default the newest's."""
-        path = self.attempts()[attempt] / "journal.jsonl"
-        found = [record for record, _ in read_records(path)] if path.exists() else []
-        return [record for record in found if record["kind"] == kind]
+        run = Run(self.attempts()[attempt])
+        return list(run.records(kind)) if run.journal.exists() else []
 
     def steps(self, attempt: int = -1) -> list[int]:
         """The trained steps that the journal holds."""
@@ -195,15 +194,14 @@ class Clone:
 
     def end(self, attempt: int = -1) -> dict[str, Any]:
         """How an attempt has ended."""
-        end = end_of(record for record, _ in read_records(self.attempts()[attempt] / "journal.jsonl"))
-        assert end is not None, self.logs()
-        return end
+        run = Run(self.attempts()[attempt])
+        assert run.end is not None, self.logs()
+        return run.end
 
     def checkpoints(self, attempt: int = -1) -> Checkpoints:
         """Those of an attempt, by default the newest's."""
-        directory = self.attempts()[attempt]
-        run = json.loads((directory / "run.json").read_bytes())
-        return Checkpoints(directory / "checkpoints", run["tags"]["fingerprint"])
+        run = Run(self.attempts()[attempt])
+        return Checkpoints(run.checkpoints, run.info["tags"]["fingerprint"])
 
     def client(self) -> Any:
         from mlflow import MlflowClient

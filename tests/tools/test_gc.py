@@ -12,6 +12,7 @@ from tools.__main__ import main
 from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri
+from tracking.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_artifacts_of_a_run_that_was_deleted_in_mlflow_are_freed(repository: Pat
     attempt = repository / ".runs/0123456789abcdef/attempt-1"
     (attempt / "mlflow.json").unlink()
     uri = resolve_uri(repository)
-    replica = Replica(attempt, uri)
+    replica = Replica(Run(attempt), uri)
     replica.finish()
     client = connect(uri, repository)
     client.delete_run(replica.run_id)

@@ -20,6 +20,7 @@ from tracking.history import holders
 from tracking.journal import Journal
 from tracking.mlflow_run import Replica, deliver_report
 from tracking.mlflow_server import resolve_uri
+from tracking.run import Run
 
 A, B = "a" * 7, "b" * 7  # beginnings of hashes
 
@@ -395,7 +396,7 @@ def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path, empty_dat
     shutil.copy(empty_database, repository)
     attempt = train("run", A, **{"git.dirty": "true"})
     (attempt / "artifacts" / "uncommitted.diff").write_text("diff\n")
-    replica = Replica(attempt, resolve_uri(repository))
+    replica = Replica(Run(attempt), resolve_uri(repository))
     replica.finish()
     both = told(replica.run_id)
     assert both["run"]["source"] == [f"MLflow at sqlite:///{repository}/mlflow.db", "journal .runs/run/attempt-1"]
