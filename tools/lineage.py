@@ -17,8 +17,8 @@ from tracking.console import repository
 from tracking.dvc_files import DvcLock, directory_md5, is_cached
 from tracking.fingerprint import environment
 from tracking.git import git
-from tracking.history import Holder, KnownRun, KnownRuns, as_text, fetch_command, holders, known_commit
-from tracking.mlflow_server import redact, resolve_uri
+from tracking.history import Holder, KnownRun, KnownRuns, fetch_command, holders, known_commit
+from tracking.mlflow_server import as_text, redact, resolve_uri
 
 UNKNOWN = "unknown"
 _HASH = re.compile(r"[0-9a-f]{7,64}")

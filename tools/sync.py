@@ -26,9 +26,9 @@ def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, ag
     root = repository()
     # Before MLflow is imported; and the workspace of an experiment may be deleted while its training is still sent.
     runs = [Run(path.resolve()) for path in attempts]
-    from tracking import mlflow_run, mlflow_sync
+    from tracking import mlflow_server, mlflow_sync
 
-    uri = mlflow_run.resolve_uri(root)
+    uri = mlflow_server.resolve_uri(root)
     if follow is not None:
         if len(runs) != 1:
             raise click.UsageError("--follow needs exactly one attempt directory")

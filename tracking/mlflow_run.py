@@ -1,4 +1,4 @@
-"""MLflow as a replica of a run's journal. Only this module and those it is made of (mlflow_*, tracking_*) use mlflow.
+"""MLflow as a replica of a run's journal. Only the modules named mlflow_* use mlflow.
 
 Whatever is sent may be sent again: a point that has the same time, step and value is stored once, a run is found by its
 key before one is created, and how far a server has been filled is written down only after it has said so. So a server
@@ -17,19 +17,8 @@ from nanogpt.files import write_text
 from tracking import mlflow_models, mlflow_page
 from tracking.journal import START, JournalDamaged, Position, RunLock, read_records
 from tracking.mlflow_page import Page, Point
-from tracking.mlflow_server import (
-    TrackingError,
-    connect,
-    experiment_id,
-    explained,
-    find_run,
-    has_run,
-    redact,
-    resolve_uri,
-)
+from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run, redact
 from tracking.run import Run, runs_in
-
-__all__ = ["Replica", "TrackingError", "deliver_report", "delivered_to", "redact", "resolve_uri"]
 
 SAMPLES = "samples.json"
 _BATCH = 1000  # metrics that MLflow takes at once
@@ -127,7 +116,7 @@ class Replica:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
         from mlflow.exceptions import MlflowException
 
-        params = [Param(key, _param(value)) for key, value in self.info["params"].items()]
+        params = [Param(key, as_text(value)) for key, value in self.info["params"].items()]
         for first in range(0, len(params), 100):
             self._client.log_batch(run_id, params=params[first : first + 100], synchronous=True)
         self._client.log_batch(run_id, tags=[RunTag(*item) for item in _text(tags).items()], synchronous=True)
@@ -329,9 +318,5 @@ def _add_report(client: Any, run: Any, report: dict[str, Any]) -> None:
         client.set_terminated(run_id, "FINISHED", end_time=report["t"])
 
 
-def _param(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _text(tags: dict[str, Any]) -> dict[str, str]:
-    return {key: _param(value) for key, value in tags.items()}
+    return {key: as_text(value) for key, value in tags.items()}

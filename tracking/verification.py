@@ -64,11 +64,13 @@ def _stale(changes: list[Any]) -> list[str]:
             found.append(str(change))
             continue
         for kind, items in change.items():
-            if isinstance(items, dict):
-                gone = {"deleted", "not in cache"}
-                found += [f"{path} {how}" for path, how in items.items() if how not in gone]
-            else:
+            if not isinstance(items, dict):
                 found.append(kind)
+                continue
+            for path, how in items.items():
+                # Of a file of parameters DVC reports each of them.
+                reported = how.items() if isinstance(how, dict) else [(path, how)]
+                found += [f"{name} {what}" for name, what in reported if what not in {"deleted", "not in cache"}]
     return found
 
 

@@ -158,8 +158,8 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
 CREATE = """
 import os, sys
 from pathlib import Path
-from tracking.mlflow_server import prepare_environment
-from tracking.mlflow_run import Replica, resolve_uri
+from tracking.mlflow_server import prepare_environment, resolve_uri
+from tracking.mlflow_run import Replica
 from tracking.run import Run
 prepare_environment()
 import mlflow.store.tracking.sqlalchemy_store
