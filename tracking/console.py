@@ -1,6 +1,5 @@
 """What a stage says: lines, progress, errors in one line. All of it is also in .runs/logs/<experiment>/<stage>.log."""
 
-import errno
 import functools
 import inspect
 import os
@@ -16,6 +15,7 @@ import click
 
 from tracking.dvc_files import dvc_process
 from tracking.launch import rank, started
+from tracking.remedies import remedy
 from tracking.stop import end_with
 
 Update = Callable[..., None]
@@ -76,19 +76,11 @@ class Console:
         yield say
 
 
-_REMEDIES = {
-    errno.EACCES: "check its owner and permissions",
-    errno.EMFILE: "allow more open files (`ulimit -n`)",
-    errno.ENOSPC: "free some space",
-    errno.EROFS: "make the file system writable",
-}
-
-
 def explain(error: Exception) -> str:
-    """An error of the user's world on one line, with a remedy where the system that raised it tells none."""
+    """An error of the user's world on one line, with the remedy that whoever raised it cannot know."""
     text = " ".join(str(error).split())
-    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
-    return f"{text}; {remedy} and start again" if remedy and "start again" not in text else text
+    advice = remedy(error)
+    return f"{text}; {advice}" if advice and "start again" not in text else text
 
 
 @contextmanager

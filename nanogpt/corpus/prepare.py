@@ -53,7 +53,7 @@ from nanogpt.corpus.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from nanogpt.files import write_text
+from nanogpt.files import Damaged, write_text
 from nanogpt.params import TokenizeParams
 
 Item = TypeVar("Item")
@@ -149,7 +149,10 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Token
 
 
 def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
-    tokenizer = load_tokenizer(Path(choice.removeprefix("file:")), remedy="name another in tokenize.tokenizer")
+    try:
+        tokenizer = load_tokenizer(Path(choice.removeprefix("file:")))
+    except Damaged as error:
+        raise ValueError(f"{error}; name another in tokenize.tokenizer") from error
     if several and tokenizer.end_of_text is None:
         raise ValueError(
             f"tokenize.tokenizer = {choice} has no end-of-text token to put between the documents of the corpus; "

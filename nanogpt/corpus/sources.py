@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from nanogpt.corpus.raw_text import PIECE, CorpusInfo, Document, LineTooLong, Writer, copy_tokens, lines
+from nanogpt.files import Missing
 from nanogpt.params import DownloadParams
 
 MIRROR = "NANOGPT_MIRROR"  # environment variable: a folder with files named by their sha256 or their own name
@@ -121,10 +122,7 @@ def _matches(pattern: str) -> list[Path]:
     if paths and all(path.is_dir() for path in paths):
         raise ValueError(f"{paths[0]} is a folder; name the files in it, as in file:{paths[0]}/*.txt")
     if not paths:
-        raise ValueError(
-            f"no file matches {pattern}; correct download.source (under `dvc exp run --temp` and in the queue, files "
-            "that git does not track are absent: `git add` them, or give an absolute path)"
-        )
+        raise Missing(f"no file matches {pattern}; correct download.source")
     return [path for path in paths if not path.is_dir()]
 
 

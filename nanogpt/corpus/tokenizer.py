@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.corpus.words import WordTable
-from nanogpt.files import read_bytes, write_text
+from nanogpt.files import Damaged, read_bytes, write_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -30,7 +30,6 @@ GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, end of text
 _LARGEST_VOCABULARY = 2**21  # more than Unicode has characters
 _LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
 _LONGEST_TOKEN = 2**16  # bytes
-_REMEDY = "restore it with `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
 _ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
 _PART = 2**16  # characters that are encoded at once
 
@@ -352,18 +351,15 @@ def byte_characters() -> list[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: Path, sha256: str | None = None, remedy: str = _REMEDY) -> Tokenizer:
-    """Reads a tokenizer.json. Raises ValueError if it is missing, damaged, or not the one with the given sha256."""
-    try:
-        data = read_bytes(path, _LARGEST_FILE)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
+    """Reads a tokenizer.json. Raises Damaged if it is missing, damaged, or not the one with the given sha256."""
+    data = read_bytes(path, _LARGEST_FILE)
     try:
         tokenizer = _from_json(data)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {remedy}") from error
+        raise Damaged(path, f"is damaged ({' '.join(str(error).split())[:200]})") from error
     if sha256 not in (None, tokenizer.sha256):
-        raise ValueError(f"{path} is another tokenizer (sha256 {tokenizer.sha256}) than expected ({sha256}); {remedy}")
+        raise Damaged(path, f"is another tokenizer (sha256 {tokenizer.sha256}) than expected ({sha256})")
     return tokenizer
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+from nanogpt.files import Damaged
 from nanogpt.params import ParamsError
 from tracking.journal import JournalDamaged
 
 TRIED: dict[str, list[int]] = {}  # parser -> [inputs, accepted ones]
-OURS = {ValueError, ParamsError, JournalDamaged}  # not their subclasses, such as a bare UnicodeDecodeError
+OURS = {ValueError, Damaged, ParamsError, JournalDamaged}  # not their subclasses, such as a bare UnicodeDecodeError
 MOST_MEMORY = 300 * 2**20  # bytes by which all inputs of a parser together may raise this process's peak
 
 VALUES: list[Any] = [
