@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well, what was written there takes its place.
 
     A file or a directory. After an exception nothing is left behind and what was at `path` is untouched. A file's
-    replacement is atomic; a directory's has an instant in which neither exists. A full disk is told as an OSError that
+    replacement is atomic; a directory's has an instant in which neither exists. A full disk raises an OSError that
     names `path` and the remedy. What a killed process left behind is removed by the next one that writes there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,10 +97,8 @@ def _remove_leftovers(path: Path) -> None:
 def _is_alive(pid: int) -> bool:
     import psutil
 
-    try:
-        return bool(
-            psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        )  # one that nobody waits for, as in a container
+    try:  # a zombie is one that nobody waits for, as in a container
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -2,7 +2,7 @@
 
 A corpus of one text is text.txt (exactly its UTF-8 bytes); one of several documents is documents-00000.jsonl,
 documents-00001.jsonl, ... (a {"text": ...} per line); one that was tokenized elsewhere is its token files, as they are.
-corpus.json counts texts and holds each file's sha256. Nothing in it tells when, where or by which mirror the text came,
+corpus.json counts texts and holds each file's sha256. It does not record when, where or by which mirror the text came,
 so the same text gives the same bytes on every machine.
 
 Text goes by in pieces of some hundred kilobytes; only a document of several must fit into memory.
@@ -22,7 +22,7 @@ from typing import Annotated, Any, BinaryIO, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nanogpt.files import Damaged, Missing, check_regular, read_model, reading, write_text
+from nanogpt.files import Damaged, Missing, check_regular, read_model, reading
 
 Document = Iterable[str]  # in pieces
 
@@ -86,7 +86,7 @@ class Span:
 
 
 class Writer:
-    """Writes text.txt; if a second document comes, documents-*.jsonl instead. `update` is told the bytes so far."""
+    """Writes text.txt; if a second document comes, documents-*.jsonl instead. `update` receives the bytes so far."""
 
     def __init__(self, raw: Path, max_gigabytes: float, update: Callable[[int], None]):
         raw.mkdir(parents=True)
@@ -191,7 +191,7 @@ def _given(path: Path, source: str) -> BinaryIO:
 
 
 def _write_info(raw: Path, info: CorpusInfo) -> CorpusInfo:
-    write_text(raw / "corpus.json", json.dumps(info.model_dump(), sort_keys=True, indent=2) + "\n")
+    (raw / "corpus.json").write_text(json.dumps(info.model_dump(), sort_keys=True, indent=2) + "\n")
     return info
 
 
@@ -305,18 +305,17 @@ def read_file(raw: Path, name: str) -> Iterator[bytes]:
 # --- used on both sides -----------------------------------------------------------------------------------------------
 
 
-class LineTooLong(ValueError):
-    pass
+def lines(blocks: Iterable[bytes], longest: float = math.inf, too_long: str = "") -> Iterator[bytes]:
+    """The lines of a file that comes in blocks, each with its line feed.
 
-
-def lines(blocks: Iterable[bytes], longest: float = math.inf) -> Iterator[bytes]:
-    """The lines of a file that comes in blocks, each with its line feed. Raises LineTooLong, a ValueError."""
+    Raises ValueError, with the message `too_long`, for one of more than about `longest` bytes.
+    """
     begun: list[bytes] = []
     for block in blocks:
         first, *others = block.split(b"\n")
         begun.append(first)
         if len(begun) * PIECE > longest and sum(map(len, begun)) > longest:
-            raise LineTooLong(f"a line is longer than {longest:,.0f} bytes")
+            raise ValueError(too_long or f"a line is longer than {longest:,.0f} bytes")
         for other in others:
             yield b"".join([*begun, b"\n"])
             begun = [other]
