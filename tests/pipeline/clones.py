@@ -59,18 +59,22 @@ def environment() -> dict[str, str]:
 
 
 class Clone:
-    """A clone of the repository: a git repository with a commit, and what `dvc repro` has left in it."""
+    """A clone of the repository: a git repository with a commit, and what `dvc repro` has left in it.
 
-    def __init__(self, path: Path):
+    Without `mlflow` its commands leave MLflow out, which takes most of a stage's time (hooks/sitecustomize.py).
+    """
+
+    def __init__(self, path: Path, mlflow: bool = True):
         self.path = path
+        self.variables = {} if mlflow else {"WITHOUT_MLFLOW": "1"}
 
-    def copy(self, path: Path, runs: bool = True) -> "Clone":
-        """A copy that lives by itself; without `runs` it has neither run directories nor MLflow's database."""
-        left_out = shutil.ignore_patterns(*(() if runs else (".runs", "mlflow.db*", "mlartifacts")))
+    def copy(self, path: Path, runs: bool = True, mlflow: bool = True) -> "Clone":
+        """A copy that lives by itself; without `runs` it has no run directories, and MLflow's database is empty."""
+        left_out = shutil.ignore_patterns(*(() if runs else (".runs", "mlartifacts")))
         shutil.copytree(self.path, path, symlinks=True, ignore=left_out)
-        if runs and (path / "mlflow.db").exists():
-            _move_runs(path, self.path)
-        return Clone(path)
+        if (path / "mlflow.db").exists():
+            _move_runs(path, self.path) if runs else _forget_runs(path / "mlflow.db")
+        return Clone(path, mlflow)
 
     # --- commands
 
@@ -79,7 +83,7 @@ class Clone:
         return subprocess.Popen(
             ["bash", "-c", command],  # bash runs a single command in its own place
             cwd=self.path,
-            env=environment() | {"DVC_SITE_CACHE_DIR": str(self.path / ".dvc/tmp/site")} | variables,
+            env=environment() | {"DVC_SITE_CACHE_DIR": str(self.path / ".dvc/tmp/site")} | self.variables | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -272,6 +276,16 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _forget_runs(path: Path) -> None:
+    """Leaves the tables alone: MLflow makes a new database by two seconds of migrations."""
+    database = sqlite3.connect(path)
+    with database:
+        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            if table != "alembic_version":
+                database.execute(f"DELETE FROM {table}")
+    database.close()
 
 
 def _move_runs(path: Path, origin: Path) -> None:
