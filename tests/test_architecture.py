@@ -33,9 +33,18 @@ LEAVES = {"nanogpt.files", "nanogpt.params", "nanogpt.seeds"}
 
 # Inside the core, low to high: a module imports from below its own line.
 LEVELS = [
-    {"files", "seeds", "corpus.meta_pickle", "corpus.words", "distributed", "gpt_config", "loss", "schedule"},
+    {
+        "files",
+        "seeds",
+        "startup",
+        "corpus.meta_pickle",
+        "corpus.words",
+        "distributed",
+        "gpt_config",
+        "loss",
+        "schedule",
+    },
     {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
-    {"optimizer"},
     {
         "corpus.nanogpt_bins",
         "corpus.sources",
