@@ -135,7 +135,7 @@ def start(candidate: str, run: Run) -> "subprocess.Popen[bytes]":
     from tracking import mlflow_process
 
     if candidate != "unsampled":
-        return mlflow_process.start(run.directory, Path.cwd(), 0).process
+        return mlflow_process.start(run, Path.cwd(), 0).process
     command = [sys.executable, "-c", UNSAMPLED, str(run), "--follow", str(os.getpid()), "--wait-seconds", "0"]
     environment = {**os.environ, "DVC_ROOT": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,7 +1,7 @@
 """Text from a published model:
 
 from nanogpt.complete import complete
-from nanogpt.published import load_model
+from nanogpt.saved_model import load_model
 print(complete(load_model("model"), "Once upon a time"))
 """
 

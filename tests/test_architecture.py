@@ -66,7 +66,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "huggingface",
     ),
     *("loss", "model", "nanogpt_checkpoint", "optimizer", "pretrained", "recipe", "saved_model", "sizing", "timing"),
-    *("train", "train_state", "weights"),
+    *("startup", "train", "train_state", "weights"),
 }
 LONGER_FUNCTIONS = {("train.py", "train"): 80}  # the loop, top to bottom in one place
 

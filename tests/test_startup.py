@@ -84,7 +84,7 @@ def test_the_commands_are_all_that_there_are() -> None:
             path.stem for path in (REPOSITORY / folder).glob("*.py") if '__name__ == "__main__"' in path.read_text()
         ]
         assert sorted(commands) == sorted(names), folder
-    tools = [path.stem for path in (REPOSITORY / "tools").glob("*.py") if "@click.command()" in path.read_text()]
+    tools = [path.stem for path in (REPOSITORY / "tools").glob("*.py") if "@command()" in path.read_text()]
     assert sorted(tools) == sorted(name.replace("-", "_") for name in TOOLS)
 
 

@@ -7,12 +7,13 @@ import click
 from ruamel.yaml import YAML
 
 from nanogpt.files import replacing
+from tools.command import command
 from tracking.fingerprint import import_closure
 
 PIPELINE = Path("dvc.yaml")
 
 
-@click.command()
+@command()
 def main() -> None:
     """Writes each stage's deps into dvc.yaml, from its imports.
 

@@ -10,6 +10,7 @@ import click
 
 from nanogpt.corpus.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, byte_characters
 from nanogpt.files import replacing, sha256_tree
+from tools.command import command
 from tracking.console import repository
 from tracking.dvc_files import DvcLock, directory_md5
 from tracking.errors import warn
@@ -264,7 +265,7 @@ def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
     return gpt
 
 
-@click.command()
+@command()
 @click.option("--format", "format_name", type=click.Choice([*FORMATS]), required=True, help="Who is to load it.")
 @click.option(
     "--model", type=click.Path(path_type=Path), default=Path("model"), show_default=True, help="What to export."

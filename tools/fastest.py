@@ -21,6 +21,7 @@ import click
 from nanogpt.determinism import is_emulated
 from nanogpt.files import replacing
 from nanogpt.params import NumericsParams, Params, ParamsError, TokenizeParams, check_combinations, load_params
+from tools.command import command
 from tools.preset import changed
 from tools.size import duration, known_meta, planned_device, vocabulary
 
@@ -48,7 +49,7 @@ class Row:
     note: str = ""
 
 
-@click.command()
+@command()
 @click.option("--write", is_flag=True, help="Write the fastest settings into params.yaml.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=120, show_default=True, help="For each.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
@@ -191,7 +192,7 @@ def said(settings: dict[str, Any]) -> str:
 
 def written(settings: dict[str, Any]) -> str:
     """Rewrites params.yaml, comments kept, and tells what has changed in it."""
-    text, changes = changed(PARAMS.read_text(encoding="utf-8"), str(PARAMS), {"numerics": settings}, "tools fastest")
+    text, changes = changed(PARAMS.read_text(encoding="utf-8"), str(PARAMS), ("tools fastest", {"numerics": settings}))
     with replacing(PARAMS) as temporary:
         temporary.write_bytes(text.encode())
         load_params(temporary)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import click
 
+from tools.command import command
 from tracking.first_steps import first_steps
 
 
-@click.command()
+@command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
 def main(out: Path) -> None:
     """Writes loss and gradient norm of the first 20 training steps.

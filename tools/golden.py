@@ -4,11 +4,12 @@ from pathlib import Path
 
 import click
 
+from tools.command import command
 from tracking.errors import check_made
 from tracking.golden import write_golden
 
 
-@click.command()
+@command()
 def main() -> None:
     """Writes the golden file of this environment.
 

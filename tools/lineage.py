@@ -12,12 +12,13 @@ from typing import Any
 import click
 
 from nanogpt.files import sha256_tree
+from tools.command import command
 from tracking.console import repository
 from tracking.dvc_files import DvcLock, directory_md5, is_cached
 from tracking.fingerprint import environment
 from tracking.git import git
-from tracking.history import Holder, KnownRun, KnownRuns, as_text, fetch_command, holders, known_commit
-from tracking.mlflow_server import redact, resolve_uri
+from tracking.history import Holder, KnownRun, KnownRuns, fetch_command, holders, known_commit
+from tracking.mlflow_server import as_text, redact, resolve_uri
 
 UNKNOWN = "unknown"
 _HASH = re.compile(r"[0-9a-f]{7,64}")
@@ -302,15 +303,15 @@ def show(root: Path, found: dict[str, Any]) -> None:
                 click.echo(f"{label:15}{line}")
                 label = ""
     click.echo("\nthe commands that bring it back:" if found["commands"] else "\nno way back is known")
-    for command in found["commands"]:
-        click.echo(f"    {command}")
+    for line in found["commands"]:
+        click.echo(f"    {line}")
     for note in found["notes"]:
         click.echo(f"note: {note}")
     if found["from_cache"]:
         click.echo(f"or, as DVC's cache here has it:\n    {found['from_cache']}")
 
 
-@click.command()
+@command()
 @click.argument("subject", metavar="RUN|DIRECTORY|HASH")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def main(subject: str, as_json: bool) -> None:

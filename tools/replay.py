@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tools.command import command
 from tracking.console import repository
 from tracking.journal import Record
 from tracking.run import Run, runs_in
@@ -18,7 +19,7 @@ TOKENS = Path("data/tokens")
 ATTEMPT = click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path)
 
 
-@click.command()
+@command()
 @click.option("--step", type=click.IntRange(1), required=True, help="The step, as the journal and MLflow number it.")
 @click.option("--attempt", type=ATTEMPT, help="[default: the newest]")
 @click.option("--text/--no-text", default=True, show_default=True, help="Show the batch's text.")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tools.command import command
+
 if TYPE_CHECKING:
     from nanogpt.corpus.token_files import Meta
     from nanogpt.gpt_config import GPTConfig
@@ -18,7 +20,7 @@ TOKENS = Path("data/tokens")
 GPT2_VOCABULARY = 50_257
 
 
-@click.command()
+@command()
 @click.option("--vocab-size", type=click.IntRange(1, 2**21), help="[default: of data/tokens, else of tokenize.*]")
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak to expect, such as 0.3.")
 @click.option(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from tools.command import command
 from tracking.dvc_files import DvcLock
 from tracking.errors import check_made
 from tracking.git import git, git_or_none
@@ -12,7 +13,7 @@ from tracking.git import git, git_or_none
 TRAIN, EVALUATE, LOCK = Path("metrics/train.json"), Path("metrics/evaluate.json"), Path("dvc.lock")
 
 
-@click.command()
+@command()
 def main() -> None:
     """Sums up the newest result and compares dvc.lock with HEAD's."""
     check_made(TRAIN, EVALUATE, LOCK)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 
+from tools.command import command
 from tracking.console import repository
 from tracking.git import GitError, git
 from tracking.verdict import Report, write_reports
 
 
-@click.command()
+@command()
 @click.option("--layer", type=click.Choice(["lock", "steps", "base", "full"]), default="full", show_default=True)
 @click.option("--base", metavar="COMMIT", help="For --layer base: the commit to compare HEAD with.")
 @click.option("--varied", is_flag=True, help="For --layer full: one core, other locale, threads, folder, hash seed.")

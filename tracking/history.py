@@ -12,7 +12,7 @@ from typing import Any
 
 from tracking.dvc_files import DvcLock, listing_md5, read_yaml
 from tracking.git import git, git_bytes, git_or_none
-from tracking.mlflow_server import TrackingError, connect, has_run, redact, resolve_uri
+from tracking.mlflow_server import TrackingError, as_text, connect, has_run, redact, resolve_uri
 from tracking.run import Run, runs_in
 
 NOT_FINISHED = "not finished"
@@ -305,7 +305,3 @@ class KnownRuns:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.warnings.append(f"{run} is damaged ({type(error).__name__}: {error}) and was passed over")
             return []
-
-
-def as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,5 +1,6 @@
-"""Plumbing of tracking.py: which MLflow server, how long to wait for it, what its errors mean."""
+"""Which MLflow server, how long to wait for it, what its errors mean, and how it keeps values."""
 
+import json
 import os
 import re
 import sqlite3
@@ -51,6 +52,11 @@ def redact(text: str) -> str:
     text = re.sub(r"\?[^\s'\")]*=[^\s'\")]*", "?***", text)
     text = re.sub(r"\b(Basic|Bearer) [\w.~+/=-]+", r"\1 ***", text)
     return " ".join(text.split())
+
+
+def as_text(value: Any) -> str:
+    """A value of a param or tag as MLflow keeps it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def connect(uri: str, repository: Path) -> Any:

@@ -48,7 +48,7 @@ def recording(
     describe(run, params, hashes, dataset(recipe, hashes["tokens.sha256"]))
     console.say(mlflow_process.describe_system_metrics())
     wait_seconds = params.tracking.wait_seconds
-    record = Record(mlflow_process.start(run.directory, repository(), wait_seconds), wait_seconds)
+    record = Record(mlflow_process.start(run, repository(), wait_seconds), wait_seconds)
     status, message, result = "FINISHED", "", record.result
     try:
         yield record

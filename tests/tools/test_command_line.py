@@ -162,3 +162,9 @@ def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word(
     result = size(BrokenPipeError(32, "Broken pipe"))
     assert result.exit_code == 1
     assert result.output == ""
+
+
+def test_a_module_that_is_run_by_itself_names_its_command() -> None:
+    alone = [sys.executable, "-m", module_of("first-steps"), "--help"]
+    done = subprocess.run(alone, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: this command is `python -m tools first-steps`\n")

@@ -17,16 +17,10 @@ from tests.runs import contents, end, finished_attempt, make_attempt, start, tra
 from tools.__main__ import main
 from tracking import mlflow_process, mlflow_sync
 from tracking.journal import Journal, RunLock, read_records
-from tracking.mlflow_run import LOCK, Replica
+from tracking.mlflow_run import Replica
 from tracking.mlflow_server import TrackingError, connect, resolve_uri
 from tracking.mlflow_sync import SystemMetrics, Trainer, follow
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("database")
-    connect(f"sqlite:///{folder}/mlflow.db", folder)
-    return folder
+from tracking.run import Run
 
 
 @pytest.fixture
@@ -42,8 +36,7 @@ def repository(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyP
 def new_database(repository: Path, empty_database: Path) -> None:
     for old in repository.glob("mlflow.db*"):
         old.unlink()
-    for file in empty_database.glob("mlflow.db*"):
-        shutil.copyfile(file, repository / file.name)
+    shutil.copyfile(empty_database, repository / "mlflow.db")
 
 
 def sync(*arguments: str) -> Result:
@@ -122,7 +115,7 @@ def test_a_killed_run_is_marked_and_a_living_one_is_not(repository: Path) -> Non
         assert only_run(repository)["info"][1] == "RUNNING"
     assert "run 'run' was killed, and is marked so in MLflow" in sync(str(attempt)).output
     assert only_run(repository)["info"][1] == "KILLED"
-    with RunLock(attempt, name=LOCK):
+    with Run(attempt).sending_lock():
         assert f"process {os.getpid()} is sending it" in sync().output
 
 
@@ -133,7 +126,7 @@ def test_a_training_is_followed_to_its_end(repository: Path) -> None:
     attempt = make_attempt(repository)
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)
-        follower = mlflow_process.start(attempt, repository, 60)
+        follower = mlflow_process.start(Run(attempt), repository, 60)
         train(journal, 0, 20)
         wait_until(lambda: (attempt / "mlflow.json").exists())
         assert follower.process.poll() is None
@@ -168,8 +161,8 @@ def test_a_trainer_that_is_killed_leaves_a_run_that_is_killed(repository: Path) 
 
 def test_a_second_follower_waits_for_the_first(repository: Path) -> None:
     attempt = finished_attempt(repository)
-    with RunLock(attempt, name=LOCK):
-        follower = mlflow_process.start(attempt, repository, 60)
+    with Run(attempt).sending_lock():
+        follower = mlflow_process.start(Run(attempt), repository, 60)
         wait_until(lambda: "still sends this run; waiting for it" in follower.log.read_text())
         assert not (attempt / "mlflow.json").exists()
     assert "is complete in MLflow" in mlflow_process.wait(follower, 120)
@@ -196,7 +189,7 @@ def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypat
     monkeypatch.setattr(Replica, "push", push)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(mlflow_sync, "PUSH_SECONDS", 0.01)
-    assert follow(attempt, resolve_uri(repository), os.getpid(), 60, said.append)
+    assert follow(Run(attempt), resolve_uri(repository), os.getpid(), 60, said.append)
     journal.close()
     refused = "will try again: no server at http://***@host"
     assert said[:4] == [refused, refused, "MLflow takes the run again", refused]
@@ -209,7 +202,7 @@ def test_the_wait_for_a_dead_server_is_bounded_and_told(repository: Path, monkey
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        line = mlflow_process.wait(mlflow_process.start(attempt, repository, 0), 120)
+        line = mlflow_process.wait(mlflow_process.start(Run(attempt), repository, 0), 120)
     assert re.match(
         r"MLflow lacks a part of the run \(.*failed: MLflow at http://127.0.0.1:\d+ cannot be reached", line
     )
@@ -247,7 +240,7 @@ def test_a_long_run_has_a_bounded_number_of_system_metrics(tmp_path: Path, monke
     monkeypatch.setattr(mlflow_sync, "_monitors", lambda: [Monitor()])
     monkeypatch.setattr(time, "time", lambda: now[0])
     for _ in range(2):  # a follower of a resumed training goes on where the first one was
-        metrics = SystemMetrics(tmp_path)
+        metrics = SystemMetrics(Run(tmp_path))
         for _ in range(15 * 24 * 60):
             metrics.sample_if_due()
             now[0] += 60

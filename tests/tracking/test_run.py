@@ -25,13 +25,21 @@ def test_a_finished_run_tells_its_result(tmp_path):
 def test_status_is_how_the_last_record_ends_and_open_after_a_resume(tmp_path, status):
     run = Run(make_attempt(tmp_path))
     assert (run.status, run.end, run.result) == ("new", None, {})
+    run.journal.touch()
+    assert (run.status, run.end, run.result) == ("new", None, {})
     with Journal(run.journal) as journal:
         start(journal)
         train(journal, 0, 10)
         assert (run.status, run.end) == ("open", None)
+        journal.append("sample", step=10, prompt="p", text="x" * 200_000)  # longer than one read from the end
+        assert (run.status, run.end) == ("open", None)
         end(journal, status, 10, diverged=10)
         assert run.status == status.lower()
         assert run.result == {"diverged": 10}
+        with run.journal.open("ab") as file:
+            file.write(b'{"kind":"sta')  # killed in the middle of a write
+        assert (run.status, run.end["status"]) == (status.lower(), status)
+    with Journal(run.journal) as journal:
         start(journal, 10)
         assert (run.status, run.end, run.result) == ("open", None, {})
 

@@ -68,3 +68,17 @@ def test_the_first_steps_of_two_commits(commit, monkeypatch, determinism, apart,
     monkeypatch.setattr(verification, "_first_steps", lambda clone, say: next(results))
     report = verification.check_base(root, "HEAD~1", print)
     assert [finding.verdict for finding in report.findings] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        (["always changed"], ["always changed"]),
+        ([{"changed deps": {"a.py": "modified", "data/raw": "deleted"}}], ["a.py modified"]),
+        ([{"changed outs": {"model": "not in cache"}}], []),
+        ([{"changed deps": {"params.yaml": {"train.seed": "modified", "b": "new"}}}], ["train.seed modified", "b new"]),
+        (["changed command", {"changed outs": {"model": "deleted"}}], ["changed command"]),
+    ],
+)
+def test_what_dvc_status_reports_is_named(changes, stale):
+    assert verification._stale(changes) == stale
