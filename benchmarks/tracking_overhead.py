@@ -19,7 +19,7 @@ from typing import Any
 import click
 import psutil
 
-from benchmarks.common import benchmark, call, row, with_values
+from benchmarks.common import benchmark, call, row
 from nanogpt.params import load_params
 from tracking.first_steps import TOKENS
 from tracking.run import Run
@@ -69,7 +69,7 @@ def measure(steps: int, candidate: str) -> dict[str, float]:
 
     `beside` are those of the processor that MLflow's process takes.
     """
-    params = with_values(load_params(), {"tracking.prompts": []})
+    params = load_params()
     from nanogpt import determinism
 
     numerics = determinism.pin(params.numerics, params.runtime.device)
@@ -80,7 +80,7 @@ def measure(steps: int, candidate: str) -> dict[str, float]:
     from tracking.console import Console
     from tracking.fingerprint import environment
     from tracking.journal import Journal
-    from tracking.observers import observing
+    from tracking.observers import SamplePreview, observing
     from tracking.recording import dataset
     from tracking.resume import describe
     from tracking.retrace import Recorder
@@ -104,7 +104,7 @@ def measure(steps: int, candidate: str) -> dict[str, float]:
             journal.append("start", step=0, resumed=False, environment=environment())
             describe(run, params, {"fingerprint": "0" * 64}, dataset(recipe, "0" * 64))
             if candidate == "nothing":
-                observers = []
+                observers = [one for one in observers if isinstance(one, SamplePreview)]  # which all candidates make
             elif candidate != "journal":
                 follower = start(candidate, run)
                 wait_for_run(candidate, run, follower)  # a fixed cost, not the loop's

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: temporary name, sync, rename."""
+"""Files that are there whole or not at all: temporary name, sync, rename; and the errors for those that are not."""
 
 import errno
 import glob
@@ -11,7 +11,41 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Model = TypeVar("Model", bound="BaseModel")
+
+
+class Damaged(ValueError):
+    """A file is missing or not what was written: its `path`, and `what`, a predicate such as "is cut off".
+
+    The core knows no more; the command that restores the file depends on what made it (tracking/remedies.py).
+    """
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(path, what)  # the arguments with which another process's error is rebuilt here
+        self.path, self.what = path, what
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.what}"
+
+
+class Missing(ValueError):
+    """A file that a parameter names does not exist; the message names the parameter."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an OSError or a UnicodeDecodeError of the block into Damaged."""
+    try:
+        yield
+    except OSError as error:
+        raise Damaged(path, f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise Damaged(path, "is damaged (it is not UTF-8)") from error
 
 
 @contextmanager
@@ -19,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well, what was written there takes its place.
 
     A file or a directory. After an exception nothing is left behind and what was at `path` is untouched. A file's
-    replacement is atomic; a directory's has an instant in which neither exists. A full disk is told as an OSError that
+    replacement is atomic; a directory's has an instant in which neither exists. A full disk raises an OSError that
     names `path` and the remedy. What a killed process left behind is removed by the next one that writes there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,10 +97,8 @@ def _remove_leftovers(path: Path) -> None:
 def _is_alive(pid: int) -> bool:
     import psutil
 
-    try:
-        return bool(
-            psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        )  # one that nobody waits for, as in a container
+    try:  # a zombie is one that nobody waits for, as in a container
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -78,13 +110,28 @@ def check_regular(path: Path) -> None:
 
 
 def read_bytes(path: Path, largest: int) -> bytes:
-    """The whole of a regular file. Raises OSError if it is none, or has more than `largest` bytes."""
-    check_regular(path)
-    with path.open("rb") as file:
-        data = file.read(largest + 1)
-    if len(data) > largest:
-        raise OSError(errno.EINVAL, f"it is larger than {largest:,} bytes", str(path))
+    """The whole of a regular file. Raises Damaged if it is none, or has more than `largest` bytes."""
+    with reading(path):
+        check_regular(path)
+        with path.open("rb") as file:
+            data = file.read(largest + 1)
+        if len(data) > largest:
+            raise OSError(errno.EINVAL, f"it is larger than {largest:,} bytes", str(path))
     return data
+
+
+def read_model(path: Path, model: type[Model], largest: int) -> Model:
+    """A JSON file of at most `largest` bytes as a pydantic model. Raises Damaged."""
+    from pydantic import ValidationError
+
+    data = read_bytes(path, largest)
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:40] for part in first["loc"])
+        problem = " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
+        raise Damaged(path, f"is damaged ({problem})") from error
 
 
 def _disk_is_full(error: Exception) -> bool:

@@ -8,16 +8,15 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vo
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.loss import cross_entropy
+from nanogpt.startup import NothingDrawn
 
 RECOMPUTED = 2**22  # numbers, 16 MiB of float32, from which on they are computed again instead of kept
 
@@ -265,15 +264,5 @@ class GPT(nn.Module):
 
 def without_weights(config: GPTConfig, attention: Attention = "fused") -> GPT:
     """A GPT of shapes alone, on torch's meta device: `load_state_dict(weights, assign=True)` gives it weights."""
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device("meta"), NothingDrawn():
         return GPT(config, attention)
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """Leaves out the drawing of first weights, for which torch imports its compiler on the meta device: two seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)

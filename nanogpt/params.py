@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
-from nanogpt.files import read_bytes
+from nanogpt.files import Damaged, read_bytes
 from nanogpt.gpt_config import (
     LARGEST_INTEGER,
     MOST_LAYERS,
@@ -172,25 +172,31 @@ class Params(Section):
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Reads and checks the whole file. Raises ParamsError, one line that names key, value and remedy."""
+    """Reads and checks the whole file. Raises ParamsError, one line that names key, value and remedy.
+
+    Raises Damaged if the file cannot be read, is not YAML, or lacks a key.
+    """
+    data = read_bytes(path, _LARGEST_FILE)
     try:
-        text = read_bytes(path, _LARGEST_FILE).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path} cannot be read ({error}): restore it with `git checkout {path}`") from error
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Damaged(path, f"cannot be read ({error})") from error
     try:
         _check_structure(text)
         values = YAML(typ="safe").load(text)
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         line = _short(" ".join(str(error).split()), 300)
-        raise ParamsError(f"{path} is not valid YAML ({line}): correct it or `git checkout {path}`") from error
+        raise Damaged(path, f"is not valid YAML ({line}); correct it") from error
     if not isinstance(values, dict):
-        raise ParamsError(f"{path} holds no sections: restore it with `git checkout {path}`")
+        raise Damaged(path, "holds no sections")
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        # Of several errors one is told: a misspelt key before the missing one that follows from it.
-        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        raise ParamsError(f"{path}: {_explain(errors[0])}") from error
+        # One of several errors is reported: a misspelt key before the missing one that follows from it.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        if first["type"] == "missing":
+            raise Damaged(path, f"is incomplete: {_explain(first)}") from error
+        raise ParamsError(f"{path}: {_explain(first)}") from error
     check_combinations(params, path)
     return params
 
@@ -229,7 +235,7 @@ def _explain(error: Any) -> str:
         value = "" if isinstance(error["input"], dict) else f" = {_value(error)}"
         return f"{key}{value} is not a known parameter; {remedy}"
     if error["type"] == "missing":
-        return f"{key} is missing; add it (`git diff params.yaml` shows what was lost)"
+        return f"{key} is missing; add it"
     problem = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "string_pattern_mismatch":
         problem = "input should be one of " + error["ctx"]["pattern"].strip("^$()").replace(".+", "…").replace(
@@ -295,14 +301,14 @@ def _conflicts(params: Params) -> Iterator[str]:
     kind, _, name = download.source.partition(":")
     if kind in {"file", "bin"} and not _lies_in(name, download.texts):
         yield (
-            f"download.source = {download.source} does not lie in download.texts = {download.texts}, so DVC would not "
-            "see it change; set download.texts to its folder"
+            f"download.source = {download.source} does not lie in download.texts = {download.texts}, so a "
+            "change of it would go unnoticed; set download.texts to its folder"
         )
     kind, _, name = params.tokenize.tokenizer.partition(":")
     if kind == "file" and not _lies_in(name, train.pretrained):
         yield (
             f"tokenize.tokenizer = {params.tokenize.tokenizer} does not lie in train.pretrained = {train.pretrained}, "
-            "so DVC would not see it change; set train.pretrained to its folder"
+            "so a change of it would go unnoticed; set train.pretrained to its folder"
         )
 
 
@@ -327,8 +333,8 @@ def _model_conflicts(model: ModelParams, train: TrainParams) -> Iterator[str]:
     local = kind in {"nanogpt", "model"} or (kind == "hf" and Path(name).exists())
     if local and not _lies_in(name, train.pretrained):
         yield (
-            f"train.init_from = {train.init_from} does not lie in train.pretrained = {train.pretrained}, so DVC would "
-            "not see it change; move it there, or set train.pretrained to its folder"
+            f"train.init_from = {train.init_from} does not lie in train.pretrained = {train.pretrained}, so a "
+            "change of it would go unnoticed; move it there, or set train.pretrained to its folder"
         )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt.corpus.tokenizer import Tokenizer, load_tokenizer
-from nanogpt.files import read_bytes, replacing, sha256_file, sha256_json
+from nanogpt.files import Damaged, read_bytes, replacing, sha256_file, sha256_json
 from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.model import GPT, without_weights
 from nanogpt.weights import check_shapes
@@ -52,32 +52,28 @@ def save_model(
 def load_model(
     directory: str | Path, device: str | torch.device = "cpu", attention: Attention = "fused"
 ) -> PublishedModel:
-    """Loads a model directory. Raises ValueError that names the file and the remedy if one is missing or damaged."""
+    """Loads a model directory. Raises Damaged if one of its files is missing or not what was written."""
     directory = Path(directory)
     for name in FILES:
         if not (directory / name).is_file():
-            raise ValueError(f"{directory / name} is missing; `dvc checkout` or `dvc repro` brings it back")
+            raise Damaged(directory / name, "is missing")
+    data = read_bytes(directory / "model.json", _LARGEST_META)
     try:
-        meta = json.loads(read_bytes(directory / "model.json", _LARGEST_META))
+        meta = json.loads(data)
         config = GPTConfig(**meta["config"])
         info = meta["info"]
         if meta.pop("meta_sha256") != sha256_json(meta):
             raise ValueError("not what was written")
         expected = {"weights.safetensors": meta["weights_sha256"], "tokenizer.json": meta["tokenizer_sha256"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{directory / 'model.json'} is damaged ({reason}); {_remedy(directory)}") from error
+        raise Damaged(directory / "model.json", f"is damaged ({reason})") from error
     for name, sha256 in expected.items():
         if sha256_file(directory / name) != sha256:
-            raise ValueError(
-                f"{directory / name} is not what model.json says: damaged or mixed up; " + _remedy(directory)
-            )
+            raise Damaged(directory / name, "is not what model.json says: damaged or mixed up")
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"{directory / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
-            + _remedy(directory)
-        )
+        raise Damaged(directory / "tokenizer.json", f"has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     weights = directory / "weights.safetensors"
     try:
         _check_fit(config, weights)
@@ -85,7 +81,7 @@ def load_model(
         model.load_state_dict(load_file(weights), assign=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{weights} does not fit model.json ({reason}); {_remedy(directory)}") from error
+        raise Damaged(weights, f"does not fit model.json ({reason})") from error
     return PublishedModel(model.requires_grad_(False).to(device).eval(), tokenizer, info)
 
 
@@ -99,7 +95,3 @@ def _check_fit(config: GPTConfig, weights: Path) -> None:
         raise ValueError(f"its numbers are {', '.join(sorted(dtypes))}")
     if 2 * config.n_layer * config.block_size * config.n_embd * 4 > _LARGEST_CACHE * weights.stat().st_size:
         raise ValueError("its context is absurdly long for its size")
-
-
-def _remedy(directory: Path) -> str:
-    return f"remove {directory} and run `dvc checkout`, or `dvc repro` if DVC's cache has lost it too"

@@ -33,9 +33,18 @@ LEAVES = {"nanogpt.files", "nanogpt.params", "nanogpt.seeds"}
 
 # Inside the core, low to high: a module imports from below its own line.
 LEVELS = [
-    {"files", "seeds", "corpus.meta_pickle", "corpus.words", "distributed", "gpt_config", "loss", "schedule"},
+    {
+        "files",
+        "seeds",
+        "startup",
+        "corpus.meta_pickle",
+        "corpus.words",
+        "distributed",
+        "gpt_config",
+        "loss",
+        "schedule",
+    },
     {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
-    {"optimizer"},
     {
         "corpus.nanogpt_bins",
         "corpus.sources",
@@ -66,7 +75,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "huggingface",
     ),
     *("loss", "model", "nanogpt_checkpoint", "optimizer", "pretrained", "recipe", "saved_model", "sizing", "timing"),
-    *("train", "train_state", "weights"),
+    *("startup", "train", "train_state", "weights"),
 }
 LONGER_FUNCTIONS = {("train.py", "train"): 80}  # the loop, top to bottom in one place
 

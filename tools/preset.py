@@ -80,7 +80,7 @@ def checked(text: str, preset: Path) -> Params:
             return load_params(temporary)
         except ValueError as error:
             line = str(error).replace(str(temporary), f"{PARAMS} with {preset} on it")
-            setters = {key: source for source, sections in layers(preset) for key in _flat(sections)}
+            setters = {key: source for source, sections in layers(preset) for key in flat(sections)}
             where = (f"{key} is set in {source}" for key, source in setters.items() if f"{key} = " in line)
             raise ValueError("; ".join((line, *where))) from error
 
@@ -131,7 +131,7 @@ def layers(preset: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     """The preset's values and, before them, those of the presets that it extends. Raises ValueError."""
     if preset in above:
         circle = " -> ".join(path.stem for path in (*above, preset))
-        raise ValueError(f"{preset} extends itself ({circle}); remove extends from one of them")
+        raise ValueError(f"{above[-1]} extends {preset.stem}, a circle ({circle}); remove extends from one of them")
     values = _sections(_yaml(), preset.read_text(encoding="utf-8"), str(preset), besides="extends")
     below = []
     if "extends" in values:
@@ -148,13 +148,13 @@ def changed(text: str, name: str, *overlays: Layer) -> tuple[str, list[str]]:
     """
     yaml, after = _yaml(), dict[str, Any]()
     params = _sections(yaml, text, name)
-    known = [*params, *_flat(params)]
+    known = [*params, *flat(params)]
     for source, sections in overlays:
-        if unknown := [key for key in (*map(str, sections), *_flat(sections)) if key not in known]:
+        if unknown := [key for key in (*map(str, sections), *flat(sections)) if key not in known]:
             raise ValueError(f"{source} sets {unknown[0]}, which {name} does not have; {_remedy(unknown[0], known)}")
-        after |= _flat(sections)
+        after |= flat(sections)
     differing = []
-    for key, before in _flat(params).items():
+    for key, before in flat(params).items():
         if (value := after.get(key, before)) != before:
             differing.append(f"{key}: {_shown(before)} -> {_shown(value)}")
             section, _, entry = key.partition(".")
@@ -189,7 +189,7 @@ def _sections(yaml: YAML, text: str, name: str, besides: str = "") -> dict[str, 
     return content
 
 
-def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 

@@ -1,6 +1,5 @@
 """What an error prints, of stages and tools alike: one line for what a user can mend, the traceback for a defect."""
 
-import errno
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -9,12 +8,7 @@ from pathlib import Path
 
 import click
 
-_REMEDIES = {
-    errno.EACCES: "check its owner and permissions",
-    errno.EMFILE: "allow more open files (`ulimit -n`)",
-    errno.ENOSPC: "free some space",
-    errno.EROFS: "make the file system writable",
-}
+from tracking.remedies import remedy
 
 
 def warn(name: str, line: str) -> None:
@@ -23,10 +17,10 @@ def warn(name: str, line: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The message of a ValueError or OSError on one line, with a remedy where the operating system gives none."""
+    """The message of a ValueError or OSError on one line, with the remedy that who raised it cannot know."""
     text = " ".join(str(error).split())
-    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
-    return f"{text}; {remedy} and start again" if remedy and "start again" not in text else text
+    advice = remedy(error)
+    return f"{text}; {advice}" if advice and "start again" not in text else text
 
 
 def check_made(*paths: Path) -> None:

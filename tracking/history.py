@@ -225,8 +225,8 @@ class KnownRuns:
 
     def by_model(self, prefix: str) -> list[KnownRun]:
         """Those that made a model whose sha256 or md5 begins so; clean ones first, then the oldest."""
-        found = [run for run in self.local.values() if prefix and run.sha256.startswith(prefix)]
-        found += [run for run in self.local.values() if prefix and run.md5.startswith(prefix) and run not in found]
+        local = self.local.values() if prefix else []
+        found = [run for run in local if run.sha256.startswith(prefix) or run.md5.startswith(prefix)]
         told = [run for tag in ("sha256", "md5") for run in self._search(f"tags.`model.{tag}` LIKE '{prefix}%'")]
         merged = self._merged(found, told)
         return sorted(merged, key=lambda run: (run.pulled, run.dirty, run.started))

@@ -252,22 +252,6 @@ class Journal:
         return record
 
 
-class NoJournal(Journal):
-    """In place of a journal in a process that trains along and writes nothing."""
-
-    def __init__(self) -> None:
-        self._fd, self._end, self._index = -1, START, {}
-
-    def append_many(self, records: Iterable[Record]) -> list[str]:
-        return []
-
-    def sync(self) -> None:
-        pass
-
-    def records(self) -> Iterator[Record]:
-        return iter(())
-
-
 def _encode(record: Record, previous: str) -> tuple[bytes, str]:
     body = json.dumps(record, separators=(",", ":"))  # ASCII, so one line whatever the text; floats by repr, so exact
     crc = f"{zlib.crc32(body.encode(), int(previous, 16)):08x}"

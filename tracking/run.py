@@ -12,7 +12,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,18 @@ from nanogpt.files import write_text
 from tracking.journal import Record, RunLock, last_record, read_records
 
 
-@dataclass(frozen=True)
 class Run:
-    """One attempt at a training, which is one run of MLflow. What may still change is read each time it is asked for.
+    """One attempt at a training, which is one run of MLflow. What may still change is read whenever it is asked for.
 
-    str() gives the directory.
+    str() gives the directory; its parts, named as above, need not exist.
     """
 
-    directory: Path
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.journal, self.system = directory / "journal.jsonl", directory / "system.jsonl"
+        self.checkpoints, self.models, self.artifacts = (directory / n for n in ("checkpoints", "models", "artifacts"))
+        self.mlflow_path, self.log = directory / "mlflow.json", directory / "tracking.log"
+        self._info_path = directory / "run.json"
 
     def __str__(self) -> str:
         return str(self.directory)
@@ -38,46 +41,24 @@ class Run:
         """The N of attempt-N."""
         return int(self.directory.name.removeprefix("attempt-"))
 
-    # --- what the train stage wrote
+    # --- run.json
 
     @property
     def is_described(self) -> bool:
         """Whether run.json exists, so that MLflow's run can be made."""
-        return self._info.exists()
+        return self._info_path.exists()
 
     @cached_property
     def info(self) -> dict[str, Any]:
         """run.json. Raises OSError, ValueError."""
-        info: dict[str, Any] = json.loads(self._info.read_text(encoding="utf-8"))
+        info: dict[str, Any] = json.loads(self._info_path.read_bytes())
         return info
 
     def write_info(self, info: dict[str, Any]) -> None:
         """Writes run.json, whole or not at all."""
-        write_text(self._info, json.dumps(info, sort_keys=True, indent=1) + "\n")
-
-    @property
-    def _info(self) -> Path:
-        return self.directory / "run.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
-
-    @property
-    def models(self) -> Path:
-        """The folder of the finished models `best` and `last`."""
-        return self.directory / "models"
-
-    @property
-    def artifacts(self) -> Path:
-        """The folder of files that go to MLflow as they are: params.yaml, uncommitted.diff."""
-        return self.directory / "artifacts"
+        write_text(self._info_path, json.dumps(info, sort_keys=True, indent=1) + "\n")
 
     # --- the journal
-
-    @property
-    def journal(self) -> Path:
-        return self.directory / "journal.jsonl"
 
     def records(self, kind: str | None = None) -> Iterator[Record]:
         """All records of the journal, or those of one kind, checked. Raises JournalDamaged, FileNotFoundError."""
@@ -116,19 +97,10 @@ class Run:
     # --- MLflow
 
     @property
-    def system(self) -> Path:
-        """The journal of system metrics."""
-        return self.directory / "system.jsonl"
-
-    @property
-    def mlflow_path(self) -> Path:
-        return self.directory / "mlflow.json"
-
-    @property
     def mlflow(self) -> dict[str, Any]:
         """How far MLflow has been filled; empty if that is lost or damaged: then everything may be sent again."""
         try:
-            state = json.loads(self.mlflow_path.read_text(encoding="utf-8"))
+            state = json.loads(self.mlflow_path.read_bytes())
         except (OSError, ValueError):
             return {}
         return state if isinstance(state, dict) else {}
@@ -136,11 +108,6 @@ class Run:
     def write_mlflow(self, state: dict[str, Any]) -> None:
         """Writes mlflow.json, whole or not at all."""
         write_text(self.mlflow_path, json.dumps(state, sort_keys=True, indent=1) + "\n")
-
-    @property
-    def log(self) -> Path:
-        """What the process that fills MLflow printed."""
-        return self.directory / "tracking.log"
 
     # --- locks
 

@@ -124,24 +124,21 @@ def check_steps(root: Path, say: Say) -> Report:
     report.environment = found["environment"]
     golden = nearest(goldens, report.environment)
     report.environment_differs = differences(golden["environment"], report.environment)
-    difference = first_difference(golden["steps"], found["steps"])
-    told, told_found = (f"{len(records)} steps" for records in (golden["steps"], found["steps"]))
-    if not _same_steps(golden["steps"], found["steps"]):
-        report.findings.append(Finding("train", "first steps", told, told_found, DIVERGED))
-        return report
-    if difference is None:
-        report.findings.append(Finding("train", "first steps", told, told_found, IDENTICAL))
-        return report
-    changed = [name for name, value in golden["made_of"].items() if found["made_of"].get(name) != value]
-    since = f"since the golden file was written, {', '.join(changed) or 'nothing else'} changed"
-    report.notes.append(divergence.first_step(golden["steps"], found["steps"]))
-    if report.environment_differs:
-        report.notes.append(f"no golden file is of this environment ({since}); `make golden` writes one")
-        verdict = TOLERATED if _are_close(golden["steps"], found["steps"], report) else ENVIRONMENT_CHANGED
-    else:
-        report.notes.append(f"{since}; if that is meant: `make golden`")
-        verdict = TOLERATED if _is_off(report) and _are_close(golden["steps"], found["steps"], report) else DIVERGED
-    report.findings.append(Finding("train", "first steps", told, f"differ at {difference[0]}", verdict))
+    expected, steps = golden["steps"], found["steps"]
+    difference, same = first_difference(expected, steps), _same_steps(expected, steps)
+    verdict, shown = IDENTICAL if same else DIVERGED, f"{len(steps)} steps"
+    if same and difference:
+        changed = [name for name, value in golden["made_of"].items() if found["made_of"].get(name) != value]
+        since = f"since the golden file was written, {', '.join(changed) or 'nothing else'} changed"
+        report.notes.append(divergence.first_step(expected, steps))
+        shown = f"differ at {difference[0]}"
+        if report.environment_differs:
+            report.notes.append(f"no golden file is of this environment ({since}); `make golden` writes one")
+            verdict = TOLERATED if _are_close(expected, steps, report) else ENVIRONMENT_CHANGED
+        else:
+            report.notes.append(f"{since}; if that is meant: `make golden`")
+            verdict = TOLERATED if _is_off(report) and _are_close(expected, steps, report) else DIVERGED
+    report.findings.append(Finding("train", "first steps", f"{len(expected)} steps", shown, verdict))
     return report
 
 
@@ -173,20 +170,19 @@ def check_base(root: Path, base: str, say: Say) -> Report:
             found = _first_steps(clone, say)
             results.append(found["steps"])
             report.environment = found["environment"]
-    difference = first_difference(*results)
-    expected, found_steps = (f"{len(steps)} steps" for steps in results)
-    if difference is None and _same_steps(*results):
-        report.findings.append(Finding("train", "first steps", expected, found_steps, IDENTICAL))
-        return report
-    report.notes.append(divergence.first_step(*results))
-    if models[0] != models[1]:
-        verdict = DECLARED
-    elif _is_off(report) and _same_steps(*results) and _are_close(results[0], results[1], report):
-        verdict = TOLERATED
-    else:
-        verdict = DIVERGED
-        report.notes.append("results change and dvc.lock does not: `dvc repro`, and commit dvc.lock with the reason")
-    report.findings.append(Finding("train", "first steps", expected, found_steps, verdict))
+    expected, steps = results
+    verdict, same = IDENTICAL, _same_steps(expected, steps)
+    if first_difference(expected, steps) or not same:
+        report.notes.append(divergence.first_step(expected, steps))
+        if models[0] != models[1]:
+            verdict = DECLARED
+        elif _is_off(report) and same and _are_close(expected, steps, report):
+            verdict = TOLERATED
+        else:
+            verdict = DIVERGED
+            because = "`dvc repro`, and commit dvc.lock with the reason"
+            report.notes.append(f"results change and dvc.lock does not: {because}")
+    report.findings.append(Finding("train", "first steps", f"{len(expected)} steps", f"{len(steps)} steps", verdict))
     return report
 
 

@@ -49,11 +49,10 @@ from nanogpt.corpus.tokenizer import (
     Gpt2Tokenizer,
     Ids,
     Tokenizer,
-    UnknownCharacter,
     load_tokenizer,
     train_bpe,
 )
-from nanogpt.files import write_text
+from nanogpt.files import Damaged
 from nanogpt.params import TokenizeParams
 
 Item = TypeVar("Item")
@@ -78,7 +77,7 @@ def prepare(
     update: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Meta:
-    """Fills the new directory from data/raw; `update` is told the bytes of text so far.
+    """Fills the new directory from data/raw; `update` receives the bytes of text so far.
 
     Raises ValueError if the raw text is damaged or too short to be split.
     """
@@ -93,15 +92,13 @@ def prepare(
     else:
         tasks = _tasks(raw, info, params, tokenizer.last_cut)
         encoded_parts = _encode_all(tasks, raw, info, directory / "tokenizer.json", tokenizer, processes)
-    with ThreadPoolExecutor(2) as threads:
-        train, val = _Writer(directory / "train.bin", threads), _Writer(directory / "val.bin", threads)
-        done = 0
-        for name, encoded in encoded_parts:
+    train, val = _Writer(directory / "train.bin"), _Writer(directory / "val.bin")
+    with ThreadPoolExecutor(1) as thread:
+        for name, encoded in _ahead(encoded_parts, thread):
             (train if name == "train" else val).write(encoded)
-            done += encoded.bytes
-            update(done)
-        meta = _meta(info, tokenizer, train, val)
-    write_text(directory / "meta.json", json.dumps(meta.model_dump(), sort_keys=True, indent=2) + "\n")
+            update(train.bytes + val.bytes)
+    meta = _meta(info, tokenizer, train, val)
+    (directory / "meta.json").write_text(json.dumps(meta.model_dump(), sort_keys=True, indent=2) + "\n")
     return meta
 
 
@@ -149,7 +146,10 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Token
 
 
 def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
-    tokenizer = load_tokenizer(Path(choice.removeprefix("file:")), remedy="name another in tokenize.tokenizer")
+    try:
+        tokenizer = load_tokenizer(Path(choice.removeprefix("file:")))
+    except Damaged as error:
+        raise ValueError(f"{error}; name another in tokenize.tokenizer") from error
     if several and tokenizer.end_of_text is None:
         raise ValueError(
             f"tokenize.tokenizer = {choice} has no end-of-text token to put between the documents of the corpus; "
@@ -238,11 +238,13 @@ def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) 
     texts = list(read_spans(raw, spans))
     try:
         ids = tokenizer.encode_all(texts, mark_ends)
-    except UnknownCharacter as error:
-        # Its first place in the text: the tokenizer's own error counts from the beginning of a part.
-        place = next((span, text) for span, text in zip(spans, texts, strict=True) if error.character in text)
-        span, position = place[0], place[1].index(error.character)
-        raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error.at(position)}") from error
+    except ValueError:  # a character that the tokenizer lacks, at a position that counts from the beginning of a part
+        for span, text in zip(spans, texts, strict=True):
+            try:
+                tokenizer.encode(text)
+            except ValueError as error:
+                raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error}") from error
+        raise
     return Encoded(ids, sum(map(utf8_bytes, texts)), len(spans) * mark_ends)
 
 
@@ -292,7 +294,10 @@ def _encode_all(
 
 
 def _ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
-    """The items, each made by the thread while the one before is in use: files are read and hashed without the lock."""
+    """The items, each made by the thread while the one before is in use.
+
+    Files are read, hashed and written without Python's lock, and text is encoded without it for the most part.
+    """
     following = thread.submit(next, items, None)
     while (item := following.result()) is not None:
         following = thread.submit(next, items, None)
@@ -328,38 +333,24 @@ def _end_with_parent() -> None:
 
 
 class _Writer:
-    """Writes one .bin file and counts what meta.json says of it.
+    """Writes one .bin file and counts what meta.json says of it."""
 
-    A thread hashes and writes one block, without Python's lock, while the next one is encoded.
-    """
-
-    def __init__(self, path: Path, threads: ThreadPoolExecutor):
-        self.file, self.threads = path.open("wb"), threads
-        self.digest = hashlib.sha256()
-        self.under_way: Future[None] | None = None
+    def __init__(self, path: Path):
+        self.file, self.digest = path.open("wb"), hashlib.sha256()
         self.tokens = self.bytes = self.ends = 0
         self.last: int | None = None
 
     def write(self, encoded: Encoded) -> None:
-        self._wait()
-        self.under_way = self.threads.submit(self._append, encoded.ids.tobytes())
+        data = encoded.ids.tobytes()
+        self.digest.update(data)
+        self.file.write(data)
         self.tokens += len(encoded.ids)
         self.bytes += encoded.bytes
         self.ends += encoded.ends
         if len(encoded.ids):
             self.last = int(encoded.ids[-1])
 
-    def _append(self, data: bytes) -> None:
-        self.digest.update(data)
-        self.file.write(data)
-
-    def _wait(self) -> None:
-        """Raises what went wrong with the last block."""
-        if self.under_way is not None:
-            self.under_way.result()
-
     def close(self, end_of_text: int | None, first_context: int | None) -> SplitMeta:
-        self._wait()
         self.file.close()
         return SplitMeta(
             tokens=self.tokens,

@@ -2,7 +2,7 @@
 
 A corpus of one text is text.txt (exactly its UTF-8 bytes); one of several documents is documents-00000.jsonl,
 documents-00001.jsonl, ... (a {"text": ...} per line); one that was tokenized elsewhere is its token files, as they are.
-corpus.json counts texts and holds each file's sha256. Nothing in it tells when, where or by which mirror the text came,
+corpus.json counts texts and holds each file's sha256. It does not record when, where or by which mirror the text came,
 so the same text gives the same bytes on every machine.
 
 Text goes by in pieces of some hundred kilobytes; only a document of several must fit into memory.
@@ -12,7 +12,6 @@ import bisect
 import codecs
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 from array import array
@@ -21,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nanogpt.files import check_regular, read_bytes, write_text
+from nanogpt.files import Damaged, Missing, check_regular, read_model, reading
 
 Document = Iterable[str]  # in pieces
 
@@ -87,7 +86,7 @@ class Span:
 
 
 class Writer:
-    """Writes text.txt; if a second document comes, documents-*.jsonl instead. `update` is told the bytes so far."""
+    """Writes text.txt; if a second document comes, documents-*.jsonl instead. `update` receives the bytes so far."""
 
     def __init__(self, raw: Path, max_gigabytes: float, update: Callable[[int], None]):
         raw.mkdir(parents=True)
@@ -185,14 +184,14 @@ def _given(path: Path, source: str) -> BinaryIO:
         check_regular(path)
         return path.open("rb")
     except OSError as error:
-        raise ValueError(
+        raise Missing(
             f"download.source = {source}: {path} cannot be read ({error.strerror}); name the folder into which nanoGPT "
-            "wrote train.bin and val.bin (by an absolute path under `dvc exp run --temp` and in the queue)"
+            "wrote train.bin and val.bin"
         ) from error
 
 
 def _write_info(raw: Path, info: CorpusInfo) -> CorpusInfo:
-    write_text(raw / "corpus.json", json.dumps(info.model_dump(), sort_keys=True, indent=2) + "\n")
+    (raw / "corpus.json").write_text(json.dumps(info.model_dump(), sort_keys=True, indent=2) + "\n")
     return info
 
 
@@ -206,18 +205,12 @@ def _label(source: str) -> str:
 
 
 def load_info(raw: Path) -> CorpusInfo:
-    """Reads corpus.json. Raises ValueError, naming file and remedy, if it is missing or damaged."""
-    path = raw / "corpus.json"
-    try:
-        return CorpusInfo.model_validate_json(read_bytes(path, _LARGEST_INFO))
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        raise _damaged(path, f"is damaged ({error.errors()[0]['msg']})") from error
+    """Reads corpus.json. Raises Damaged."""
+    return read_model(raw / "corpus.json", CorpusInfo, _LARGEST_INFO)
 
 
 def read_documents(raw: Path) -> Iterator[str]:
-    """The corpus's documents in order. Raises ValueError, at the end of a file, if its sha256 is not corpus.json's.
+    """The corpus's documents in order. Raises Damaged, at the end of a file, if its sha256 is not corpus.json's.
 
     So what was made of the documents must not be published before the last one has come.
     """
@@ -235,7 +228,7 @@ def read_documents(raw: Path) -> Iterator[str]:
 def document_spans(raw: Path, chosen: Iterable[int]) -> Iterator[Span]:
     """Where the documents with these numbers lie, in that order. Memory: 8 bytes for each document of the corpus.
 
-    Raises ValueError as `read_documents` does, but before the first span comes.
+    Raises Damaged as `read_documents` does, but before the first span comes.
     """
     info = load_info(raw)
     names, bases, ends, position = list(info.files), [0], array("q"), 0
@@ -252,7 +245,7 @@ def document_spans(raw: Path, chosen: Iterable[int]) -> Iterator[Span]:
 
 
 def read_spans(raw: Path, spans: Iterable[Span]) -> Iterator[str]:
-    """The texts that lie there, from files whose sha256 somebody compares. Raises ValueError as `read_documents`.
+    """The texts that lie there, from files whose sha256 somebody compares. Raises Damaged.
 
     A file is opened once: there are documents that take less time to read than their file takes to open.
     """
@@ -267,15 +260,14 @@ def read_spans(raw: Path, spans: Iterable[Span]) -> Iterator[str]:
                 file.seek(span.start)
                 data = file.read(span.size)
                 yield _document(data, path) if span.file.endswith(".jsonl") else data.decode()
-            except OSError as error:
-                raise _damaged(raw / span.file, f"cannot be read ({error.strerror})") from error
-            except UnicodeDecodeError as error:
-                raise _damaged(raw / span.file, "is damaged") from error
+            except (OSError, UnicodeDecodeError):
+                with reading(raw / span.file):  # not around all of it: entering takes as long as reading a document
+                    raise
 
 
 def _check_number(raw: Path, info: CorpusInfo, found: int) -> None:
     if found != info.documents:
-        raise _damaged(raw / "corpus.json", f"says {info.documents:,} documents and the files hold {found:,}")
+        raise Damaged(raw / "corpus.json", f"says {info.documents:,} documents and the files hold {found:,}")
 
 
 def _document(line: bytes, path: Path) -> str:
@@ -285,58 +277,45 @@ def _document(line: bytes, path: Path) -> str:
             raise TypeError("no text")
         utf8_bytes(text)  # an escape can spell half a character, which no tokenizer takes
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, "is damaged") from error
+        raise Damaged(path, "is damaged") from error
     return text
 
 
 def read_text(raw: Path) -> Iterator[str]:
-    """The one text of a corpus that has but one, in pieces; raises ValueError as `read_documents` does."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for block in itertools.chain(read_file(raw, "text.txt"), [b""]):
-        try:
-            yield decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise _damaged(raw / "text.txt", "is damaged") from error
+    """The one text of a corpus that has but one, in pieces; raises Damaged as `read_documents` does."""
+    with reading(raw / "text.txt"):
+        yield from codecs.iterdecode(read_file(raw, "text.txt"), "utf-8")
 
 
 def read_file(raw: Path, name: str) -> Iterator[bytes]:
-    """A file's bytes, in pieces of PIECE. Raises ValueError, at its end, if its sha256 is not corpus.json's."""
+    """A file's bytes, in pieces of PIECE. Raises Damaged, at its end, if its sha256 is not corpus.json's."""
     path, sha256, digest = raw / name, load_info(raw).files.get(name), hashlib.sha256()
     if sha256 is None:
-        raise _damaged(raw / "corpus.json", f"does not list {name}")
-    try:
+        raise Damaged(raw / "corpus.json", f"does not list {name}")
+    with reading(path):
         check_regular(path)
         with path.open("rb") as file:
             while block := file.read(PIECE):
                 digest.update(block)
                 yield block
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from error
     if digest.hexdigest() != sha256:
-        raise _damaged(path, f"has sha256 {digest.hexdigest()} and corpus.json says {sha256}")
-
-
-def _damaged(path: Path, problem: str) -> ValueError:
-    # DVC takes a damaged file for a good one if its time and size are right, hence the removal.
-    remedy = f"`rm -r {path.parent}` and `dvc checkout`, or make it anew with `dvc repro -f download`"
-    return ValueError(f"{path} {problem}; {remedy}")
+        raise Damaged(path, f"has sha256 {digest.hexdigest()} and corpus.json says {sha256}")
 
 
 # --- used on both sides -----------------------------------------------------------------------------------------------
 
 
-class LineTooLong(ValueError):
-    pass
+def lines(blocks: Iterable[bytes], longest: float = math.inf, too_long: str = "") -> Iterator[bytes]:
+    """The lines of a file that comes in blocks, each with its line feed.
 
-
-def lines(blocks: Iterable[bytes], longest: float = math.inf) -> Iterator[bytes]:
-    """The lines of a file that comes in blocks, each with its line feed. Raises LineTooLong, a ValueError."""
+    Raises ValueError, with the message `too_long`, for one of more than about `longest` bytes.
+    """
     begun: list[bytes] = []
     for block in blocks:
         first, *others = block.split(b"\n")
         begun.append(first)
         if len(begun) * PIECE > longest and sum(map(len, begun)) > longest:
-            raise LineTooLong(f"a line is longer than {longest:,.0f} bytes")
+            raise ValueError(too_long or f"a line is longer than {longest:,.0f} bytes")
         for other in others:
             yield b"".join([*begun, b"\n"])
             begun = [other]

@@ -1,9 +1,8 @@
-"""Where raw text comes from: the grammar, the web, Hugging Face, files. raw.py says in which form it is kept."""
+"""Where raw text comes from: the grammar, the web, Hugging Face, files. raw_text.py says in which form it is kept."""
 
 import codecs
 import glob
 import gzip
-import hashlib
 import http.client
 import itertools
 import json
@@ -15,12 +14,13 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from nanogpt.corpus.raw_text import PIECE, CorpusInfo, Document, LineTooLong, Writer, copy_tokens, lines
+from nanogpt.corpus.raw_text import PIECE, CorpusInfo, Document, Writer, copy_tokens, lines
+from nanogpt.files import Missing, sha256_file
 from nanogpt.params import DownloadParams
 
 MIRROR = "NANOGPT_MIRROR"  # environment variable: a folder with files named by their sha256 or their own name
@@ -66,7 +66,7 @@ def write_corpus(
     update: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> CorpusInfo:
-    """Fills the new directory `raw` from params.source; `update` is told the bytes so far.
+    """Fills the new directory `raw` from params.source; `update` receives the bytes so far.
 
     Raises ValueError, one line with the remedy, for a source that cannot be reached, found or read, is not what its
     sha256 says, is empty, or larger than params.max_gigabytes. What is then left in `raw` is for the caller to remove.
@@ -121,10 +121,7 @@ def _matches(pattern: str) -> list[Path]:
     if paths and all(path.is_dir() for path in paths):
         raise ValueError(f"{paths[0]} is a folder; name the files in it, as in file:{paths[0]}/*.txt")
     if not paths:
-        raise ValueError(
-            f"no file matches {pattern}; correct download.source (under `dvc exp run --temp` and in the queue, files "
-            "that git does not track are absent: `git add` them, or give an absolute path)"
-        )
+        raise Missing(f"no file matches {pattern}; correct download.source")
     return [path for path in paths if not path.is_dir()]
 
 
@@ -166,7 +163,9 @@ def _undecodable(path: Path, error: UnicodeDecodeError, start: int) -> ValueErro
 
 def _jsonl_documents(path: Path, column: str, max_gigabytes: float) -> Iterator[Document]:
     position = 0
-    for number, line in enumerate(_jsonl_lines(path, max_gigabytes), 1):
+    limit = f"download.max_gigabytes = {max_gigabytes}"
+    too_long = f"{path} is larger than {limit} in a single line; raise it, or remove the line"
+    for number, line in enumerate(lines(_blocks(path), max_gigabytes * 1e9, too_long), 1):
         where = f"{path}:{number}"
         try:
             text = line.decode().removeprefix("\ufeff" if number == 1 else "")
@@ -179,17 +178,7 @@ def _jsonl_documents(path: Path, column: str, max_gigabytes: float) -> Iterator[
         if text.strip():
             if not isinstance(row, dict):
                 raise ValueError(f'{where} is no JSON object such as {{"{column}": "..."}}; correct or remove the line')
-            _check_column(column, row, where)
-            yield [_checked_text(row[column], column, where)]
-
-
-def _jsonl_lines(path: Path, max_gigabytes: float) -> Iterator[bytes]:
-    blocks = _blocks(path)
-    try:
-        yield from lines(blocks, max_gigabytes * 1e9)
-    except LineTooLong as error:
-        limit = f"download.max_gigabytes = {max_gigabytes}"
-        raise ValueError(f"{path} is larger than {limit} in a single line; raise it, or remove the line") from error
+            yield [_text_of(row, column, where)]
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[Document]:
@@ -212,6 +201,11 @@ def _check_column(column: str, columns: Iterable[str], where: str) -> None:
     if column not in columns:
         known = ", ".join(name[:40] for name in itertools.islice(columns, 20))
         raise ValueError(f"{where} has no column {column}; set download.text_column to one of: {known}")
+
+
+def _text_of(row: Mapping[str, object], column: str, where: str) -> str:
+    _check_column(column, row, where)
+    return _checked_text(row[column], column, where)
 
 
 def _checked_text(text: object, column: str, where: str) -> str:
@@ -249,7 +243,7 @@ def fetch(remote: Remote, path: Path, warn: Callable[[str], None] = lambda line:
             candidate = Path(os.environ[MIRROR], name)
             if candidate.is_file():
                 shutil.copyfile(candidate, path)
-                if _sha256(path) == remote.sha256:
+                if sha256_file(path) == remote.sha256:
                     return
                 warn(f"{candidate} has not the sha256 of {remote.name}, so it is not used; remove it from {MIRROR}")
     for attempt in range(_ATTEMPTS):
@@ -267,7 +261,7 @@ def fetch(remote: Remote, path: Path, warn: Callable[[str], None] = lambda line:
             f"{remote.address} could not be reached in {_ATTEMPTS} attempts ({reason}); "
             f"{_NO_NETWORK}; or {remote.remedy}"
         ) from reason
-    if (digest := _sha256(path)) != remote.sha256:
+    if (digest := sha256_file(path)) != remote.sha256:
         problem = f"has sha256 {digest} and not {remote.sha256}"
         raise ValueError(f"{remote.address} {problem}: it was changed; {remote.remedy}")
 
@@ -301,11 +295,6 @@ def _response(remote: Remote) -> Iterator[bytes]:
         raise _Unreachable(f"only {received:,} of {remote.size:,} bytes came")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _one_line(error: object) -> str:
     """An error's text in one line, without what may be secret in an address: user, password and query."""
     line = " ".join(str(error).split()) or type(error).__name__
@@ -318,16 +307,14 @@ def _one_line(error: object) -> str:
 def _hub_documents(name: str, revision: str | None, params: DownloadParams) -> Iterator[Document]:
     """A dataset of the hub, or a local folder with the hub's layout; `owner/name:config` names one of its configs."""
     for number, row in enumerate(_hub_rows(name, revision, params), 1):
-        where = f"hf:{name}, row {number}"
-        _check_column(params.text_column, row, where)
-        yield [_checked_text(row[params.text_column], params.text_column, where)]
+        yield [_text_of(row, params.text_column, f"hf:{name}, row {number}")]
 
 
 def _hub_rows(name: str, revision: str | None, params: DownloadParams) -> Iterator[dict[str, Any]]:
     import datasets
 
     datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else it tells of each of its retries
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else it reports each of its retries
     path, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(path, config or None, split=params.split, revision=revision, streaming=True)

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from nanogpt.files import check_regular, read_bytes
+from nanogpt.files import Damaged, check_regular, read_model, reading
 
 Tokens = npt.NDArray[np.unsignedinteger]
 SplitName = Literal["train", "val"]
@@ -66,40 +66,28 @@ class Split:
 
 
 def load_meta(directory: Path) -> Meta:
-    """Reads meta.json. Raises ValueError, naming file and remedy, if it is missing or damaged."""
-    path = directory / "meta.json"
-    try:
-        return Meta.model_validate_json(read_bytes(path, _LARGEST_META))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {_remedy(directory)}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part)[:40] for part in first["loc"])
-        raise ValueError(f"{path} is damaged ({where}: {first['msg']}); {_remedy(directory)}") from error
+    """Reads meta.json. Raises Damaged."""
+    return read_model(directory / "meta.json", Meta, _LARGEST_META)
 
 
 def load_split(directory: Path, name: SplitName) -> Split:
-    """Opens train.bin or val.bin. Raises ValueError, naming file and remedy, unless size and sha256 are meta.json's.
+    """Opens train.bin or val.bin. Raises Damaged unless size and sha256 are meta.json's.
 
     And unless every token is of the vocabulary: whoever makes both files can make hashes agree.
     """
     meta = load_meta(directory)
     split: SplitMeta = getattr(meta, name)
     path, dtype = directory / f"{name}.bin", np.dtype(meta.dtype).newbyteorder("<")
-    try:
+    with reading(path):
         check_regular(path)
         size, expected = path.stat().st_size, split.tokens * dtype.itemsize
         if size != expected:
-            raise ValueError(f"{path} has {size:,} bytes and meta.json says {expected:,}; {_remedy(directory)}")
+            raise Damaged(path, f"has {size:,} bytes and meta.json says {expected:,}")
         digest, largest = _scan(path, dtype)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {_remedy(directory)}") from error
     if digest != split.sha256:
-        raise ValueError(f"{path} has sha256 {digest} and meta.json says {split.sha256}; {_remedy(directory)}")
+        raise Damaged(path, f"has sha256 {digest} and meta.json says {split.sha256}")
     if (largest := max(largest, split.first_context or 0)) >= meta.vocab_size:
-        raise ValueError(
-            f"{path} has token {largest:,} and meta.json a vocabulary of {meta.vocab_size:,}; {_remedy(directory)}"
-        )
+        raise Damaged(path, f"has token {largest:,} and meta.json a vocabulary of {meta.vocab_size:,}")
     return Split(name, np.memmap(path, dtype=dtype, mode="r"), split)
 
 
@@ -111,8 +99,3 @@ def _scan(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
             digest.update(block)
             largest = max(largest, int(np.frombuffer(block, dtype).max()))
     return digest.hexdigest(), largest
-
-
-def _remedy(directory: Path) -> str:
-    # DVC takes a damaged file for a good one if its time and size are right, hence the removal.
-    return f"`rm -r {directory}` and `dvc checkout`, or make it anew with `dvc repro -f tokenize`"

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.corpus.words import WordTable
-from nanogpt.files import read_bytes, write_text
+from nanogpt.files import Damaged, read_bytes
 
 if TYPE_CHECKING:
     import tiktoken
@@ -30,7 +30,6 @@ GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, end of text
 _LARGEST_VOCABULARY = 2**21  # more than Unicode has characters
 _LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
 _LONGEST_TOKEN = 2**16  # bytes
-_REMEDY = "restore it with `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
 _ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
 _PART = 2**16  # characters that are encoded at once
 
@@ -106,7 +105,7 @@ class Tokenizer(abc.ABC):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        write_text(path, self.to_json())
+        path.write_text(self.to_json())
 
     def _known(self, ids: Iterable[int]) -> list[int]:
         known = [int(token) for token in ids]
@@ -117,21 +116,6 @@ class Tokenizer(abc.ABC):
 
 
 # --- characters -------------------------------------------------------------------------------------------------------
-
-
-class UnknownCharacter(ValueError):
-    """A text has a character that the vocabulary lacks."""
-
-    def __init__(self, character: str, position: int, known: int):
-        super().__init__(
-            f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the {known} "
-            "characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
-        )
-        self.character, self.known = character, known
-
-    def at(self, position: int) -> "UnknownCharacter":
-        """The same, of a text of which this one's is a part."""
-        return UnknownCharacter(self.character, position, self.known)
 
 
 class CharTokenizer(Tokenizer):
@@ -175,10 +159,13 @@ class CharTokenizer(Tokenizer):
             raise self._unknown(text)
         return ids.astype(self.dtype, copy=False)
 
-    def _unknown(self, text: str) -> UnknownCharacter:
+    def _unknown(self, text: str) -> ValueError:
         known = set(self.characters)
         position, character = next((i, c) for i, c in enumerate(text) if c not in known)
-        return UnknownCharacter(character, position, len(self.characters))
+        return ValueError(
+            f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the {len(known)} "
+            "characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
+        )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self._texts[token] for token in self._known(ids)).encode()
@@ -217,17 +204,14 @@ _CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 class BytePairTokenizer(Tokenizer):
     """Byte-pair encoding as in GPT-2 (Radford et al. 2019), which can spell any text; run by tiktoken."""
 
-    @functools.cached_property
+    @property
+    @abc.abstractmethod
     def _encoding(self) -> "tiktoken.Encoding":
-        return self._load()
+        """With the text END_OF_TEXT as a special token."""
 
     @functools.cached_property
     def _words(self) -> WordTable:
         return WordTable(self._encoding, END_OF_TEXT, self.dtype)
-
-    @abc.abstractmethod
-    def _load(self) -> "tiktoken.Encoding":
-        """The encoding, with the text END_OF_TEXT as a special token."""
 
     def encode(self, text: str) -> Ids:
         if not text.isascii():
@@ -259,7 +243,8 @@ class Gpt2Tokenizer(BytePairTokenizer):
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = GPT2_VOCAB_SIZE - 1
 
-    def _load(self) -> "tiktoken.Encoding":
+    @functools.cached_property
+    def _encoding(self) -> "tiktoken.Encoding":
         import tiktoken
 
         try:
@@ -298,7 +283,8 @@ class TrainedTokenizer(BytePairTokenizer):
         self.vocab_size = len(tokens) + end_of_text
         self._tokens = tokens
 
-    def _load(self) -> "tiktoken.Encoding":
+    @functools.cached_property
+    def _encoding(self) -> "tiktoken.Encoding":
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]  # GPT-2's, as in training
 
@@ -352,18 +338,15 @@ def byte_characters() -> list[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path: Path, sha256: str | None = None, remedy: str = _REMEDY) -> Tokenizer:
-    """Reads a tokenizer.json. Raises ValueError if it is missing, damaged, or not the one with the given sha256."""
-    try:
-        data = read_bytes(path, _LARGEST_FILE)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
+    """Reads a tokenizer.json. Raises Damaged if it is missing, damaged, or not the one with the given sha256."""
+    data = read_bytes(path, _LARGEST_FILE)
     try:
         tokenizer = _from_json(data)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {remedy}") from error
+        raise Damaged(path, f"is damaged ({' '.join(str(error).split())[:200]})") from error
     if sha256 not in (None, tokenizer.sha256):
-        raise ValueError(f"{path} is another tokenizer (sha256 {tokenizer.sha256}) than expected ({sha256}); {remedy}")
+        raise Damaged(path, f"is another tokenizer (sha256 {tokenizer.sha256}) than expected ({sha256})")
     return tokenizer
 
 
@@ -373,16 +356,17 @@ def _from_json(data: bytes) -> Tokenizer:
         raise ValueError("no JSON object")
     if not isinstance(content["vocab_size"], int) or content["vocab_size"] > _LARGEST_VOCABULARY:
         raise ValueError("vocab_size is no possible number")
-    if not isinstance(content.get("characters", ""), str) or len(content.get("merges", "")) > content["vocab_size"]:
-        raise ValueError("its parts disagree")
-    readers: dict[str, Callable[[dict[str, Any], bool], Tokenizer]] = {
-        "char": lambda content, end: CharTokenizer(content["characters"], end),
-        "gpt2": lambda content, end: Gpt2Tokenizer(),
-        "bpe": lambda content, end: TrainedTokenizer([_pair(item) for item in content["merges"]], end),
-    }
-    if content["name"] not in readers:
-        raise ValueError(f"tokenizer {content['name']!r:.40} is not known")
-    tokenizer = readers[content["name"]](content, content["end_of_text"] is not None)
+    ends = content["end_of_text"] is not None
+    tokenizer: Tokenizer
+    match content:
+        case {"name": "char", "characters": str(characters)}:
+            tokenizer = CharTokenizer(characters, ends)
+        case {"name": "gpt2"}:
+            tokenizer = Gpt2Tokenizer()
+        case {"name": "bpe", "merges": list(merges)} if len(merges) <= content["vocab_size"]:
+            tokenizer = TrainedTokenizer([_pair(item) for item in merges], ends)
+        case _:
+            raise ValueError(f"tokenizer {content['name']!r:.40} is not known, or lacks its parts")
     if tokenizer.to_json().encode() != data:
         raise ValueError("its parts disagree")
     return tokenizer

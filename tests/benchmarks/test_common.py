@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,3 +128,10 @@ def test_a_preset_is_laid_over_the_params(project: Callable[..., Path]) -> None:
     assert [(p.model.n_layer, p.model.n_embd, p.train.learning_rate) for p in found] == [(2, 8, 3e-5), (2, 16, 3e-5)]
     assert "presets/wrong.yaml sets model.layers, which" in invoke("--preset", "wrong")[1]
     assert invoke("--preset", "missing") == (1, "Error: there is no preset missing; known: deep, wrong\n")
+
+
+def test_the_pages_name_benchmarks_that_there_are() -> None:
+    pages = {path: path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
+    named = {name for text in pages.values() for name in re.findall(r"benchmarks[./](\w+)", text)}
+    commands = {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py") if "@benchmark\n" in path.read_text()}
+    assert named == commands

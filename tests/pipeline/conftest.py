@@ -60,7 +60,7 @@ def _once(path: Path, make: Callable[[Path], object]) -> Clone:
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Iterator[Callable[..., Clone]]:
-    """`copy_of(seed, runs=False, mlflow=False)`: a copy for this test alone; whatever still runs in it is ended with the test."""
+    """`copy_of(seed, runs=False, mlflow=False)`: a copy for this test alone; what runs in it ends with the test."""
     made: list[Clone] = []
 
     def copy(origin: Clone, name: str = "clone", **options: bool) -> Clone:

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from benchmarks.common import forget_peak, own_peak
+from nanogpt.files import Damaged
 from nanogpt.params import ParamsError
 from tracking.journal import JournalDamaged
 
 TRIED: dict[str, list[int]] = {}  # parser -> [inputs, accepted ones]
-OURS = {ValueError, ParamsError, JournalDamaged}  # not their subclasses, such as a bare UnicodeDecodeError
+OURS = {ValueError, Damaged, ParamsError, JournalDamaged}  # not their subclasses, such as a bare UnicodeDecodeError
 MOST_MEMORY = 300 * 2**20  # bytes that all inputs of a parser may take at once, on top of what this process holds
 
 VALUES: list[Any] = [

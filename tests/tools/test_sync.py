@@ -23,13 +23,6 @@ from tracking.mlflow_sync import SystemMetrics, Trainer, follow
 from tracking.run import Run
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("database")
-    connect(f"sqlite:///{folder}/mlflow.db", folder)
-    return folder
-
-
 @pytest.fixture
 def repository(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -43,8 +36,7 @@ def repository(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyP
 def new_database(repository: Path, empty_database: Path) -> None:
     for old in repository.glob("mlflow.db*"):
         old.unlink()
-    for file in empty_database.glob("mlflow.db*"):
-        shutil.copyfile(file, repository / file.name)
+    shutil.copyfile(empty_database, repository / "mlflow.db")
 
 
 def sync(*arguments: str) -> Result:

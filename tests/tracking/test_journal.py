@@ -16,7 +16,6 @@ from tracking.journal import (
     START,
     Journal,
     JournalDamaged,
-    NoJournal,
     RunLock,
     holder,
     read_records,
@@ -201,15 +200,6 @@ def test_a_reader_gets_whole_lines_and_goes_on_where_it_was(path: Path) -> None:
         assert [r["step"] for r, _ in read_records(path, position)] == [2]
     with pytest.raises(JournalDamaged, match="not those read before"):
         list(read_records(path, {"bytes": position["bytes"], "crc": "00000000"}))
-
-
-def test_in_its_place_a_process_that_only_trains_along_writes_nothing(path: Path) -> None:
-    with NoJournal() as journal:
-        assert journal.append("step", step=1, loss=2.0) == []
-        journal.sync()
-        assert (journal.position(), list(journal.records())) == (START, [])
-        assert list(journal.records_of("eval")) == []
-    assert not path.exists()
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

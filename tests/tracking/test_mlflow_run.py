@@ -22,16 +22,6 @@ from tracking.mlflow_server import TrackingError, connect, redact, resolve_uri
 from tracking.run import Run
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new database costs seconds, a copy of it nothing."""
-    folder = tmp_path_factory.mktemp("database")
-    connect(f"sqlite:///{folder}/mlflow.db", folder)
-    with sqlite3.connect(folder / "mlflow.db") as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def repository(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

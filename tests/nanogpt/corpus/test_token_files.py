@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nanogpt.corpus.token_files import SplitName, load_meta, load_split
+from nanogpt.files import Damaged
 
 TOKENS = np.arange(1000) % 7
 
@@ -56,9 +57,7 @@ def test_a_split_is_opened_as_it_was_written(tmp_path: Path, dtype: str, name: S
 def test_a_cut_file_is_refused_by_its_size(tmp_path: Path):
     path = write(tmp_path / "tokens") / "val.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(
-        ValueError, match=r"val\.bin has 1,998 bytes and meta\.json says 2,000; `rm -r .*tokens` and `dvc"
-    ):
+    with pytest.raises(Damaged, match=r"tokens/val\.bin has 1,998 bytes and meta\.json says 2,000$"):
         load_split(tmp_path / "tokens", "val")
     load_split(tmp_path / "tokens", "train")
 
@@ -68,21 +67,21 @@ def test_a_flipped_bit_is_refused_by_its_hash(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[777] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"train\.bin has sha256 \w+ and meta\.json says \w+; .*dvc repro -f tokenize"):
+    with pytest.raises(Damaged, match=r"train\.bin has sha256 \w+ and meta\.json says \w+$"):
         load_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize("tokens", [[0, 7, 1], [65535], [6] * 600_000 + [7]])
 def test_a_token_that_is_not_of_the_vocabulary_is_refused(tmp_path: Path, tokens: list[int]):
-    with pytest.raises(ValueError, match=r"val\.bin has token [\d,]+ and meta\.json a vocabulary of 7; .*dvc checkout"):
+    with pytest.raises(Damaged, match=r"val\.bin has token [\d,]+ and meta\.json a vocabulary of 7$"):
         load_split(write(tmp_path, tokens), "val")
 
 
 def test_missing_files_are_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"meta\.json cannot be read \(No such file or directory\); .*dvc checkout"):
+    with pytest.raises(Damaged, match=r"meta\.json cannot be read \(No such file or directory\)$"):
         load_meta(tmp_path)
     (write(tmp_path) / "train.bin").unlink()
-    with pytest.raises(ValueError, match=r"train\.bin cannot be read \(No such file or directory\)"):
+    with pytest.raises(Damaged, match=r"train\.bin cannot be read \(No such file or directory\)$"):
         load_split(tmp_path, "train")
 
 
@@ -99,7 +98,7 @@ def test_missing_files_are_named(tmp_path: Path):
     ],
 )
 def test_a_damaged_meta_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str):
-    with pytest.raises(ValueError, match=rf"meta\.json is damaged \({problem}: .*dvc checkout") as error:
+    with pytest.raises(Damaged, match=rf"meta\.json is damaged \({problem}: ") as error:
         load_meta(write(tmp_path, **changes))
     assert "\n" not in str(error.value)
 
@@ -107,7 +106,7 @@ def test_a_damaged_meta_is_refused(tmp_path: Path, changes: dict[str, Any], prob
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff\xfe", b"[" * 10_000])
 def test_a_meta_that_is_no_json_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / "meta.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+    with pytest.raises(Damaged, match=r"meta\.json is damaged"):
         load_meta(tmp_path)
 
 

@@ -22,6 +22,7 @@ from nanogpt.corpus.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from nanogpt.files import Damaged
 
 TEXT = "The cat sat on the mat. The dog's bone isn't on the mat, it's in the yard!\n\n  1234 ünïcödé 你好 🙂\n" * 20
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -296,13 +297,12 @@ def test_gpt2_is_loaded_only_when_it_encodes(tmp_path: Path):
         (b'{"end_of_text": 5, "name": "gpt2", "vocab_size": 50257}\n', "its parts disagree"),
     ],
 )
-def test_a_damaged_file_is_named_with_the_remedy(content: bytes, problem: str, tmp_path: Path):
+def test_a_damaged_file_is_named(content: bytes, problem: str, tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=problem) as error:
+    with pytest.raises(Damaged, match=problem) as error:
         load_tokenizer(path)
-    assert str(path) in str(error.value)
-    assert "dvc checkout" in str(error.value)
+    assert str(error.value).startswith(f"{path} ")
     assert "\n" not in str(error.value)
 
 
@@ -310,14 +310,14 @@ def test_a_token_of_absurd_length_is_refused(tmp_path: Path):
     doubling = [[97, 97], *([i, i] for i in range(256, 300))]
     content = {"end_of_text": None, "merges": doubling, "name": "bpe", "vocab_size": 256 + len(doubling)}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content) + "\n")
-    with pytest.raises(ValueError, match="a token is longer than 65536 bytes"):
+    with pytest.raises(Damaged, match="a token is longer than 65536 bytes"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_missing_file_and_a_foreign_one_are_told_apart(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read \(No such file or directory\)"):
+    with pytest.raises(Damaged, match=r"tokenizer\.json cannot be read \(No such file or directory\)"):
         load_tokenizer(path)
     CharTokenizer("ab", False).save(path)
-    with pytest.raises(ValueError, match="is another tokenizer"):
+    with pytest.raises(Damaged, match="is another tokenizer"):
         load_tokenizer(path, "0" * 64)

@@ -1,0 +1,88 @@
+"""What the core finds wrong reaches the user together with the command that mends it."""
+
+import errno
+import pickle
+from pathlib import Path
+
+import pytest
+
+from nanogpt.corpus.sources import write_corpus
+from nanogpt.files import Damaged, Missing
+from nanogpt.params import DownloadParams, load_params
+from tracking.errors import explain
+from tracking.remedies import remedy
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(("folder", "stage"), [("data/raw", "download"), ("data/tokens", "tokenize")])
+def test_damaged_data_is_removed_first(folder, stage, tmp_path):
+    for damaged in (Path(folder, "a.bin"), tmp_path / folder / "a.bin"):
+        assert remedy(Damaged(damaged, "is cut off")) == (
+            f"`rm -r {folder}` and `dvc checkout`, or make it anew with `dvc repro -f {stage}`"
+        )
+
+
+def test_a_model_comes_from_the_cache_or_from_its_run():
+    weights = Path("model/weights.safetensors")
+    assert remedy(Damaged(weights, "is missing")) == "`dvc checkout` or `dvc repro` brings it back"
+    weights.parent.mkdir()
+    weights.touch()
+    assert remedy(Damaged(weights, "is cut off")) == (
+        "remove model and run `dvc checkout`, or `dvc repro` if DVC's cache has lost it too"
+    )
+
+
+def test_params_are_in_git(tmp_path):
+    path = tmp_path / "params.yaml"
+    with pytest.raises(Damaged) as caught:
+        load_params(path)
+    advice = f"`git diff {path}` shows what was lost, and `git checkout {path}` restores it"
+    assert explain(caught.value) == f"{path} cannot be read (No such file or directory); {advice}"
+
+
+def test_any_other_file_has_a_remedy_too():
+    assert remedy(Damaged(Path("inputs/pretrained/a/tokenizer.json"), "is cut off")) == (
+        "restore it with `git checkout` or `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [("file:inputs/texts/*.txt", "no file matches inputs/texts/*.txt; correct download.source"),
+     ("bin:/nowhere", "download.source = bin:/nowhere: /nowhere/train.bin cannot be read (No such file or directory); "
+      "name the folder into which nanoGPT wrote train.bin and val.bin")],
+)  # fmt: skip
+def test_a_text_that_is_missing_may_be_untracked(source, problem):
+    values = load_params(REPOSITORY / "params.yaml").download.model_dump()
+    with pytest.raises(Missing) as caught:
+        write_corpus(DownloadParams(**values | {"source": source}), Path("raw"))
+    assert explain(caught.value) == (
+        f"{problem}; under `dvc exp run --temp` and in the queue, files that git does not track are absent: "
+        "`git add` them, or give an absolute path"
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("model.n_embd = 7"), KeyError("a"), OSError("as a library raises it")])
+def test_an_error_that_names_its_remedy_stays_as_it_is(error):
+    assert remedy(error) == ""
+    assert explain(error) == str(error)
+
+
+def test_an_error_of_the_system_gets_one_remedy():
+    assert explain(OSError(errno.EROFS, "read-only")) == (
+        f"[Errno {errno.EROFS}] read-only; make the file system writable and start again"
+    )
+    full = OSError(errno.ENOSPC, "the disk is full; free some space\nand start again")
+    assert explain(full) == f"[Errno {errno.ENOSPC}] the disk is full; free some space and start again"
+
+
+def test_damage_that_another_process_finds_arrives_whole():
+    error = pickle.loads(pickle.dumps(Damaged(Path("data/raw/text.txt"), "is cut off")))
+    assert (type(error), error.path, error.what) == (Damaged, Path("data/raw/text.txt"), "is cut off")
+    assert str(error) == "data/raw/text.txt is cut off"
