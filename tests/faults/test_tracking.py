@@ -64,6 +64,7 @@ def test_a_server_that_is_killed_twice_and_comes_back(server, clone, seed, reque
     """The only test that finds a point that a server has twice, or not at all, since it was gone meanwhile."""
     name = request.node.name
     clone.set_params(**{"tracking.wait_seconds": 60})
+    clone.commit()
     training = PausedTraining(clone, "speed", 15, f"MLFLOW_TRACKING_URI={server.uri} dvc repro train")
     experiment = wait_until(lambda: server.client().get_experiment_by_name(name), "the experiment", clone)
     wait_until(lambda: server.client().search_runs([experiment.experiment_id]), "the first points", clone)
