@@ -10,7 +10,6 @@ import pytest
 from tracking import verification
 from tracking.golden import file_name
 
-
 IDENTITY = ("-c", "user.name=a", "-c", "user.email=b")
 
 
