@@ -16,12 +16,13 @@ PAGES = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REP
 MIRROR = REPOSITORY.parent / "shared" / "data"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BY_CI = {"make test", "make test-pipeline", "make lint"}
-ELSEWHERE = {  # run as they stand by other tests
+ELSEWHERE = {  # run by other tests
     "make smoke": "test_experiments.py",
+    "make verify-lock": "test_workflow.py",
+    "python -m tools export --format huggingface build/for-transformers": "test_export.py",
     "python -m tools export --format huggingface build/exported": "test_export.py",
 }
 WITH_NANOGPT = "--nanogpt"  # needs a checkout of nanoGPT, which is not here
-EXPERIMENT = "dvc exp run"
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -37,22 +38,23 @@ def commands(page: str) -> list[str]:
 def to_run(page: str) -> list[str]:
     """The commands of a page that its test runs, as it runs them.
 
-    A command of our own that the README has is not run again for another page. A sweep has two values, and after the
-    first experiment of a page the others end with their training: evaluate and sample do not make them differ.
+    A command of our own that the README has is not run again for another page. A sweep has two values, and but for the
+    README's first one experiments end with their training: evaluate and sample do not make them differ.
     """
-    known = {
-        *BY_CI,
-        *ELSEWHERE,
-        *(() if page == "README.md" else filter(re.compile("python -m").match, commands("README.md"))),
-    }
-    chosen = [command for command in commands(page) if command not in known and WITH_NANOGPT not in command]
-    if not (MIRROR / "tinyshakespeare.txt").exists():
-        chosen = [command for command in chosen if "download.source=shakespeare" not in command]
-    chosen = [re.sub(r"=([^=,\s]+,[^=,\s]+)(,[^=,\s]+)+", r"=\1", command) for command in chosen]
-    first = next((command for command in chosen if command.startswith(EXPERIMENT)), None)
-    return [
-        f"{command} train" if command.startswith(EXPERIMENT) and command != first else command for command in chosen
-    ]
+    known = {*BY_CI, *ELSEWHERE}
+    if page != "README.md":
+        known.update(command for command in commands("README.md") if command.startswith("python -m"))
+    chosen, seen = [], page != "README.md"
+    for command in commands(page):
+        if command in known or WITH_NANOGPT in command:
+            continue
+        if "download.source=shakespeare" in command and not (MIRROR / "tinyshakespeare.txt").exists():
+            continue
+        command = re.sub(r"=([^=,\s]+,[^=,\s]+)(,[^=,\s]+)+", r"=\1", command)
+        if command.startswith("dvc exp run"):
+            command, seen = f"{command} train" if seen else command, True
+        chosen.append(command)
+    return chosen
 
 
 @pytest.fixture
