@@ -17,7 +17,8 @@ from nanogpt.files import write_text
 from tracking import mlflow_models, mlflow_page
 from tracking.journal import START, JournalDamaged, Position, RunLock, read_records
 from tracking.mlflow_page import Page, Point
-from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run, redact
+from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run
+from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
 SAMPLES = "samples.json"

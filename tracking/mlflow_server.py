@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tracking.journal import JournalDamaged, RunLock
+from tracking.redaction import redact
 
 # A dead server must be noticed in seconds, not in MLflow's four minutes; and nothing is to be told to anybody.
 _ENVIRONMENT = {
@@ -44,14 +45,6 @@ def resolve_uri(repository: Path) -> str:
     if not separator and not re.match(r"(file:|databricks)", uri):
         return (repository / uri).as_uri()
     return f"{scheme}{separator}{path}"
-
-
-def redact(text: str) -> str:
-    """Text on one line, without what is secret in the URLs in it (user, password, query) and in headers."""
-    text = re.sub(r"://[^/\s'\"]*@", "://***@", text)
-    text = re.sub(r"\?[^\s'\")]*=[^\s'\")]*", "?***", text)
-    text = re.sub(r"\b(Basic|Bearer) [\w.~+/=-]+", r"\1 ***", text)
-    return " ".join(text.split())
 
 
 def as_text(value: Any) -> str:
