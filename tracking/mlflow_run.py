@@ -188,8 +188,10 @@ class Replica:
         """The table of samples and the description, when they have changed."""
         page = self.page
         samples = len(page.sample_rows()), page.last.get("sample", {}).get("step", -1)
+        from tracking.mlflow_client import encode
+
         if samples[0] and self._state.get("samples") != list(samples):
-            self._upload(SAMPLES, mlflow_page.table(page).encode())
+            self._upload(SAMPLES, encode(mlflow_page.table(page)))
             # With this tag MLflow's page shows the file as a table. Its own log_table would append to what is there.
             self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES, "type": "table"}])})
             self._save(samples=list(samples))
