@@ -1,7 +1,6 @@
 """Wrong input through the real command line: one line that names it, exit code 1, nothing half-written."""
 
 import re
-import struct
 from pathlib import Path
 
 import pytest
