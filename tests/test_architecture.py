@@ -61,7 +61,7 @@ LEVELS = [
     {"recipe", "timing"},
 ]
 
-MLFLOW = {"mlflow_model", "mlflow_models", "mlflow_run", "mlflow_server", "mlflow_sync"}
+MLFLOW = {"mlflow_client", "mlflow_model", "mlflow_models", "mlflow_run", "mlflow_server", "mlflow_sync"}
 WITH_TORCH = {  # the only ones of the core that import it, by themselves or by what they import
     *(
         "batches",
