@@ -13,7 +13,7 @@ PORT ?= 5000
 BASE ?= HEAD~1
 REPORTS ?= .runs/verify
 
-.PHONY: help setup repro smoke ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak lint gc
+.PHONY: help setup repro smoke ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak deps lint gc
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 
 repro: $(READY)  ## run the pipeline (what changed of it) and sum up the result
 	dvc repro
-	@python -m tools.summary
+	@python -m tools summary
 
 smoke: $(READY)  ## the whole pipeline in seconds, as an experiment named smoke that leaves the workspace alone
 	dvc exp run --temp --force --name smoke \
@@ -43,19 +43,19 @@ ui: $(READY)  ## MLflow's page on http://127.0.0.1:5000 (PORT=… for another po
 	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"
 
 verify: $(READY)  ## run all of the commit anew in a clean clone, and compare with its dvc.lock
-	@python -m tools.verify --out $(REPORTS)/full
+	@python -m tools verify --out $(REPORTS)/full
 
 verify-varied: $(READY)  ## the same on one core, in another folder, locale, with other variables set
-	@python -m tools.verify --varied --out $(REPORTS)/varied
+	@python -m tools verify --varied --out $(REPORTS)/varied
 
 verify-lock: $(READY)  ## seconds: dvc.lock is complete, and the remote too
-	@python -m tools.verify --layer lock --out $(REPORTS)/lock
+	@python -m tools verify --layer lock --out $(REPORTS)/lock
 
 verify-steps: $(READY)  ## a minute: the first training steps against golden/
-	@python -m tools.verify --layer steps --out $(REPORTS)/steps
+	@python -m tools verify --layer steps --out $(REPORTS)/steps
 
 verify-base: $(READY)  ## minutes: the first training steps of another commit and of this one (BASE=origin/main)
-	@python -m tools.verify --layer base --base $(BASE) --out $(REPORTS)/base
+	@python -m tools verify --layer base --base $(BASE) --out $(REPORTS)/base
 
 report:  ## what the checks have found, as Markdown
 	@cat $(REPORTS)/*/report.md
@@ -65,7 +65,7 @@ diff: $(READY)  ## params and metrics against another commit, as Markdown (BASE=
 	@dvc metrics diff --md $(BASE)
 
 golden: $(READY)  ## write the golden file of this environment
-	@python -m tools.golden
+	@python -m tools golden
 
 test: $(READY)  ## the fast tests
 	pytest -n 2 -m "not pipeline"
@@ -76,10 +76,13 @@ test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
 soak: $(READY)  ## kill the pipeline at 100 random moments; nothing may be left of that (15 minutes)
 	python -m tests.faults.soak --kills 100
 
+deps: $(READY)  ## write dvc.yaml's lists of code from the imports of the stages
+	@python -m tools deps
+
 lint: $(READY)  ## style and types
 	ruff check .
 	ruff format --check .
 	mypy nanogpt stages tracking tools benchmarks
 
 gc: $(READY)  ## show what old runs and caches take, and free it if you agree
-	@python -m tools.gc
+	@python -m tools gc

@@ -1,62 +1,51 @@
 """Tokens per second of generation: ours with the KV cache, ours without, and nanoGPT's beside them.
 
 The candidates take turns in one process, so that a noisy machine is unfair to none, and the best turn of each counts.
+All compute in float32, but for nanoGPT's on a GPU: there its sample.py computes in bfloat16.
 """
 
-import importlib
-import json
-import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from nanogpt.model import GPT
+from benchmarks.common import benchmark, nanogpt_option, row
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "4x128, block 64": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64},
-    "6x384, block 256": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256},
+    "4x128": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65},
+    "6x384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
+    "GPT-2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50_304},
 }
-COMMON: dict[str, Any] = {"vocab_size": 65, "bias": False}
-CONTEXTS = ("within", "beyond")
 STRIDE = 8
 Generate = Callable[[int, bool], int]
 
 
-@click.command()
-@click.option("--nanogpt", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout of nanoGPT.")
+@benchmark
+@nanogpt_option
 @click.option("--rounds", default=3, show_default=True, help="Turns of each candidate.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
-def main(nanogpt: Path | None, rounds: int, threads: int, out: Path | None) -> None:
-    """Generates from untrained models (float32, temperature 1), one sample and ten at once, and prints tokens/s."""
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--shape", "shapes", multiple=True, type=click.Choice([*SHAPES]), default=["4x128", "6x384"])
+def main(nanogpt: Path | None, rounds: int, threads: int, device: str, shapes: tuple[str, ...]) -> dict[str, Any]:
+    """Generates from untrained models (temperature 1), one sample and ten at once, and prints tokens/s."""
     import torch
 
     torch.set_num_threads(threads)
     rows = []
-    click.echo(f"{'':18} {'batch':>5} {'context':>8} {'ours':>8} {'uncached':>8} {'nanoGPT':>8} {'ours / nanoGPT':>15}")
-    for name, shape in SHAPES.items():
-        candidates = make_candidates(shape, nanogpt)
+    click.echo(row("", "samples", "context", "ours", "uncached", "nanoGPT", "ours/nanoGPT", width=14))
+    for name in shapes:
+        candidates = make_candidates(SHAPES[name], nanogpt, device)
         for batch in (1, 10):
-            for context in CONTEXTS:
+            for context in ("within", "beyond"):
                 best = turns(candidates, batch, context == "beyond", rounds)
+                theirs = best.get("nanogpt")
+                cells = (best["ours"], best["uncached"], theirs or "-", best["ours"] / theirs if theirs else "-")
+                click.echo(row(name, batch, context, *cells, width=14))
                 rows.append({"shape": name, "batch": batch, "context": context, "tokens_per_s": best})
-                click.echo(line(name, batch, context, best))
-    if out:
-        out.write_text(json.dumps({"threads": threads, "rounds": rounds, "rows": rows}, indent=1) + "\n")
-
-
-def line(name: str, batch: int, context: str, best: dict[str, float]) -> str:
-    theirs = best.get("nanogpt")
-    ratio = f"{best['ours'] / theirs:15.1f}" if theirs else f"{'':15}"
-    return (
-        f"{name:18} {batch:5} {context:>8} {best['ours']:8,.0f} {best['uncached']:8,.0f} "
-        + (f"{theirs:8,.0f} " if theirs else f"{'-':>8} ")
-        + ratio
-    )
+    return {"threads": threads, "rounds": rounds, "device": device, "rows": rows}
 
 
 def turns(candidates: dict[str, Generate], batch: int, beyond: bool, rounds: int) -> dict[str, float]:
@@ -70,8 +59,8 @@ def turns(candidates: dict[str, Generate], batch: int, beyond: bool, rounds: int
     return best
 
 
-def make_candidates(shape: dict[str, Any], nanogpt: Path | None) -> dict[str, Generate]:
-    """From name to a function of (samples, beyond), all of one shape, that tells how many tokens of each it made.
+def make_candidates(shape: dict[str, Any], nanogpt: Path | None, device: str) -> dict[str, Generate]:
+    """From name to a function of (samples, beyond), all of one shape, that returns how many tokens of each it made.
 
     Within the context that is from one token until it is full. Beyond it nanoGPT's context is always full, and ours is
     half full at first, as after each time that the older half is dropped. Ours makes all tokens; the others, which read
@@ -79,30 +68,38 @@ def make_candidates(shape: dict[str, Any], nanogpt: Path | None) -> dict[str, Ge
     """
     import torch
 
-    from nanogpt.generate import Sampling, generate
-    from nanogpt.model import GPT, GPTConfig
+    from benchmarks.steps import their_model
+    from nanogpt.generate import Sampling, choose, generate, uniforms
+    from nanogpt.gpt_config import GPTConfig
+    from nanogpt.model import GPT
 
     torch.manual_seed(0)
-    block_size = shape["block_size"]
-    model = GPT(GPTConfig(**shape, **COMMON)).eval()
+    config, sampling, block_size = GPTConfig(**shape, bias=False), Sampling(), shape["block_size"]
+    model = GPT(config).eval().to(device)
 
     def ours(batch: int, beyond: bool) -> int:
         length, number = (block_size // 2, block_size // 2) if beyond else (1, block_size)
-        return sum(1 for _ in generate(model, [0] * length, batch, number, Sampling()))
+        return sum(1 for _ in generate(model, [0] * length, batch, number, sampling))
 
+    @torch.inference_mode()
     def uncached(batch: int, beyond: bool) -> int:
-        return one_token_each(model, batch, lengths(block_size // 2 if beyond else 0, block_size))
+        contexts = lengths(block_size // 2 if beyond else 0, block_size)
+        for length, uniform in zip(contexts, uniforms(sampling.seed, batch, len(contexts)), strict=True):
+            logits = model(torch.zeros((batch, length), dtype=torch.long, device=device))[:, -1]
+            choose(logits.cpu(), uniform, sampling)
+        return len(contexts)
 
     candidates: dict[str, Generate] = {"ours": ours, "uncached": uncached}
     if nanogpt:
-        sys.path.insert(0, str(nanogpt))
-        theirs = importlib.import_module("model")
-        their_model = theirs.GPT(theirs.GPTConfig(dropout=0.0, **shape, **COMMON)).eval()
+        theirs = their_model(nanogpt, config).to(device).eval()
+        precision = torch.autocast(device, dtype=torch.bfloat16) if device == "cuda" else nullcontext()
 
         def nanogpts(batch: int, beyond: bool) -> int:
             contexts = lengths(0, block_size)
             for length in contexts:
-                their_model.generate(torch.zeros((batch, block_size if beyond else length), dtype=torch.long), 1)
+                begin = torch.zeros((batch, block_size if beyond else length), dtype=torch.long, device=device)
+                with precision:
+                    theirs.generate(begin, 1).tolist()
             return len(contexts)
 
         candidates["nanogpt"] = nanogpts
@@ -112,19 +109,6 @@ def make_candidates(shape: dict[str, Any], nanogpt: Path | None) -> dict[str, Ge
 def lengths(start: int, end: int) -> range:
     """Every STRIDE-th length in start + 1 ... end, their mean that of all."""
     return range(start + STRIDE // 2, end + 1, STRIDE)
-
-
-def one_token_each(model: "GPT", batch: int, contexts: range) -> int:
-    """A token by a forward pass over each of these contexts."""
-    import torch
-
-    from nanogpt.generate import Sampling, choose, uniforms
-
-    sampling = Sampling()
-    with torch.inference_mode():
-        for length, uniform in zip(contexts, uniforms(sampling.seed, batch, len(contexts)), strict=True):
-            choose(model(torch.zeros((batch, length), dtype=torch.long))[:, -1], uniform, sampling)
-    return len(contexts)
 
 
 if __name__ == "__main__":

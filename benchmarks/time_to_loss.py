@@ -9,108 +9,87 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import click
-from ruamel.yaml import YAML
 
-from benchmarks.against_nanogpt import nanogpt_arguments, prepare
-from nanogpt.params import load_params
-from tools.preset import changed
-from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
-from tracking.journal import attempts, read_records
+from benchmarks.checkout import prepare, training_command
+from benchmarks.common import TEXT, Missed, benchmark, nanogpt_option, row, with_params, with_values, write_params
+from nanogpt.params import Params
+from tools.preset import preset_params
+from tracking.clean_clone import clean_clone
+from tracking.run import runs_in
 
 Curve = list[tuple[float, float]]  # seconds of training, validation loss
 
 FIGURES = ("val_loss", "train_seconds", "total_seconds", "tokens", "parameters", "steps")
 
 
-@click.command()
-@click.option("--preset", required=True, help="A file of presets/, without .yaml.")
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Instead of its source.")
-@click.option("--set", "-S", "values", multiple=True, metavar="KEY=VALUE", help="On top of the preset; several.")
+@benchmark
+@with_params()
+@click.option("--text", type=TEXT, help="Instead of its source.")
 @click.option("--target", type=float, default=1.4697, show_default=True, help="Validation loss, nats per token.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=[1337], help="train.seed; give several for a mean.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the loss over seconds here (.png, .svg).")
-@click.option(
-    "--nanogpt", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout, to draw too."
-)
+@nanogpt_option
 def main(
-    preset: str,
-    text: Path | None,
-    values: tuple[str, ...],
-    target: float,
-    seeds: tuple[int, ...],
-    out: Path | None,
-    picture: Path | None,
-    nanogpt: Path | None,
-) -> None:
+    params: Params, text: Path | None, target: float, seeds: tuple[int, ...], picture: Path | None, nanogpt: Path | None
+) -> dict[str, Any]:
     """Runs the pipeline once per seed; fails if the mean loss over the whole validation split is above the target.
 
     `train_seconds` are those of the training loop with its evaluations, checkpoints and compilation; `total_seconds`
     those of `dvc repro`, all stages. With --nanogpt, its own run for a CPU (train_shakespeare_char of its README) is
-    taken after it, on the same text.
+    taken after it, on the same text, for the picture.
     """
     if nanogpt and (text is None or picture is None):
         raise click.UsageError("--nanogpt is for the picture of a text: give --text and --picture too")
-    click.echo(
-        f"{'seed':>6} {'val loss':>9} {'train s':>8} {'total s':>8} {'tokens':>12} {'parameters':>12} {'steps':>7}"
-    )
+    click.echo(row("seed", *FIGURES, width=15))
     runs = []
     for seed in seeds:
-        try:
-            runs.append(run(preset, text, values, seed))
-        except CouldNotRun as error:
-            raise click.ClickException(str(error)) from error
-        click.echo(row(str(seed), runs[-1]))
-    mean = {name: statistics.mean(found[name] for found in runs) for name in FIGURES}
+        runs.append(run(with_values(params, {"train.seed": seed}), text))
+        click.echo(line(str(seed), runs[-1]))
+    figures: dict[str, Any] = {name: statistics.mean(found[name] for found in runs) for name in FIGURES}
     if len(runs) > 1:
-        click.echo(row("mean", mean))
-        click.echo(row("± sd", {name: statistics.stdev(found[name] for found in runs) for name in FIGURES}))
-    if out:
-        out.write_text(json.dumps({**mean, "target": target, "runs": runs}, indent=1) + "\n")
+        click.echo(line("mean", figures))
+        click.echo(line("± sd", {name: statistics.stdev(found[name] for found in runs) for name in FIGURES}))
+    figures |= {"target": target, "runs": runs}
     if picture:
-        curves = {preset: [found["curve"] for found in runs]}
+        curves = {"this training": [found["curve"] for found in runs]}
         if nanogpt and text:
-            curves["nanoGPT's run for a CPU"] = [nanogpt_curve(nanogpt, text, runs[0]["threads"])]
+            curves["nanoGPT's run for a CPU"] = [nanogpt_curve(nanogpt, text, params.numerics.threads)]
         draw(curves, target, picture)
-    if mean["val_loss"] > target:
-        raise click.ClickException(f"the validation loss {mean['val_loss']:.4f} is above the target {target}")
+    if figures["val_loss"] > target:
+        raise Missed(f"the validation loss {figures['val_loss']:.4f} is above the target {target}", figures)
+    return figures
 
 
-def row(name: str, found: dict[str, Any]) -> str:
-    return (
-        f"{name:>6} {found['val_loss']:9.4f} {found['train_seconds']:8.1f} {found['total_seconds']:8.1f} "
-        f"{found['tokens']:12,.0f} {found['parameters']:12,.0f} {found['steps']:7,.0f}"
-    )
+def line(name: str, found: dict[str, Any]) -> str:
+    loss, *seconds = (f"{found[each]:.{digits}f}" for each, digits in zip(FIGURES, (4, 1, 1), strict=False))
+    return row(name, loss, *seconds, *(f"{found[each]:,.0f}" for each in FIGURES[3:]), width=15)
 
 
-def run(preset: str, text: Path | None, values: tuple[str, ...], seed: int) -> dict[str, Any]:
+def run(params: Params, text: Path | None) -> dict[str, Any]:
     """The figures of one run, and its curve: seconds of training and validation loss of each evaluation."""
     with clean_clone(Path.cwd(), "HEAD") as clone, tempfile.TemporaryDirectory() as compiled:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
-        clone.run("python", "-m", "tools.preset", preset)
-        set_params(clone, (*values, f"train.seed={seed}"))
         if text is not None:
             shutil.copyfile(text, clone.path / "inputs/texts/text.txt")
-            set_params(clone, ("download.source=file:inputs/texts/text.txt", "download.texts=inputs/texts"))
-        threads = load_params(clone.path / "params.yaml").numerics.threads
+            source = {"download.source": "file:inputs/texts/text.txt", "download.texts": "inputs/texts"}
+            params = with_values(params, source)
+        write_params(params, clone.path / "params.yaml")
         begin = time.perf_counter()
         clone.run("dvc", "repro")
         total = time.perf_counter() - begin
         train, evaluate = (
             json.loads((clone.path / f"metrics/{name}.json").read_text()) for name in ("train", "evaluate")
         )
-        records = [record for record, _ in read_records(attempts(clone.path / ".runs")[-1] / "journal.jsonl")]
+        records = list(runs_in(clone.path)[-1].records())
     start = next(record["t"] for record in records if record["kind"] == "start")
     return {
-        "seed": seed,
-        "threads": threads,
+        "seed": params.train.seed,
         "val_loss": evaluate["val_loss"],
         "train_seconds": (next(r["t"] for r in reversed(records) if r["kind"] == "checkpoint") - start) / 1e3,
         "total_seconds": total,
@@ -119,29 +98,15 @@ def run(preset: str, text: Path | None, values: tuple[str, ...], seed: int) -> d
     }
 
 
-def set_params(clone: CleanClone, assignments: tuple[str, ...]) -> None:
-    """Edits the clone's params.yaml; each assignment is section.key=value. Raises CouldNotRun for an unknown key."""
-    path = clone.path / "params.yaml"
-    text = path.read_text(encoding="utf-8")
-    for assignment in assignments:
-        key, _, value = assignment.partition("=")
-        section, _, name = key.partition(".")
-        try:
-            text, _ = changed(text, path.name, {section: {name: YAML(typ="safe").load(value)}}, f"--set {assignment}")
-        except ValueError as error:
-            raise CouldNotRun(str(error)) from error
-    path.write_text(text, encoding="utf-8")
-
-
 def nanogpt_curve(nanogpt: Path, text: Path, threads: int) -> Curve:
-    """Seconds since its train.py had a model, and the validation loss that it tells, of each of its evaluations.
+    """Seconds since its train.py had a model, and the validation loss that it prints, of each of its evaluations.
 
     On as many threads as ours.
     """
+    params = preset_params("shakespeare_cpu")
     with tempfile.TemporaryDirectory() as name:
-        checkout, _ = prepare(nanogpt, text, Path(name))
-        work = {"shape": "4x128", "dtype": "float32", "compile": False, "steps": 2000, "model": f"{name}/out"}
-        command = [sys.executable, "-u", "train.py", *nanogpt_arguments(work)]
+        checkout, _ = prepare(nanogpt, text, params, Path(name))
+        command = training_command(params, Path(name) / "out")
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -152,9 +117,7 @@ def nanogpt_curve(nanogpt: Path, text: Path, threads: int) -> Curve:
                 if found := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
                     curve.append((time.perf_counter() - begin, float(found[1])))
     if process.returncode or not curve:
-        raise click.ClickException(
-            f"{nanogpt}: train.py exited with {process.returncode} after {len(curve)} evaluations"
-        )
+        raise ValueError(f"{nanogpt}: train.py exited with {process.returncode} after {len(curve)} evaluations")
     return curve
 
 

@@ -2,22 +2,20 @@
 
 Each measurement is a process of its own; its memory is the sum over that process and all that it starts, sampled. What
 is timed begins with text that lies on the disk in the form that each way downloads it to, and ends with train.bin and
-val.bin. Imports are not timed, starting worker processes is. The processor's seconds, of all processes together, tell
+val.bin. Imports are not timed, starting worker processes is. The processor's seconds, of all processes together, say
 more than the rate where other programs are running.
 """
 
-import json
-import resource
+import filecmp
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
-import psutil
+
+from benchmarks.common import TEXT, Spent, benchmark, call, measuring, row
 
 SIZES = (10, 200)  # MB
 DOCUMENT = 5000  # characters, about as many as OpenWebText's have on average
@@ -30,54 +28,55 @@ FORMS = {"nanogpt-gpt2": "dataset", "nanogpt-char": "text", "char": "raw-text", 
 FORMS |= {"gpt2": "raw-documents", "tiktoken-alone": "raw-documents"}
 
 
-@click.command()
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Lines of this text file.")
+@benchmark
+@click.option("--text", type=TEXT, help="Lines of this text file.")
 @click.option("--megabytes", type=int, multiple=True, default=SIZES, show_default=True, help="10^6 bytes of text.")
-@click.option("--way", "ways", type=click.Choice(list(CANDIDATES)), multiple=True, default=list(CANDIDATES))
+@click.option("--way", "ways", type=click.Choice([*CANDIDATES]), multiple=True, default=[*CANDIDATES])
 @click.option("--beside/--alone", default=True, help="Measure what is beside our ways, too.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
-@click.option("--only", nargs=2, hidden=True, help="Measure one candidate in this process, with files in this folder.")
-def main(
-    text: Path | None,
-    megabytes: tuple[int, ...],
-    ways: tuple[str, ...],
-    beside: bool,
-    out: Path | None,
-    only: tuple[str, str] | None,
-) -> None:
+def main(text: Path | None, megabytes: tuple[int, ...], ways: tuple[str, ...], beside: bool) -> dict[str, Any]:
     """Lines of Python's own documentation (or of --text) in random order, in documents of 5,000 characters or one text.
 
     Lines are repeated in the larger texts, and our byte-pair ways remember words. So that new ones keep coming, as in
     real text, every fifth line begins with a word of random letters. A --text that is large enough is taken as it is.
     """
-    if only:
-        click.echo(" ".join(map(str, CHILDREN[only[0]](Path(only[1])))))
-        return
-    results = []
-    click.echo(f"{'':14} {'MB':>5} {'MB/s':>8} {'of ours':>8} {'CPU s':>8} {'of ours':>8} {'peak MB':>8}")
+    results: list[dict[str, Any]] = []
+    click.echo(row("", "MB", "MB/s", "of ours", "CPU s", "of ours", "peak MB"))
     for size in megabytes:
         with tempfile.TemporaryDirectory(prefix="tokenizing-") as name:
             folder = Path(name)
             candidates = [candidate for way in ways for candidate in (way, *CANDIDATES[way] * beside)]
             write_text_once(folder, text, size * 1_000_000, {FORMS[candidate] for candidate in candidates})
-            same = {}
-            for candidate in candidates:
-                seconds, cpu, peak = measure(candidate, folder)
-                rate = (folder / "text.txt").stat().st_size / 1e6 / seconds
-                results.append({"way": candidate, "megabytes": size, "mb_per_second": rate, "cpu_seconds": cpu,
-                                "peak_megabytes": peak / 1e6})  # fmt: skip
-                if candidate in CANDIDATES:
-                    our_rate, our_cpu = rate, cpu
-                ratios = f"{rate / our_rate:8.2f} {cpu:8.1f} {cpu / our_cpu:8.2f}"
-                click.echo(f"{candidate:14} {size:5} {rate:8.1f} {ratios} {peak / 1e6:8.0f}")
-                same[candidate] = [path.read_bytes() for path in sorted((folder / candidate).glob("*.bin"))]
-                shutil.rmtree(folder / candidate, ignore_errors=True)
-            for way in {"gpt2", "char"} & same.keys() if beside else ():
-                assert same[way] == same[f"nanogpt-{way}"], f"{way}: ours are not nanoGPT's tokens"
-    if out:
-        out.write_text(
-            json.dumps({"source": str(text.name if text else "pydoc_data"), "results": results}, indent=1) + "\n"
-        )
+            for way in ways:
+                results += compared(way, CANDIDATES[way] * beside, size, folder)
+    return {"source": text.name if text else "pydoc_data", "results": results}
+
+
+def compared(way: str, beside: list[str], size: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """The figures of a way of ours and of what is beside it. Raises ValueError if nanoGPT's tokens are others."""
+    ours: dict[str, float] = {}
+    for candidate in (way, *beside):
+        found, _ = call(measured, candidate=candidate, folder=str(folder))
+        found["mb_per_second"] = (folder / "text.txt").stat().st_size / 1e6 / found.pop("seconds")
+        ours = ours or found
+        ratios = [found[name] / ours[name] for name in ("mb_per_second", "cpu_seconds")]
+        cells = (found["mb_per_second"], ratios[0], found["cpu_seconds"], ratios[1], found["peak_megabytes"])
+        click.echo(row(candidate, size, *cells))
+        yield {"way": candidate, "megabytes": size, **found}
+    if f"nanogpt-{way}" in beside:
+        for name in ("train.bin", "val.bin"):
+            if not filecmp.cmp(folder / way / name, folder / f"nanogpt-{way}" / name, shallow=False):
+                raise ValueError(f"{way}: our {name} is not nanoGPT's")
+    for candidate in (way, *beside):
+        shutil.rmtree(folder / candidate, ignore_errors=True)
+
+
+def measured(candidate: str, folder: str) -> dict[str, float]:
+    """Of one candidate: seconds, seconds of the processor, and the highest sum of the memory of all processes."""
+    spent = CHILDREN[candidate](Path(folder))
+    return {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds, "peak_megabytes": spent.peak / 1e6}
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
 
 
 def make_text(source: Path | None, size: int) -> str:
@@ -123,68 +122,24 @@ def write_text_once(folder: Path, source: Path | None, size: int, forms: set[str
         datasets.Dataset.from_dict({"text": documents}).save_to_disk(str(folder / "dataset"))
 
 
-def measure(candidate: str, folder: Path) -> tuple[float, float, int]:
-    """Seconds, seconds of the processor, and the highest sum of the resident memory of all processes in bytes."""
-    command = [sys.executable, "-m", "benchmarks.tokenizing", "--only", candidate, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        peak, ended = [0], threading.Event()
-        watcher = threading.Thread(target=watch, args=(psutil.Process(child.pid), peak, ended))
-        watcher.start()
-        output = child.communicate()[0]
-        ended.set()
-        watcher.join()
-    if child.returncode:
-        raise click.ClickException(f"{candidate} failed")
-    seconds, cpu = map(float, output.splitlines()[-1].split())
-    return seconds, cpu, peak[0]
-
-
-def watch(process: psutil.Process, peak: list[int], ended: threading.Event) -> None:
-    while not ended.wait(0.05):
-        total = 0
-        try:
-            everyone = [process, *process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
-        for one in everyone:
-            try:
-                total += one.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        peak[0] = max(peak[0], total)
-
-
-Times = tuple[float, float]  # seconds, seconds of the processor in this process and those that it started and ended
-
-
-def clock() -> Times:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def since(begun: Times) -> Times:
-    seconds, cpu = clock()
-    return seconds - begun[0], cpu - begun[1]
-
-
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, tokenizer: str, raw: str) -> Times:
+def ours(folder: Path, tokenizer: str, raw: str) -> Spent:
     from nanogpt.corpus.prepare import prepare
     from nanogpt.params import TokenizeParams
 
     fraction = VAL_FRACTION if raw == "raw-documents" else 0.1
     params = TokenizeParams(tokenizer=tokenizer, vocab_size=1024, val_fraction=fraction, split_seed=SEED)
-    begun = clock()
-    prepare(folder / raw, folder / tokenizer, params, PROCESSES)
-    return since(begun)
+    with measuring() as spent:
+        prepare(folder / raw, folder / tokenizer, params, PROCESSES)
+    return spent
 
 
 # --- nanoGPT's way, written anew --------------------------------------------------------------------------------------
 
 
-def nanogpt_gpt2(folder: Path) -> Times:
+def nanogpt_gpt2(folder: Path) -> Spent:
     """Hugging Face's datasets: split, map with tiktoken in two processes, gather into a memory map."""
     import datasets
     import numpy as np
@@ -199,49 +154,49 @@ def nanogpt_gpt2(folder: Path) -> Times:
         ids = [*encoding.encode_ordinary(row["text"]), encoding.eot_token]
         return {"ids": ids, "len": len(ids)}
 
-    begun = clock()
-    parts = datasets.load_from_disk(str(folder / "dataset")).train_test_split(
-        test_size=VAL_FRACTION, seed=SEED, shuffle=True
-    )
-    for theirs, name in (("train", "train.bin"), ("test", "val.bin")):
-        rows = parts[theirs].map(tokens, remove_columns=["text"], num_proc=min(PROCESSES, len(parts[theirs])))
-        length = int(np.sum(rows["len"], dtype=np.uint64))
-        file = np.memmap(folder / "nanogpt-gpt2" / name, dtype=np.uint16, mode="w+", shape=(length,))
-        shards, position = min(1024, len(rows)), 0
-        for number in range(shards):
-            shard = rows.shard(num_shards=shards, index=number, contiguous=True).with_format("numpy")
-            ids = np.concatenate(shard["ids"])
-            file[position : position + len(ids)] = ids
-            position += len(ids)
-        file.flush()
-    return since(begun)
+    with measuring() as spent:
+        parts = datasets.load_from_disk(str(folder / "dataset")).train_test_split(
+            test_size=VAL_FRACTION, seed=SEED, shuffle=True
+        )
+        for theirs, name in (("train", "train.bin"), ("test", "val.bin")):
+            rows = parts[theirs].map(tokens, remove_columns=["text"], num_proc=min(PROCESSES, len(parts[theirs])))
+            length = int(np.sum(rows["len"], dtype=np.uint64))
+            file = np.memmap(folder / "nanogpt-gpt2" / name, dtype=np.uint16, mode="w+", shape=(length,))
+            shards, position = min(1024, len(rows)), 0
+            for number in range(shards):
+                shard = rows.shard(num_shards=shards, index=number, contiguous=True).with_format("numpy")
+                ids = np.concatenate(shard["ids"])
+                file[position : position + len(ids)] = ids
+                position += len(ids)
+            file.flush()
+    return spent
 
 
-def tiktoken_alone(folder: Path) -> Times:
+def tiktoken_alone(folder: Path) -> Spent:
     import tiktoken
 
     from nanogpt.corpus.raw_text import read_documents
 
     encoding = tiktoken.get_encoding("gpt2")
     documents = list(read_documents(folder / "raw-documents"))
-    begun = clock()
-    for text in documents:
-        encoding.encode_ordinary(text)
-    return since(begun)
+    with measuring() as spent:
+        for text in documents:
+            encoding.encode_ordinary(text)
+    return spent
 
 
-def nanogpt_char(folder: Path) -> Times:
+def nanogpt_char(folder: Path) -> Spent:
     """Python's dicts and lists."""
     import numpy as np
 
     (folder / "nanogpt-char").mkdir()
-    begun = clock()
-    text = (folder / "text.txt").read_text(encoding="utf-8")
-    numbers = {character: number for number, character in enumerate(sorted(set(text)))}
-    cut = int(len(text) * 0.9)
-    for name, part in (("train.bin", text[:cut]), ("val.bin", text[cut:])):
-        np.array([numbers[character] for character in part], dtype=np.uint16).tofile(folder / "nanogpt-char" / name)
-    return since(begun)
+    with measuring() as spent:
+        text = (folder / "text.txt").read_text(encoding="utf-8")
+        numbers = {character: number for number, character in enumerate(sorted(set(text)))}
+        cut = int(len(text) * 0.9)
+        for name, part in (("train.bin", text[:cut]), ("val.bin", text[cut:])):
+            np.array([numbers[character] for character in part], dtype=np.uint16).tofile(folder / "nanogpt-char" / name)
+    return spent
 
 
 CHILDREN = {

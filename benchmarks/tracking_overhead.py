@@ -1,10 +1,9 @@
-"""What tracking costs the training loop: the journal, MLflow's process beside it, system metrics, a bad server.
+"""What the training loop pays for what is beside it: checkpoints, the journal, MLflow's process, a bad server.
 
 Each run is a process of its own, and the candidates take turns, so that a noisy machine is unfair to none. Where it is
 too noisy for ratios, the processor's time that MLflow's process takes says what it can cost at most.
 """
 
-import json
 import os
 import socket
 import statistics
@@ -13,15 +12,17 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 import psutil
 
+from benchmarks.common import benchmark, call, row
 from nanogpt.params import load_params
-from tools.first_steps import TOKENS
-from tracking.console import Console
-from tracking.retrace import Retrace
+from tracking.first_steps import TOKENS
+from tracking.run import Run
 
 CANDIDATES = {
     "nothing": "neither journal nor MLflow",
@@ -31,82 +32,94 @@ CANDIDATES = {
     "gone": "all of it, a server that is gone",
     "slow": "all of it, a server that fails after 2 s",
 }
-# MLflow's process, as replicator starts it, without the system metrics.
+# MLflow's process, as mlflow_process starts it, without the system metrics.
 UNSAMPLED = """
-from nanogpt import tracking_follow
 from tools.sync import main
-tracking_follow._start_metrics = lambda *_: None
+from tracking import mlflow_sync
+mlflow_sync._start_metrics = lambda *_: None
 main()
 """
 
 
-@click.command()
+@benchmark
 @click.option("--steps", default=200, show_default=True, help="Steps of each run.")
 @click.option("--rounds", default=5, show_default=True, help="Turns of each candidate.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures here too.")
-@click.option("--only", type=click.Choice([*CANDIDATES]), hidden=True, help="Measure one candidate in this process.")
-def main(steps: int, rounds: int, out: Path | None, only: str | None) -> None:
+def main(steps: int, rounds: int) -> dict[str, Any]:
     """Trains on data/tokens as params.yaml says, with more and more of what tracks it."""
-    if only:
-        click.echo(json.dumps(measure(steps, only)))
-        return
     most = load_params().train.max_iters
     if not 1 <= steps <= most:
         raise click.UsageError(f"--steps {steps}: train.max_iters = {most} allows 1 to that many")
-    times: dict[str, list[float]] = {name: [] for name in CANDIDATES}
-    beside: dict[str, list[float]] = {name: [] for name in CANDIDATES}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES}
     for number in range(rounds):
         for name in CANDIDATES if number % 2 else reversed([*CANDIDATES]):
-            command = [sys.executable, "-m", "benchmarks.tracking_overhead", "--steps", str(steps), "--only", name]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            figures = json.loads(output.splitlines()[-1])
-            times[name].append(figures["seconds"])
-            beside[name].append(figures["beside"])
+            found[name].append(call(measure, steps=steps, candidate=name)[0])
     # Of one round, so that what the machine does meanwhile is in both.
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times[name], times["nothing"], strict=True)) for name in times
-    }
-    click.echo(f"{'tracked by':40} {'ms/step':>8} {'ratio':>8} {'CPU beside':>12}")
+    pairs = {name: zip(found[name], found["nothing"], strict=True) for name in CANDIDATES}
+    ratios = {name: statistics.median(a["seconds"] / b["seconds"] for a, b in pairs[name]) for name in CANDIDATES}
+    click.echo(row(f"{'ms per step':40}", "the loop", "ratio", "its checkpoints", "CPU beside", width=17))
     for name, what in CANDIDATES.items():
-        own, other = 1e3 * statistics.median(times[name]), 1e3 * statistics.median(beside[name])
-        click.echo(f"{what:40} {own:8.2f} {ratios[name]:8.3f} {other:9.2f} ms")
-    if out:
-        content = {"seconds_per_step": times, "ratios": ratios, "cpu_seconds_beside_per_step": beside}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        names = ("seconds", "checkpoints", "beside")
+        own, saving, beside = (1e3 * statistics.median(each[key] for each in found[name]) for key in names)
+        click.echo(row(f"{what:40}", own, f"{ratios[name]:.3f}", saving, beside, width=17))
+    return {"seconds_per_step": found, "ratios": ratios}
 
 
 def measure(steps: int, candidate: str) -> dict[str, float]:
-    """Per step of the whole loop, evaluations and checkpoints included: its `seconds`, and those of the processor that
-    MLflow's process takes `beside` it.
+    """Seconds per step of the whole loop, evaluations included, and of its `checkpoints`, for which it stands still.
+
+    `beside` are those of the processor that MLflow's process takes.
     """
     params = load_params()
     from nanogpt import determinism
-    from tracking.fingerprint import environment
-    from tracking.journal import NoJournal
-    from tracking.resume import describe
 
-    resolved = determinism.pin(params.numerics, params.runtime.device)
+    numerics = determinism.pin(params.numerics, params.runtime.device)
+    from nanogpt.checkpoint import Checkpoints
+    from nanogpt.recipe import load_recipe
+    from nanogpt.train import Stopped, train
+    from nanogpt.train_state import TrainState
+    from tracking.console import Console
+    from tracking.fingerprint import environment
+    from tracking.journal import Journal
+    from tracking.observers import SamplePreview, observing
+    from tracking.recording import dataset
+    from tracking.resume import describe
+    from tracking.retrace import Recorder
+
+    class TimedCheckpoints(Checkpoints):
+        seconds = 0.0
+
+        def save(self, state: TrainState, extra: dict[str, Any]) -> str:
+            begin = time.perf_counter()
+            sha256 = super().save(state, extra)
+            self.seconds += time.perf_counter() - begin
+            return sha256
+
+    recipe = load_recipe(params, numerics, TOKENS)
+    state, follower = recipe.new_state(), None
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = tempfile.tempdir = folder
         os.environ["MLFLOW_TRACKING_URI"] = uri(candidate, folder)
-        with Retrace(Console("benchmark"), params, resolved, TOKENS, "benchmark") as retrace:
-            retrace.training.params = params
-            attempt = retrace.training.attempt
-            retrace.journal.append("start", step=0, resumed=False, environment=environment())
-            dataset = {"name": "benchmark", "source": str(TOKENS), "sha256": "0" * 64}
-            describe(attempt, params, {"fingerprint": "0" * 64}, dataset)
+        console, run, curve = Console("benchmark"), Run(Path(folder) / "attempt-1"), Path(folder) / "loss.csv"
+        with Journal(run.journal) as journal, observing(console, recipe, run, journal, state, curve) as observers:
+            journal.append("start", step=0, resumed=False, environment=environment())
+            describe(run, params, {"fingerprint": "0" * 64}, dataset(recipe, "0" * 64))
             if candidate == "nothing":
-                retrace.training.journal = NoJournal()
-            follower = start(candidate, attempt) if candidate not in {"nothing", "journal"} else None
-            if follower:
-                wait_for_run(candidate, attempt, follower)  # a fixed cost, not the loop's
+                observers = [one for one in observers if isinstance(one, SamplePreview)]  # which all candidates make
+            elif candidate != "journal":
+                follower = start(candidate, run)
+                wait_for_run(candidate, run, follower)  # a fixed cost, not the loop's
+            observers, checkpoints = (
+                [*observers, Recorder(state, steps)],
+                TimedCheckpoints(run.checkpoints, "benchmark"),
+            )
             before, begin = processor_seconds(follower), time.perf_counter()
-            retrace.to(steps)
+            with suppress(Stopped):
+                train(state, recipe.batches(state), params, recipe.evaluator(), observers, checkpoints)
             seconds, beside = time.perf_counter() - begin, processor_seconds(follower) - before
             if follower:
                 follower.kill()
                 follower.wait()
-    return {"seconds": seconds / steps, "beside": beside / steps}
+    return {"seconds": seconds / steps, "checkpoints": checkpoints.seconds / steps, "beside": beside / steps}
 
 
 def processor_seconds(process: "subprocess.Popen[bytes] | None") -> float:
@@ -117,25 +130,25 @@ def processor_seconds(process: "subprocess.Popen[bytes] | None") -> float:
     return float(times.user + times.system)
 
 
-def start(candidate: str, attempt: Path) -> "subprocess.Popen[bytes]":
+def start(candidate: str, run: Run) -> "subprocess.Popen[bytes]":
     """The process that fills MLflow."""
     from tracking import mlflow_process
 
     if candidate != "unsampled":
-        return mlflow_process.start(attempt, Path.cwd(), 0).process
-    command = [sys.executable, "-c", UNSAMPLED, str(attempt), "--follow", str(os.getpid()), "--wait-seconds", "0"]
+        return mlflow_process.start(run, Path.cwd(), 0).process
+    command = [sys.executable, "-c", UNSAMPLED, str(run), "--follow", str(os.getpid()), "--wait-seconds", "0"]
     environment = {**os.environ, "DVC_ROOT": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def wait_for_run(candidate: str, attempt: Path, follower: "subprocess.Popen[bytes]") -> None:
+def wait_for_run(candidate: str, run: Run, follower: "subprocess.Popen[bytes]") -> None:
     """Until MLflow's process has imported what it needs and has made its run, where there is a database for it."""
     if candidate in {"gone", "slow"}:
         time.sleep(5)
         return
-    while not (attempt / "mlflow.json").exists():
+    while not run.mlflow_path.exists():
         if follower.poll() is not None:
-            raise click.ClickException(f"{candidate}: MLflow's process has ended with {follower.returncode}")
+            raise ValueError(f"{candidate}: MLflow's process has ended with {follower.returncode}")
         time.sleep(0.1)
 
 

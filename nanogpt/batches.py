@@ -4,16 +4,19 @@ Shapes: B samples, T tokens of context.
 """
 
 import functools
-from typing import Literal
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from nanogpt import seeds
 from nanogpt.corpus.token_files import Split, Tokens
+from nanogpt.params import TrainParams
 
 Indices = range | npt.NDArray[np.integer]
-Order = Literal["random", "epochs"]
 
 
 def check_block_size(split: Split, block_size: int) -> None:
@@ -25,19 +28,38 @@ def check_block_size(split: Split, block_size: int) -> None:
         )
 
 
-def batch(
-    tokens: Tokens, order: Order, seed: int, step: int, per_step: int, indices: Indices, block_size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Samples `indices` of a step of `per_step` samples: x and y of shape (B, T), where y is x one token later.
+def micro_batches(
+    tokens: Tokens, params: TrainParams, block_size: int, step: int, micros: range, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and y (B, T) on the device, of each micro-batch of this process from step `step` on, without end.
 
-    Where sample i begins is a pure function of (seed, step, i): any rank can take any slice of the indices, and a
-    resumed run needs no generator's state. Gathered by one fancy index.
+    A copy to a GPU begins in pinned memory, so that nothing waits for it; torch reuses that memory when it is done.
+    """
+    size = params.batch_size
+    for later in itertools.count(step):
+        for micro in micros:
+            pair = batch(tokens, params, later, range(micro * size, (micro + 1) * size), block_size)
+            x, y = (torch.from_numpy(part) for part in pair)
+            if device.type == "cuda":
+                yield x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+            else:
+                yield x.to(device), y.to(device)
+
+
+def batch(
+    tokens: Tokens, params: TrainParams, step: int, indices: Indices, block_size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Samples `indices` of step 0, 1, …: x and y of shape (B, T), where y is x one token later.
+
+    Where sample i begins is a pure function of (params.seed, step, i): any rank can take any slice of the indices, and
+    a resumed run needs no generator's state. Gathered by one fancy index.
     """
     assert len(tokens) > block_size, "check_block_size comes first"
-    numbers = np.asarray(indices)
-    if order == "random":
+    numbers, seed = np.asarray(indices), seeds.derived_seed(params.seed, seeds.DATA)
+    if params.data_order == "random":
         begins = random_offsets(len(tokens), seed, step, numbers, block_size)
     else:
+        per_step = params.batch_size * params.gradient_accumulation_steps  # samples, of all processes
         begins = epoch_offsets(len(tokens), seed, step * per_step + numbers, block_size)
     window = begins[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     block = np.asarray(tokens)[window]

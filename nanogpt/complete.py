@@ -7,23 +7,19 @@ print(complete(load_model("model"), "Once upon a time"))
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from nanogpt.corpus.tokenizer import Tokenizer
 from nanogpt.generate import Sampling, generate
 from nanogpt.saved_model import PublishedModel
 
 
-def complete(
-    gpt: PublishedModel,
-    prompt: str,
-    max_new_tokens: int = 200,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 1337,
-) -> str:
-    """The prompt and its continuation, up to the end of the text. The same arguments give the same text."""
-    return prompt + continuations(gpt, prompt, 1, max_new_tokens, Sampling(temperature, top_k, top_p, seed))[0]
+def complete(gpt: PublishedModel, prompt: str, max_new_tokens: int = 200, **sampling: Any) -> str:
+    """The prompt and its continuation, up to the end of the text. The same arguments give the same text.
+
+    sampling: temperature, top_k, top_p and seed, as `Sampling` takes them.
+    """
+    return prompt + continuations(gpt, prompt, 1, max_new_tokens, Sampling(**sampling))[0]
 
 
 def continuations(

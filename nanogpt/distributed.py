@@ -160,7 +160,7 @@ class Ranks:
         dist.destroy_process_group()
 
 
-def synchronizing(forward: Callable[..., Tensor], last: bool) -> AbstractContextManager[None]:
+def synchronizing(forward: Callable[..., Tensor] | None, last: bool) -> AbstractContextManager[None]:
     """For the forward and the backward pass of a micro-batch: gradients travel with the `last` one of a step alone."""
     if isinstance(forward, DistributedDataParallel) and not last:
         no_sync: AbstractContextManager[None] = forward.no_sync()

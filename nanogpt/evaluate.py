@@ -1,9 +1,12 @@
 """The loss over a split, each token scored once. Draws nothing from any random generator."""
 
+import csv
+import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,38 +73,46 @@ def spread(choices: list[Window], number: int) -> list[Window]:
 def score(
     model: GPT,
     tokens: Tokens,
-    chosen: list[Window],
+    chosen: Iterable[Window],
     batch_size: int,
     first_context: int | None = None,
-    forward: AbstractContextManager[object] | None = None,
-    on_batch: Callable[[int], None] = lambda done: None,
+    precision: AbstractContextManager[object] | None = None,
 ) -> Score:
     """Scores the targets of the chosen windows: log-probabilities in float32, their sum in float64.
 
     The windows are cut from the stream of `first_context`, where there is one, followed by the tokens; so with it the
     split's first token is scored too, and `windows` is called with len(tokens) targets, without it with one less.
-    `forward` is the context (autocast) of the forward pass; `on_batch` is told how many windows are done.
+    `precision` is the context (autocast) of the forward pass. The windows are taken from `chosen` as they are scored.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    nats, count, done = 0.0, 0, 0
+    nats, count = 0.0, 0
     for batch in _batches(chosen, batch_size):
         stream = torch.from_numpy(np.stack([_slice(tokens, window, first_context) for window in batch])).to(device)
         inputs, targets = stream[:, :-1], stream[:, 1:]
         skip = batch[0].scored - batch[0].begin
-        with forward or nullcontext():
+        with precision or nullcontext():
             hidden = model.hidden(inputs)[:, skip:].flatten(0, 1)
             losses = each_cross_entropy(hidden, model.head, targets[:, skip:].flatten())  # (B * scored,)
         nats += losses.cpu().double().sum().item()
         count += losses.numel()
-        done += len(batch)
-        on_batch(done)
     model.train(was_training)
     return Score(nats, count)
 
 
-def _batches(chosen: list[Window], batch_size: int) -> Iterator[list[Window]]:
+def loss_curve(evaluations: Iterable[Mapping[str, Any]]) -> str:
+    """A training's evaluations as CSV, a row a step."""
+    text = io.StringIO()
+    rows = csv.DictWriter(
+        text, ["step", "tokens", "train_loss", "val_loss"], extrasaction="ignore", lineterminator="\n"
+    )
+    rows.writeheader()
+    rows.writerows(evaluations)
+    return text.getvalue()
+
+
+def _batches(chosen: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
     """Neighbours of one shape; the last window of a split is often shorter."""
     batch: list[Window] = []
     for window in chosen:

@@ -7,19 +7,19 @@ exact: the model on the other side computes the same logits, to rounding.
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.files import read_bytes
-from nanogpt.model import GPTConfig
-from nanogpt.weights import GPT2_OPTIONS, Weights, check_options, dropout, fitted_weights, integer, without_padding
+from nanogpt.gpt_config import Activation, GPTConfig, checked
+from nanogpt.weights import GPT2_OPTIONS, Weights, check_options, fitted_weights, without_padding
 
 # Hugging Face's GPT-2 keeps these as (in, out), a Linear as (out, in).
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_GELUS: dict[str, Literal["gelu", "gelu_tanh"]] = {
+_GELUS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -65,22 +65,20 @@ def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     """A GPT2LMHeadModel's (or GPT2Model's) config and state dict as ours, in float32. Raises ValueError."""
     for name, value in {"model_type": "gpt2", **_FIXED}.items():
         found = config.get(name, value)
-        if found != value and (name, found) != ("n_inner", 4 * integer(config, "n_embd")):
+        if found != value and (name, found) != ("n_inner", 4 * checked("n_embd", config.get("n_embd"))):
             raise ValueError(f"{name} is {found!r:.40}, and our GPT has {value!r} alone")
     activation = str(config.get("activation_function", "gelu_new"))
     if activation not in _GELUS:
         raise ValueError(f"activation_function is {activation!r:.40}, and our GPT has {', '.join(_GELUS)} alone")
-    dropouts = {dropout(config.get(f"{part}_pdrop", 0.1)) for part in ("resid", "embd", "attn")}
+    dropouts = {float(checked("dropout", config.get(f"{part}_pdrop", 0.1))) for part in ("resid", "embd", "attn")}
     if len(dropouts) != 1:
         raise ValueError(
             "resid_pdrop, embd_pdrop and attn_pdrop differ, and our GPT has one dropout; set them the same"
         )
+    sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     ours = GPTConfig(
-        n_layer=integer(config, "n_layer"),
-        n_head=integer(config, "n_head"),
-        n_embd=integer(config, "n_embd"),
-        vocab_size=integer(config, "vocab_size"),
-        block_size=integer(config, "n_positions"),
+        **sizes,
+        block_size=checked("block_size", config.get("n_positions"), "n_positions"),
         bias=True,
         activation=_GELUS[activation],
         dropout=dropouts.pop(),

@@ -8,46 +8,17 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vo
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.loss import cross_entropy
+from nanogpt.startup import NothingDrawn
 
-Attention = Literal["fused", "plain"]
 RECOMPUTED = 2**22  # numbers, 16 MiB of float32, from which on they are computed again instead of kept
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT; with its weights and tokenizer, all that is needed to run it."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    vocab_size: int  # tokens of the tokenizer
-    bias: bool
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    activation: Literal["gelu", "gelu_tanh", "relu_squared"] = "gelu"
-    position: Literal["learned", "rotary"] = "learned"
-    qk_norm: bool = False
-    tie_embeddings: bool = True
-    zero_init: bool = False
-    previous_tokens: int = 0
-    embedding_norm: bool = False
-    dropout: float = 0.0
-    vocab_multiple: int = 1
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
-        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
 
 class KVCache:
@@ -293,15 +264,5 @@ class GPT(nn.Module):
 
 def without_weights(config: GPTConfig, attention: Attention = "fused") -> GPT:
     """A GPT of shapes alone, on torch's meta device: `load_state_dict(weights, assign=True)` gives it weights."""
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device("meta"), NothingDrawn():
         return GPT(config, attention)
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """Leaves out the drawing of first weights, for which torch imports its compiler on the meta device: two seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from nanogpt.files import check_regular
-from nanogpt.model import GPTConfig
-from nanogpt.weights import GPT2_OPTIONS, Weights, check_options, dropout, fitted_weights, integer, without_padding
+from nanogpt.gpt_config import GPTConfig, checked
+from nanogpt.weights import GPT2_OPTIONS, Weights, check_options, fitted_weights, without_padding
 
 _GPT2_PADDED = {50304: 50257}  # nanoGPT's default vocabulary: rows of the embedding -> tokens
 _LARGEST_PICKLE = 2**22  # bytes of what names the tensors in a ckpt.pt; those of GPT-2 XL and its optimizer take 2^19
@@ -45,23 +45,19 @@ def from_nanogpt(checkpoint: Any, vocab_size: int | None = None) -> tuple[GPTCon
     arguments, tensors = checkpoint["model_args"], checkpoint["model"]
     if not (isinstance(arguments, dict) and isinstance(tensors, dict)):
         raise ValueError("model_args and model must be dictionaries")
-    if type(arguments.get("bias", True)) is not bool:
-        raise ValueError(f"bias is {arguments['bias']!r:.40}, which is neither True nor False")
-    rows = integer(arguments, "vocab_size")
+    rows = checked("vocab_size", arguments.get("vocab_size"))
     wanted = _GPT2_PADDED.get(rows, rows) if vocab_size is None else vocab_size
     # nanoGPT pads to a multiple of 64; other differences tell of another tokenizer.
     multiple = next((m for m in (1, 64) if -(-wanted // m) * m == rows), None)
     if multiple is None or rows >= 2**32:
         raise ValueError(f"its vocabulary has {rows} tokens, the tokenizer {wanted}")
+    sizes: dict[str, Any] = {name: arguments.get(name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     config = GPTConfig(
-        n_layer=integer(arguments, "n_layer"),
-        n_head=integer(arguments, "n_head"),
-        n_embd=integer(arguments, "n_embd"),
-        block_size=integer(arguments, "block_size"),
+        **sizes,
         vocab_size=wanted,
         bias=arguments.get("bias", True),
         activation="gelu",
-        dropout=dropout(arguments.get("dropout", 0.0)),
+        dropout=float(checked("dropout", arguments.get("dropout", 0.0))),
         vocab_multiple=multiple,
     )
     return config, fitted_weights(config, {str(name).removeprefix("_orig_mod."): t for name, t in tensors.items()})

@@ -1,6 +1,5 @@
-"""The optimizers, AdamW and Muon, and the learning-rate schedule."""
+"""The optimizers: AdamW and Muon."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.params import TrainParams
+from nanogpt.startup import AdamW
 
 Group = dict[str, Any]
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # coefficients of the iteration, chosen for speed at zero (Jordan et al. 2024)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients, chosen for speed at zero (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM_WARMUP = (0.85, 100)  # Muon's momentum at first, and the steps in which it rises to its value
 
@@ -60,19 +56,6 @@ def parameter_groups(model: nn.Module, params: TrainParams) -> list[Group]:
             kind = "muon" if muon and name.startswith("h.") else "matrices"
         members[kind].append(parameter)
     return [{"params": members[kind], "kind": kind, **kinds[kind]} for kind in kinds if members[kind]]
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's, without its import of torch._dynamo, which takes two seconds.
-
-    torch wraps these methods for torch.compile, and `step` for gradients through it; nobody wants either here.
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class MuonAdamW(AdamW):

@@ -12,6 +12,15 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from nanogpt.files import Damaged, read_bytes
+from nanogpt.gpt_config import (
+    LARGEST_INTEGER,
+    MOST_LAYERS,
+    MOST_PREVIOUS_TOKENS,
+    Activation,
+    Attention,
+    Norm,
+    Position,
+)
 
 _LARGEST_FILE = 2**17  # bytes of params.yaml
 _DEEPEST = 10  # levels of nesting; three are used
@@ -25,19 +34,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-Natural = Annotated[int, Field(ge=1, lt=2**63)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Natural = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
-Attention = Literal["fused", "plain"]
-
 
 class DownloadParams(Section):
     source: Annotated[str, Field(pattern=r"^(grammar|shakespeare|openwebtext|hf:.+|file:.+|bin:.+)$")]
-    documents: Annotated[int, Field(ge=2, lt=2**63)]
+    documents: Annotated[int, Field(ge=2, le=LARGEST_INTEGER)]
     seed: Seed
     texts: Text
     text_column: Text
@@ -56,18 +63,18 @@ class TokenizeParams(Section):
 class ModelParams(Section):
     """The shape of the model; null: that of train.init_from."""
 
-    n_layer: Annotated[int, Field(ge=1, le=2**12)] | None  # beyond, building the model alone takes minutes
+    n_layer: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None
     n_head: Natural | None
     n_embd: Natural | None
     block_size: Natural | None
     bias: bool | None
-    norm: Literal["layernorm", "rmsnorm"] | None
-    activation: Literal["gelu", "gelu_tanh", "relu_squared"] | None
-    position: Literal["learned", "rotary"] | None
+    norm: Norm | None
+    activation: Activation | None
+    position: Position | None
     qk_norm: bool | None
     tie_embeddings: bool | None
     zero_init: bool | None
-    previous_tokens: Annotated[int, Field(ge=0, le=64)] | None
+    previous_tokens: Annotated[int, Field(ge=0, le=MOST_PREVIOUS_TOKENS)] | None
     embedding_norm: bool | None
     dropout: BelowOne | None
     vocab_multiple: Natural | None
@@ -88,7 +95,7 @@ class TrainParams(Section):
     optimizer: Literal["adamw", "muon"]
     learning_rate: Positive
     min_lr: NonNegative
-    warmup_iters: Annotated[int, Field(ge=0, lt=2**63)]
+    warmup_iters: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
     lr_decay: Literal["cosine", "linear"]
     lr_decay_iters: Natural | None
     weight_decay: NonNegative
@@ -113,7 +120,8 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     batch_size: Natural
     stride: Natural | None
-    train_tokens: Annotated[int, Field(ge=2, lt=2**63)]  # the first one of a long text has no context, and no score
+    # At least two: the first one of a long text has no context, and no score.
+    train_tokens: Annotated[int, Field(ge=2, le=LARGEST_INTEGER)]
     max_gap: NonNegative
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from nanogpt import seeds
 from nanogpt.corpus.tokenizer import Tokenizer
+from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.huggingface import from_huggingface, load_huggingface
-from nanogpt.model import GPT, Attention, GPTConfig, without_weights
+from nanogpt.model import GPT, without_weights
 from nanogpt.nanogpt_checkpoint import load_nanogpt
 from nanogpt.params import ModelParams
 from nanogpt.saved_model import load_model
@@ -38,8 +40,9 @@ class Initial:
     weights: Weights | None = None
     sha256: str = "none"
 
-    def build(self, attention: Attention, device: torch.device) -> GPT:
-        """The model; torch's generator draws the weights of a new one."""
+    def build(self, seed: int, attention: Attention, device: torch.device) -> GPT:
+        """The model; the weights of a new one are a function of the seed, train.seed."""
+        torch.manual_seed(seeds.derived_seed(seed, seeds.WEIGHTS))
         if self.weights is None:
             return GPT(self.config, attention).to(device)
         model = without_weights(self.config, attention)

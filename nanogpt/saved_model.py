@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nanogpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from nanogpt.files import Damaged, read_bytes, replacing, sha256_file, sha256_json
-from nanogpt.model import GPT, Attention, GPTConfig, without_weights
+from nanogpt.gpt_config import Attention, GPTConfig
+from nanogpt.model import GPT, without_weights
+from nanogpt.weights import check_shapes
 
 FILES = ("weights.safetensors", "model.json", "tokenizer.json")
 _LARGEST_META = 2**22  # bytes of model.json
-_MOST_LAYERS = 2**12  # as in params.py
-_MOST_TABLES = 64  # as in params.py
 _LARGEST_CACHE = 64  # times the weights: what one sequence's keys and values may take
 
 
@@ -60,7 +60,7 @@ def load_model(
     data = read_bytes(directory / "model.json", _LARGEST_META)
     try:
         meta = json.loads(data)
-        config = _checked(GPTConfig(**meta["config"]))
+        config = GPTConfig(**meta["config"])
         info = meta["info"]
         if meta.pop("meta_sha256") != sha256_json(meta):
             raise ValueError("not what was written")
@@ -85,45 +85,12 @@ def load_model(
     return PublishedModel(model.requires_grad_(False).to(device).eval(), tokenizer, info)
 
 
-def _checked(config: GPTConfig) -> GPTConfig:
-    """The config, if a GPT can have it. Raises ValueError."""
-    for name, hint in get_type_hints(GPTConfig).items():
-        value, least = getattr(config, name), 0 if name == "previous_tokens" else 1
-        if hint is int and (type(value) is not int or not least <= value < 2**63):
-            raise ValueError(f"{name} is no possible number")
-        if hint is bool and type(value) is not bool:
-            raise ValueError(f"{name} is neither true nor false")
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"{name} is not known")
-    if config.previous_tokens > _MOST_TABLES or (config.position == "rotary" and config.n_embd // config.n_head % 2):
-        raise ValueError("previous_tokens, n_embd and n_head are no model's")
-    if config.n_layer > _MOST_LAYERS or config.n_embd % config.n_head:
-        raise ValueError("n_layer, n_embd and n_head are no model's")
-    if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
-        raise ValueError("dropout is no possible number")
-    return config
-
-
 def _check_fit(config: GPTConfig, weights: Path) -> None:
-    """Raises ValueError unless the file holds the tensors of that config: nothing of its size is made before."""
+    """Raises ValueError unless the file holds the tensors of that config. Its header alone is read."""
     with safe_open(weights, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
-        found = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        dtypes = {part.get_dtype() for part in slices.values()}
-    # First what holds the sizes of the config, so that the file is as large as what is made of it.
-    first = {"wte.weight": (config.padded_vocab_size, config.n_embd)}
-    if config.position == "learned":
-        first["wpe.weight"] = (config.block_size, config.n_embd)
-    if any(found.get(name) != shape for name, shape in first.items()):
-        raise ValueError("wte.weight or wpe.weight has another size")
-    single = without_weights(replace(config, n_layer=1))
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, parameter in single.named_parameters():
-        layers = range(config.n_layer if name.startswith("h.0.") else 1)
-        names = [name.replace("h.0.", f"h.{layer}.", 1) for layer in layers]
-        expected |= dict.fromkeys(names, tuple(parameter.shape))
-    if found != expected:
-        raise ValueError("its tensors are others")
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
+        check_shapes(config, {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()})
+        dtypes = {tensor.get_dtype() for tensor in tensors.values()}
     if len(dtypes) != 1 or not dtypes <= {"F64", "F32", "BF16", "F16"}:
         raise ValueError(f"its numbers are {', '.join(sorted(dtypes))}")
     if 2 * config.n_layer * config.block_size * config.n_embd * 4 > _LARGEST_CACHE * weights.stat().st_size:

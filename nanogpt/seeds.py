@@ -10,6 +10,8 @@ import numpy.typing as npt
 _GAMMA = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, SplitMix64's increment
 _MASK = 2**64 - 1
 
+DATA, DROPOUT, WEIGHTS = 0, 1, 2  # independent streams of train.seed
+
 Counter = int | npt.NDArray[np.integer]
 
 

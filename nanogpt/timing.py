@@ -1,32 +1,66 @@
-"""Steps of a training, timed: the loop of nanogpt/train.py on tokens that are in memory, aside from everything.
+"""How long training steps take: the loop of train.py on tokens in memory, with nothing beside it.
 
-`numerics.pin` comes before the first import of this module.
+`determinism.pin` comes before the first import of this module.
 """
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from nanogpt import determinism
-from nanogpt.checkpoint import Checkpoints
+from nanogpt.batches import micro_batches
 from nanogpt.corpus.token_files import Tokens
-from nanogpt.distributed import Ranks
-from nanogpt.evaluate import Score
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.optimizer import make_optimizer
-from nanogpt.params import TrainParams
-from nanogpt.train import Intervals, Stopped, train
-from nanogpt.train_state import Progress
-from tracking.journal import Journal
+from nanogpt.determinism import Numerics
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT
+from nanogpt.params import Params
+from nanogpt.train import Observer, Step, Stopped, train
+from nanogpt.train_state import TrainState, new_state
 
-WARM_UP = 3  # steps that count for nothing: caches, allocators, and what is compiled
+WARM_UP = 3  # reports that count for nothing: caches, allocators, and what is compiled
+
+
+class Stopwatch(Observer):
+    """Times a training between reports, and ends it after `reports` of them that follow a warm-up.
+
+    It ends early, but not before one report, when `budget` seconds are over, and when a report after the first takes
+    more than `limit` seconds. With `every` above 1 a report is of so many steps: between two of them a GPU works on
+    while the host goes ahead.
+    """
+
+    def __init__(self, reports: int, every: int = 1, budget: float = math.inf, limit: float = math.inf):
+        self.reports, self.every, self.budget, self.limit = reports, every, budget, limit
+        self.stamps: list[float] = []  # at each report, for whose values the device had to be done
+
+    @property
+    def last_step(self) -> int:
+        """The step after which it ends the training at the latest."""
+        return self.every * (WARM_UP + self.reports)
+
+    def all_seconds(self) -> list[float]:
+        """Seconds per step of each report, the warm-up included: all that the loop does from one step to the next."""
+        return [(after - before) / self.every for before, after in itertools.pairwise(self.stamps)]
+
+    def seconds(self) -> list[float]:
+        """Seconds per step of each report after the warm-up."""
+        return self.all_seconds()[WARM_UP:]
+
+    def should_stop(self) -> str | None:
+        if not self.stamps:
+            self.stamps.append(time.perf_counter())
+        return None
+
+    def on_steps(self, state: TrainState, steps: list[Step]) -> None:
+        self.stamps.append(time.perf_counter())
+        done = len(self.stamps) - 1
+        spent = done > WARM_UP and self.stamps[-1] - self.stamps[0] >= self.budget
+        slow = done > 1 and self.stamps[-1] - self.stamps[-2] > self.limit
+        if spent or slow or done == WARM_UP + self.reports:
+            raise Stopped("measured")  # here, as the loop would ask for a reason only before the next step
 
 
 def random_tokens(config: GPTConfig) -> Tokens:
@@ -34,63 +68,35 @@ def random_tokens(config: GPTConfig) -> Tokens:
     return np.random.default_rng(0).integers(config.vocab_size, size=64 * config.block_size).astype(np.uint32)
 
 
-def step_seconds(
-    config: GPTConfig,
-    params: TrainParams,
-    resolved: determinism.Numerics,
-    steps: int,
-    tokens: Tokens | None = None,
-    budget: float = math.inf,
-    checkpoint: bool = False,
-    every: int = 1,
-    optimizer: Callable[..., torch.optim.Optimizer] = make_optimizer,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> list[float]:
-    """Seconds of up to `steps` steps that follow a warm-up, all that the loop does from one step to the next.
+def untrained(config: GPTConfig, params: Params, numerics: Numerics) -> TrainState:
+    """A training of a new model of that shape, whatever train.init_from names."""
+    model = GPT(config, numerics.attention).to(torch.device(numerics.device))
+    return new_state(model, params.train, numerics)
 
-    It ends early, but not before one step, when `budget` seconds are over; `checkpoint` writes one at the end, as a
-    training does. With `every` above 1 a figure is the mean of so many steps, and so are those of the warm-up: between
-    two reports a GPU works on while the host goes ahead. `on_step`, at each report, is told how many steps are done,
-    those of the warm-up included. The model is a new one, whatever params.init_from names, and `tokens` are random ones
-    if there are none.
-    """
-    device, last = torch.device(resolved.device), every * (WARM_UP + steps)
-    run = {"max_iters": last, "eval_interval": last, "lr_decay_iters": params.lr_decay_iters or params.max_iters}
-    model = GPT(config, resolved.attention).to(device)
-    stamps = [time.perf_counter()]
-    score = Score(math.log(config.vocab_size), 1)  # an evaluation that costs nothing
 
-    def on_report(progress: Progress, *report: object) -> None:
-        stamps.append(time.perf_counter())  # at a report, for whose values the device had to be done
-        on_step(progress.step)
-        over = progress.step > every * WARM_UP and stamps[-1] - stamps[0] >= budget
-        if over or (progress.step == last and not checkpoint):
-            raise Stopped("measured")
-
-    with TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl") as journal, suppress(Stopped):
-        train(
-            model,
-            torch.compile(model) if resolved.compile else model,
-            optimizer(model, params, device.type, resolved.dtype),
-            torch.amp.GradScaler(device.type, enabled=resolved.dtype == "float16"),
-            determinism.autocast(device, resolved.dtype),
-            params.model_copy(update={**run, "eval_only": False, "patience": None}),
-            random_tokens(config) if tokens is None else tokens,
-            lambda: (score, score),
-            Progress(evaluated=0),  # not before the first step
-            Checkpoints(Path(folder) / "checkpoints", "timing"),
-            journal,
-            Intervals(log=every, checkpoint=last),
-            Ranks(),
-            on_report,
-            lambda progress: None,
-            lambda: None,
-        )
-    return [(after - before) / every for before, after in zip(stamps[WARM_UP:], stamps[WARM_UP + 1 :], strict=False)]
+def step_seconds(state: TrainState, params: Params, stopwatch: Stopwatch, tokens: Tokens | None = None) -> list[float]:
+    """Seconds per step of a training in one process, on random tokens unless there are others; nothing is saved."""
+    length = {"max_iters": stopwatch.last_step + 1, "eval_only": False, "patience": None}
+    decay = {"lr_decay_iters": params.train.lr_decay_iters or params.train.max_iters}
+    settings = params.model_copy(
+        update={
+            "train": params.train.model_copy(update={**length, **decay}),
+            "runtime": params.runtime.model_copy(
+                update={"log_interval": stopwatch.every, "checkpoint_interval": stopwatch.last_step + 1}
+            ),
+        }
+    )
+    config = state.model.config
+    tokens = random_tokens(config) if tokens is None else tokens
+    micros = state.ranks.share(params.train.gradient_accumulation_steps)
+    batches = micro_batches(tokens, settings.train, config.block_size, state.progress.step, micros, state.device)
+    with suppress(Stopped):
+        train(state, batches, settings, None, [stopwatch])
+    return stopwatch.seconds()
 
 
 def median_seconds(
-    config: GPTConfig, params: TrainParams, resolved: determinism.Numerics, steps: int = 20, budget: float = 30.0
+    config: GPTConfig, params: Params, numerics: Numerics, steps: int = 20, budget: float = 30.0
 ) -> float:
     """Seconds of a training step: the median of some on random tokens."""
-    return statistics.median(step_seconds(config, params, resolved, steps, budget=budget))
+    return statistics.median(step_seconds(untrained(config, params, numerics), params, Stopwatch(steps, 1, budget)))

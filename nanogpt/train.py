@@ -1,32 +1,27 @@
-"""The training loop."""
+"""The training loop, and the interface of what observes it."""
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanogpt import seeds
-from nanogpt.batches import batch
 from nanogpt.checkpoint import Checkpoints
-from nanogpt.corpus.token_files import Tokens
-from nanogpt.distributed import Ranks, synchronizing
-from nanogpt.evaluate import Score
+from nanogpt.corpus.token_files import Split
+from nanogpt.distributed import synchronizing
+from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.model import GPT
-from nanogpt.params import TrainParams
+from nanogpt.params import Params, TrainParams
 from nanogpt.schedule import lr_at
-from nanogpt.train_state import Progress
-from tracking.journal import Journal
-
-DATA, DROPOUT, WEIGHTS = 0, 1, 2  # the seed's independent streams
+from nanogpt.train_state import Progress, TrainState
 
 
 class Diverged(ValueError):
-    """The loss or the gradient is no number any more."""
+    """The loss or the gradient is not finite any more."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -38,132 +33,183 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Intervals:
-    """Steps between reports and between checkpoints; they change no result."""
+class Step:
+    """One optimizer step that was taken."""
 
-    log: int
-    checkpoint: int
+    step: int  # the first one is 1
+    t: int  # when it was taken, in ms since the epoch
+    loss: float  # before the step, the mean over all processes, in nats per token
+    grad_norm: float  # before clipping
+    lr: float
+    tokens: int  # trained on so far
+    seconds: float  # that a step took, the mean over the steps that are reported together
+
+
+class Observer:
+    """What happens beside a training. Every method may be left out; none changes the result."""
+
+    def on_steps(self, state: TrainState, steps: list[Step]) -> None:
+        """Called every runtime.log_interval steps, and before an evaluation, a checkpoint and the end."""
+
+    def on_evaluation(self, state: TrainState, train: Score, val: Score) -> None:
+        """Called after each evaluation."""
+
+    def before_checkpoint(self) -> dict[str, Any]:
+        """Returns what the checkpoint is to keep for this observer, as JSON."""
+        return {}
+
+    def on_checkpoint(self, state: TrainState, sha256: str) -> None:
+        """Called when a checkpoint has been written; `sha256` is that of its tensors."""
+
+    def should_stop(self) -> str | None:
+        """Returns the reason to stop before the next step, None to go on. Must be the same in all processes."""
+        return None
+
+
+class Evaluator:
+    """Scores train.eval_iters batches of each split: windows spread over it, the same ones each time.
+
+    Rank 0 does it and gives the scores to the other ranks, so that all decide by the same numbers.
+    """
+
+    def __init__(self, train: Split, val: Split, params: TrainParams):
+        self.splits, self.params = (train, val), params
+
+    def __call__(self, state: TrainState) -> tuple[Score, Score]:
+        """The scores on train and validation."""
+        scores = [asdict(self._estimate(state, split)) for split in self.splits] if state.ranks.first else None
+        train, val = (Score(**score) for score in state.ranks.tell(scores))
+        return train, val
+
+    def _estimate(self, state: TrainState, split: Split) -> Score:
+        block_size, batch_size = state.model.config.block_size, self.params.batch_size
+        targets = len(split.tokens) - (split.meta.first_context is None)
+        chosen = spread(windows(targets, block_size, block_size), self.params.eval_iters * batch_size)
+        return score(state.model, split.tokens, chosen, batch_size, split.meta.first_context, state.precision)
 
 
 @dataclass(frozen=True)
-class Report:
-    """What is told of the steps since the last report."""
-
-    loss: float  # of the newest step
-    seconds: float  # per step
-    clip_rate: float | None  # share of the steps whose gradient was clipped; None: there is no clipping
-
-
-@dataclass(frozen=True)
-class Done:
-    """A step that the journal does not hold yet; its tensors are still where they were computed."""
+class _Taken:
+    """A step whose values still lie where they were computed."""
 
     step: int
     begin: float  # time.perf_counter
     loss: Tensor  # of this process's micro-batches
     grad_norm: Tensor
     lr: float
-    t: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # ms since the epoch
+    t: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
 
 
 def train(
-    model: GPT,
-    forward: Callable[[Tensor, Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    autocast: AbstractContextManager[object],
-    params: TrainParams,
-    tokens: Tokens,
-    evaluate: Callable[[], tuple[Score, Score]],
-    progress: Progress,
-    checkpoints: Checkpoints,
-    journal: Journal,
-    intervals: Intervals,
-    ranks: Ranks,
-    on_report: Callable[[Progress, Report], None],
-    on_evaluation: Callable[[Progress], None],
-    stop: Callable[[], str | None],
+    state: TrainState,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    params: Params,
+    evaluator: Evaluator | None,
+    observers: Sequence[Observer] = (),
+    checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Trains from `progress` to the end, or raises Stopped or Diverged.
+    """Trains from `state.progress` to the end of params.train, or raises Stopped or Diverged.
 
-    `forward` is the model, or its compiled and parallel form; `evaluate` gives the scores on train and validation;
-    `stop` gives a reason to stop, asked once a step. What resumes at any step continues exactly: batch and dropout are
-    functions of the step, and the rest is in the checkpoint. All of `ranks` run this loop and decide the same, so what
-    `evaluate` and `stop` give must be the same in all; rank 0 alone saves.
+    `batches` yields the micro-batches (B, T) of this process from that step on. `evaluator` returns the scores on train
+    and validation; without one, nothing is evaluated. What resumes at any step continues exactly: batches and dropout
+    are functions of the step, and the rest is in the checkpoint. All of `state.ranks` run this loop and decide the
+    same; only rank 0 has `checkpoints`.
     """
-    device, decay_iters = next(model.parameters()).device, params.lr_decay_iters or params.max_iters
-    tokens_per_step = params.batch_size * params.gradient_accumulation_steps * model.config.block_size  # of all ranks
-    micros = ranks.share(params.gradient_accumulation_steps)
-    batches = micro_batches(tokens, params, model.config.block_size, progress.step, micros, device)
+    settings, progress = params.train, state.progress
+    decay_iters = settings.lr_decay_iters or settings.max_iters
+    micros = state.ranks.share(settings.gradient_accumulation_steps)
     x, y = next(batches)
-    pending: list[Done] = []
-    model.train()
+    taken: list[_Taken] = []
+    state.model.train()
     while True:
-        step, reason = progress.step, stop()
-        evaluating = (step % params.eval_interval == 0 or step == params.last_step) and progress.evaluated != step
-        saving = step > 0 and (step % intervals.checkpoint == 0 or ended(progress, params) or reason is not None)
-        if pending and (evaluating or saving or step % intervals.log == 0):
-            on_report(progress, record_steps(journal, ranks, pending, params, tokens_per_step, not scaler.is_enabled()))
-            pending = []
+        step, reasons = progress.step, [observer.should_stop() for observer in observers]
+        reason = next((reason for reason in reasons if reason is not None), None)
+        evaluating = evaluator is not None and is_evaluated(progress, settings)
+        leaving = reason is not None or has_ended(progress, settings)
+        saving = step > 0 and (step % params.runtime.checkpoint_interval == 0 or leaving)
+        if taken and (evaluating or saving or step % params.runtime.log_interval == 0):
+            report_steps(state, taken, settings, observers)
+            taken = []
         if evaluating:
-            train_score, val_score = evaluate()
-            check_finite(step, f"validation loss {val_score.loss}", val_score.loss)
+            assert evaluator is not None
+            train_score, val_score = evaluator(state)
+            if not math.isfinite(val_score.loss):
+                raise diverged(step, f"validation loss {val_score.loss}")
             progress.note_evaluation(val_score.loss)
-            saving = saving or progress.best_step == step or ended(progress, params)
-            evaluation = {"train_loss": train_score.loss, "val_loss": val_score.loss}
-            journal.append("eval", step=step, tokens=step * tokens_per_step, **evaluation)
-            on_evaluation(progress)
-        if saving and ranks.first:
-            journal.sync()
-            sha256 = checkpoints.save(model, optimizer, scaler, progress, journal.position())
-            val_loss = progress.val_loss if progress.evaluated == step else None
-            journal.append("checkpoint", step=step, val_loss=val_loss, best=progress.best_step == step, sha256=sha256)
-        if ended(progress, params):
+            saving = saving or progress.best_step == step or has_ended(progress, settings)
+            for observer in observers:
+                observer.on_evaluation(state, train_score, val_score)
+        if saving and checkpoints is not None:
+            save(state, checkpoints, observers)
+        if has_ended(progress, settings):
             return
         if reason is not None:
             raise Stopped(reason)
 
         begin = time.perf_counter()
-        lr = lr_at(step, params.learning_rate, params.min_lr, params.warmup_iters, decay_iters, params.lr_decay)
-        for group in optimizer.param_groups:
+        lr = lr_at(step, settings.learning_rate, settings.min_lr, settings.warmup_iters, decay_iters, settings.lr_decay)
+        for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
-        loss_sum = torch.zeros((), device=device)
+        loss_sum = torch.zeros((), device=state.device)
         for micro in micros:
-            if model.config.dropout > 0:
-                torch.manual_seed(seeds.derived_seed(params.seed, DROPOUT, step, micro))
-            with synchronizing(forward, micro == micros[-1]):
-                with autocast:
-                    loss = forward(x, y) / len(micros)
+            if state.model.config.dropout > 0:
+                torch.manual_seed(seeds.derived_seed(settings.seed, seeds.DROPOUT, step, micro))
+            with synchronizing(state.forward, micro == micros[-1]):
+                loss = state.loss(x, y) / len(micros)
                 x, y = next(batches)  # while a GPU computes: nothing in a step waits for it
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = clip_gradient(model, params.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        state.scaler.unscale_(state.optimizer)
+        grad_norm = clip_gradient(state.model, settings.grad_clip)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        pending.append(Done(progress.step, begin, loss_sum, grad_norm, lr))
+        taken.append(_Taken(progress.step, begin, loss_sum, grad_norm, lr))
 
 
-def micro_batches(
-    tokens: Tokens, params: TrainParams, block_size: int, step: int, micros: range, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """x and y (B, T) on the device, of each micro-batch of this process from step `step` on, without end.
+def is_evaluated(progress: Progress, params: TrainParams) -> bool:
+    """Whether an evaluation is due at the present step, and has not been done."""
+    due = progress.step % params.eval_interval == 0 or progress.step == params.last_step
+    return due and progress.evaluated != progress.step
 
-    A copy to a GPU begins in pinned memory, so that nobody waits for it; torch reuses that memory only when it is done.
+
+def has_ended(progress: Progress, params: TrainParams) -> bool:
+    """Whether all steps are done, or params.patience evaluations have brought no new best validation loss."""
+    without_best = (progress.evaluated - progress.best_step) // params.eval_interval
+    return progress.step == params.last_step or (params.patience is not None and without_best >= params.patience)
+
+
+def report_steps(state: TrainState, taken: list[_Taken], params: TrainParams, observers: Sequence[Observer]) -> None:
+    """Reports steps to the observers, with the mean loss over all processes. Raises Diverged if one is not finite.
+
+    The values leave the device here, all at once, and not in the step; so only now the steps are known to be done. With
+    a gradient scaler an infinite norm is no divergence: the scaler skips that step.
     """
-    seed, size = seeds.derived_seed(params.seed, DATA), params.batch_size
-    per_step = size * params.gradient_accumulation_steps  # samples, of all processes
-    for later in itertools.count(step):
-        for micro in micros:
-            samples = range(micro * size, (micro + 1) * size)
-            pair = batch(tokens, params.data_order, seed, later, per_step, samples, block_size)
-            x, y = (torch.from_numpy(part) for part in pair)
-            if device.type == "cuda":
-                yield x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-            else:
-                yield x.to(device), y.to(device)
+    measured = [torch.stack([one.loss for one in taken]), torch.stack([one.grad_norm for one in taken])]
+    own_losses, norms = torch.stack(measured).tolist()  # the norms are the same in all processes
+    seconds = (time.perf_counter() - taken[0].begin) / len(taken)
+    losses = state.ranks.mean(own_losses)
+    per_step = params.batch_size * params.gradient_accumulation_steps * state.model.config.block_size
+    steps = [
+        Step(one.step, one.t, loss, norm, one.lr, one.step * per_step, seconds)
+        for one, loss, norm in zip(taken, losses, norms, strict=True)
+    ]
+    finite = [math.isfinite(s.loss) and (math.isfinite(s.grad_norm) or state.scaler.is_enabled()) for s in steps]
+    until = finite.index(False) + 1 if False in finite else len(steps)
+    for observer in observers:
+        observer.on_steps(state, steps[:until])
+    if not all(finite):
+        bad = steps[until - 1]
+        raise diverged(bad.step, f"loss {bad.loss}, gradient norm {bad.grad_norm}")
+
+
+def save(state: TrainState, checkpoints: Checkpoints, observers: Sequence[Observer]) -> None:
+    """Writes a checkpoint, with what the observers want to be kept in it."""
+    extra = {name: value for observer in observers for name, value in observer.before_checkpoint().items()}
+    sha256 = checkpoints.save(state, extra)
+    for observer in observers:
+        observer.on_checkpoint(state, sha256)
 
 
 def clip_gradient(model: GPT, highest: float) -> Tensor:
@@ -173,37 +219,10 @@ def clip_gradient(model: GPT, highest: float) -> Tensor:
     return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
 
-def ended(progress: Progress, params: TrainParams) -> bool:
-    """Whether all steps are done, or params.patience evaluations have brought no new best validation loss."""
-    without_best = (progress.evaluated - progress.best_step) // params.eval_interval
-    return progress.step == params.last_step or (params.patience is not None and without_best >= params.patience)
-
-
-def record_steps(
-    journal: Journal, ranks: Ranks, pending: list[Done], params: TrainParams, tokens_per_step: int, exact: bool
-) -> Report:
-    """Writes steps to the journal, their losses the mean of all processes'. Raises Diverged where one is no number.
-
-    The values leave the device here, all at once, and not in the step; so only now the steps are known to be done. With
-    a gradient scaler (`exact` false) an infinite norm is no divergence: the scaler skips that step.
-    """
-    measured = [torch.stack([done.loss for done in pending]), torch.stack([done.grad_norm for done in pending])]
-    own_losses, norms = torch.stack(measured).tolist()  # the norms are the same in all processes
-    seconds = (time.perf_counter() - pending[0].begin) / len(pending)
-    losses = ranks.mean(own_losses)
-    for done, loss, norm in zip(pending, losses, norms, strict=True):
-        values = {"loss": loss, "grad_norm": norm, "lr": done.lr}
-        journal.append("step", step=done.step, t=done.t, **values, tokens=done.step * tokens_per_step)
-        check_finite(done.step, f"loss {loss}, gradient norm {norm}", loss, *([norm] if exact else []))
-    clipped = sum(norm > params.grad_clip for norm in norms) / len(norms) if params.grad_clip else None
-    return Report(losses[-1], seconds, clipped)
-
-
-def check_finite(step: int, measured: str, *values: float) -> None:
-    """Raises Diverged, which says what was measured, if one of the values is no number."""
-    if not all(map(math.isfinite, values)):
-        raise Diverged(
-            step,
-            f"training diverged at step {step}: {measured}; lower train.learning_rate (and, with Muon, "
-            "train.muon_learning_rate), lengthen train.warmup_iters or clip gradients (train.grad_clip)",
-        )
+def diverged(step: int, measured: str) -> Diverged:
+    """The error for a step at which something that was measured is not finite."""
+    return Diverged(
+        step,
+        f"training diverged at step {step}: {measured}; lower train.learning_rate (and, with Muon, "
+        "train.muon_learning_rate), lengthen train.warmup_iters or clip gradients (train.grad_clip)",
+    )

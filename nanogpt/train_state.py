@@ -1,6 +1,18 @@
-"""X"""
+"""The state of a training: all that a step changes, with what computes a step from it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt.determinism import Numerics, autocast
+from nanogpt.distributed import Ranks
+from nanogpt.model import GPT
+from nanogpt.optimizer import make_optimizer
+from nanogpt.params import TrainParams
 
 
 @dataclass
@@ -14,7 +26,89 @@ class Progress:
     best_val_loss: float = float("inf")
 
     def note_evaluation(self, val_loss: float) -> None:
-        """The present step has been evaluated."""
+        """Records that the present step has been evaluated."""
         self.evaluated, self.val_loss = self.step, val_loss
         if val_loss < self.best_val_loss:
             self.best_step, self.best_val_loss = self.step, val_loss
+
+
+@dataclass
+class TrainState:
+    """What a step changes (model, optimizer, scaler, progress), and how it is computed.
+
+    `tensors` and `put` move the state out and in exactly. There is no generator state: data order and dropout are
+    functions of the step (seeds.py).
+    """
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
+    forward: Callable[[Tensor, Tensor], Tensor] | None = None  # the model's compiled or parallel form, if it has one
+    precision: AbstractContextManager[object] = field(default_factory=nullcontext)  # autocast of the forward pass
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean loss of a micro-batch, x and y (B, T), in nats per token: a scalar to go backward from."""
+        with self.precision:
+            return (self.forward or self.model)(x, y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the state by name: `model/<parameter>` and `optimizer/<parameter>/<entry>`."""
+        found = {f"model/{name}": parameter.detach().contiguous() for name, parameter in self.model.named_parameters()}
+        states = (self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"])
+        for name, state in zip(self._names(), states, strict=True):
+            found |= {f"optimizer/{name}/{entry}": tensor.contiguous() for entry, tensor in state.items()}
+        return found
+
+    def put(self, tensors: dict[str, Tensor], scaler: dict[str, Any], progress: Progress) -> None:
+        """Takes on exactly the state that `tensors`, `scaler.state_dict()` and `progress` were taken from."""
+        put_weights(tensors, self.model)
+        names = self._names()
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer/"):
+                _, name, entry = key.split("/")
+                state.setdefault(names.index(name), {})[entry] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+        self.progress = progress
+
+    def share(self) -> None:
+        """Gives rank 0's state to all ranks, which have built the same model; does nothing before the first step."""
+        meta = self.ranks.tell({"progress": asdict(self.progress), "scaler": self.scaler.state_dict()})
+        if self.ranks.size > 1 and (meta["progress"]["step"] or meta["progress"]["evaluated"] >= 0):
+            tensors = {name: t.cpu() for name, t in self.tensors().items()} if self.ranks.first else {}
+            tensors = self.ranks.tell_tensors(tensors)
+            if not self.ranks.first:
+                self.put(tensors, meta["scaler"], Progress(**meta["progress"]))
+
+    def _names(self) -> list[str]:
+        """Names of the parameters in the optimizer's own order."""
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [name_of[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def put_weights(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Gives a model the weights among the tensors of a state."""
+    model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model/")})
+
+
+def new_state(model: GPT, params: TrainParams, numerics: Numerics, ranks: Ranks | None = None) -> TrainState:
+    """The state before the first step: a new optimizer around the model, which lies on its device already."""
+    ranks = ranks or Ranks()
+    device = next(model.parameters()).device
+    compiled: Any = torch.compile(model) if numerics.compile else model
+    return TrainState(
+        model=model,
+        optimizer=make_optimizer(model, params, device.type, numerics.dtype),
+        scaler=torch.amp.GradScaler(device.type, enabled=numerics.dtype == "float16"),
+        forward=ranks.parallel(compiled, fixed_order=numerics.determinism != "off"),
+        precision=autocast(device, numerics.dtype),
+        ranks=ranks,
+    )

@@ -1,13 +1,16 @@
 """Weights that come from other programs or go to them: checked against a config, padded, and cut."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanogpt.model import GPTConfig, without_weights
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import without_weights
 
+Shape = tuple[int, ...]
 Weights = dict[str, Tensor]
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which older versions kept as if they were weights
 # The options of a model that others know. zero_init is none of them: it changes what a training begins with alone.
@@ -20,7 +23,6 @@ GPT2_OPTIONS: dict[str, Collection[Any]] = {
     "previous_tokens": [0],
     "embedding_norm": [False],
 }
-_MOST_LAYERS = 2**12  # as in params.py
 
 
 def check_options(config: GPTConfig, known: Mapping[str, Collection[Any]], where: str) -> None:
@@ -31,19 +33,6 @@ def check_options(config: GPTConfig, known: Mapping[str, Collection[Any]], where
             raise ValueError(
                 f"{where} has no model.{name} = {value}; train with model.{name} = {one} to export the model"
             )
-
-
-def integer(values: Mapping[str, Any], name: str) -> int:
-    value = values.get(name)
-    if type(value) is not int or not 1 <= value < 2**63:
-        raise ValueError(f"{name} is {value!r:.40}, which is no possible number")
-    return value
-
-
-def dropout(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < 1:
-        raise ValueError(f"dropout is {value!r:.40}, which is no possible number")
-    return float(value)
 
 
 def without_padding(config: GPTConfig, weights: Weights) -> Weights:
@@ -65,28 +54,42 @@ def fitted_weights(config: GPTConfig, tensors: dict[str, Tensor]) -> Weights:
             raise ValueError(f"{name[:80]} is no tensor of floating-point numbers")
         if tensor.untyped_storage().nbytes() < tensor.nbytes:
             raise ValueError(f"{name[:80]} has fewer numbers than its shape {tuple(tensor.shape)} tells")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
-    if config.n_layer > min(_MOST_LAYERS, len(tensors)):
-        raise ValueError(f"n_layer is {config.n_layer}, and there are {len(tensors)} tensors")
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    first = {"wte.weight": (config.padded_vocab_size, config.n_embd), "wpe.weight": (config.block_size, config.n_embd)}
-    expected = _shapes(config) if first.items() <= shapes.items() else first
-    for name in [*expected, *sorted(shapes)]:
-        if shapes.get(name) != expected.get(name):
-            raise ValueError(f"{name[:80]} is {_told(shapes.get(name))}, its config says {_told(expected.get(name))}")
+    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if head is not None and not (isinstance(head, Tensor) and torch.equal(head, tensors["wte.weight"])):
         raise ValueError("lm_head.weight is not wte.weight, and our GPT has one matrix for both")
-    return {name: tensors[name].detach().float().clone(memory_format=torch.contiguous_format) for name in expected}
+    return {name: tensors[name].detach().float().clone(memory_format=torch.contiguous_format) for name in tensors}
 
 
-def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a GPT's weights; nothing of their size is made."""
+def check_shapes(config: GPTConfig, found: Mapping[str, Shape]) -> None:
+    """Raises ValueError unless these are the names and shapes of that config's weights.
+
+    What is made for the check is no larger than the weights, whatever the config claims.
+    """
+    if config.n_layer > len(found):
+        raise ValueError(f"n_layer is {config.n_layer}, and there are {len(found)} tensors")
+    expected: dict[str, Shape] = {"wte.weight": (config.padded_vocab_size, config.n_embd)}
+    if config.position == "learned":
+        expected["wpe.weight"] = (config.block_size, config.n_embd)
+    if expected.items() <= found.items():
+        expected = _shapes(config)
+    for name in [*expected, *sorted(found)]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"{name[:80]} is {_told(found.get(name))}, its config says {_told(expected.get(name))}")
+
+
+def _shapes(config: GPTConfig) -> dict[str, Shape]:
+    """Names and shapes of a GPT's weights, from those of one layer."""
     try:
-        return {name: tuple(parameter.shape) for name, parameter in without_weights(config).named_parameters()}
-    except RuntimeError as error:
+        single = without_weights(replace(config, n_layer=1))
+    except RuntimeError as error:  # of torch, for a number of elements that it cannot count
         raise ValueError(f"n_embd {config.n_embd} is no possible number") from error
+    shapes: dict[str, Shape] = {}
+    for name, parameter in single.named_parameters():
+        layers = range(config.n_layer if name.startswith("h.0.") else 1)
+        names = [name.replace("h.0.", f"h.{layer}.", 1) for layer in layers]
+        shapes |= dict.fromkeys(names, tuple(parameter.shape))
+    return shapes
 
 
-def _told(shape: tuple[int, ...] | None) -> str:
+def _told(shape: Shape | None) -> str:
     return "absent" if shape is None else str(shape)

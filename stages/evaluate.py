@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracking.console import Console, command
+from tracking.console import Console, command, counting
 
 if TYPE_CHECKING:
     from nanogpt.corpus.token_files import Split
@@ -83,7 +83,8 @@ def score_split(
     cut = windows(targets, block_size, params.stride or block_size)
     autocast = determinism.autocast(gpt.model.wte.weight.device, dtype)
     with console.progress(f"{split.name} windows", len(cut)) as update:
-        return score(gpt.model, tokens, cut, params.batch_size, split.meta.first_context, autocast, update)
+        counted = counting(cut, update)
+        return score(gpt.model, tokens, counted, params.batch_size, split.meta.first_context, autocast)
 
 
 if __name__ == "__main__":

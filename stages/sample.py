@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from nanogpt.generate import Sampling
-    from nanogpt.model import Attention
+    from nanogpt.gpt_config import Attention
     from nanogpt.params import SampleParams
     from nanogpt.saved_model import PublishedModel
 
@@ -97,7 +97,7 @@ def load(name: str, device: "str | torch.device", attention: "Attention") -> "Pu
             f"{tokenizer.vocab_size:,}; make it a model directory: train.init_from = {name} with train.eval_only = "
             "true, on the tokens of its training (download.source = bin:<folder of its .bin files and meta.pkl>)"
         )
-    gpt = initial.build(attention, torch.device(device))
+    gpt = initial.build(0, attention, torch.device(device))
     return PublishedModel(gpt.requires_grad_(False).eval(), tokenizer, {})
 
 

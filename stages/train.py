@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.console import Console, command, repository
 from tracking.launch import check_started, launch, run_to_exit, started
-from tracking.stop import StopRequest
 
 if TYPE_CHECKING:
-    from nanogpt.corpus.token_files import Split, SplitName
+    from nanogpt.checkpoint import Checkpoints
     from nanogpt.determinism import Numerics
     from nanogpt.distributed import Ranks
     from nanogpt.params import Params
-    from nanogpt.pretrained import Initial
+    from nanogpt.recipe import Recipe
+    from nanogpt.train_state import TrainState
+    from tracking.run import Run
 
 TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metrics/train.json"), Path("plots/loss.csv")
 
@@ -27,189 +28,151 @@ def main(console: Console) -> None:
     from nanogpt.params import load_params
 
     params = load_params()
-    resolved = determinism.pin(params.numerics, params.runtime.device)
+    numerics = determinism.pin(params.numerics, params.runtime.device)
     if params.train.processes > 1 and started() is None:
         sys.exit(launch(params.train.processes, params.tracking.wait_seconds, "-m", "stages.train"))
     check_started(params.train.processes)
     from nanogpt.distributed import PeerFailed, join
 
     try:
-        with join(resolved.device) as ranks:
-            train(console, params, resolved, ranks)
-    except PeerFailed as error:  # which tells the user
+        with join(numerics.device) as ranks:
+            run(console, params, numerics, ranks)
+    except PeerFailed as error:  # the other process reports it
         console.record(str(error))
         sys.exit(1)
 
 
-def train(console: Console, params: "Params", resolved: "Numerics", ranks: "Ranks") -> None:
-    """Goes on with the training that params and data stand for, or publishes it if it is done."""
-    from nanogpt import determinism
-    from nanogpt.batches import check_block_size
-    from nanogpt.corpus.token_files import SplitName, load_meta, load_split
-    from nanogpt.corpus.tokenizer import load_tokenizer
-    from nanogpt.files import sha256_tree
-    from nanogpt.params import flatten
-    from nanogpt.pretrained import load_initial
-    from tracking.fingerprint import code_hash, fingerprint
-    from tracking.journal import RunLock, state
+def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks") -> None:
+    """Trains, or publishes a training that is finished already. Rank 0 does all reading and writing of its run."""
+    from nanogpt.recipe import load_recipe
+    from tracking.fingerprint import check_agreement, identify
+    from tracking.journal import RunLock
     from tracking.resume import choose
 
-    names: tuple[SplitName, ...] = ("train", "val")
-    splits = {name: load_split(TOKENS, name) for name in names}
-    tokenizer = load_tokenizer(TOKENS / "tokenizer.json", load_meta(TOKENS).tokenizer_sha256)
-    initial = load_initial(params.train.init_from, params.model, tokenizer)
-    for split in splits.values():
-        check_block_size(split, initial.config.block_size)
-    inputs = {"tokens": sha256_tree(TOKENS), "initial": initial.sha256}
-    code = code_hash(Path.cwd(), "stages.train")
-    read = flatten(params.model, "model.") | flatten(params.train, "train.")
-    if params.numerics.determinism == "off":
-        del read["train.processes"]  # it changes the last bits alone, so more or fewer of them may go on with a run
-    # All processes must come to the same decisions, so also those that change no result.
-    intervals = (params.runtime.log_interval, params.runtime.checkpoint_interval)
-    same = fingerprint(read | {"intervals": intervals}, inputs, code, params.numerics.model_dump())
-    if ranks.tell(same) != same:
-        raise ValueError(
-            "not all processes of this training have the same code, parameters and data; on each machine check out the "
-            "same commit and `dvc pull`"
-        )
-    key = fingerprint(read, inputs, code, resolved.as_dict())
-    directory = repository() / ".runs" / key[:16]
-
-    def tell_wait(pid: int) -> None:
-        console.say(f"process {pid} is training exactly this; waiting for its result")
-
+    recipe = load_recipe(params, numerics, TOKENS)
+    hashes = identify(recipe)
+    check_agreement(recipe, hashes, ranks)
     if not ranks.first:
         if ranks.tell(None) != "finished":
-            accompany(console, directory, key, params, resolved, splits, initial, ranks)
+            follow(recipe, ranks)
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    with RunLock(directory, tell_wait):
-        attempt = choose(console, directory, key)
-        console.record(f"run directory: {attempt}")
-        if ranks.tell(state(attempt / "journal.jsonl")) == "finished":
-            console.say(f"this training is done already ({attempt.relative_to(repository())}): publishing its model")
-            publish(console, attempt)
+
+    def on_wait(pid: int) -> None:
+        console.say(f"process {pid} is training exactly this; waiting for its result")
+
+    directory = repository() / ".runs" / hashes["fingerprint"][:16]
+    with RunLock(directory, on_wait):
+        chosen = choose(console, directory, hashes["fingerprint"])
+        console.record(f"run directory: {chosen.directory}")
+        if ranks.tell(chosen.status) == "finished":
+            place = chosen.directory.relative_to(repository())
+            console.say(f"this training is done already ({place}): publishing its model")
+            publish(console, chosen)
         else:
-            hashes = {"fingerprint": key, "tokens.sha256": inputs["tokens"], "code.sha256": code}
-            if initial.weights is not None:
-                hashes["initial.sha256"] = initial.sha256
-            if resolved.device == "cpu" and determinism.is_emulated(resolved.dtype):
-                console.warn(
-                    f"this CPU has no instructions for numerics.dtype = {resolved.dtype}, and may take ten times as "
-                    "long; set it to float32, or let `python -m tools.fastest --write` measure what is fastest"
-                )
-            run(console, attempt, params, resolved, splits, initial, hashes, ranks)
+            warn_of_emulation(console, numerics)
+            lead(console, recipe, hashes, chosen, ranks)
 
 
-def accompany(
-    console: Console,
-    directory: Path,
-    fingerprint: str,
-    params: "Params",
-    resolved: "Numerics",
-    splits: "dict[SplitName, Split]",
-    initial: "Initial",
-    ranks: "Ranks",
-) -> None:
-    """Trains along with the first process, which does all reading and writing."""
-    from nanogpt.train import Stopped
-    from tracking.journal import NoJournal
-    from tracking.training import Training
+def follow(recipe: "Recipe", ranks: "Ranks") -> None:
+    """Trains along with rank 0."""
+    from nanogpt.train import Stopped, train
+    from tracking.observers import StopRequest
 
     stop = StopRequest(ranks.highest)
-    training = Training(
-        console, directory, fingerprint, params, resolved, TOKENS, splits, initial, NoJournal(), CURVE, ranks
-    )
-    training.resume()
+    state = recipe.new_state(ranks)
+    state.share()
     try:
-        training.run(stop.reason)
+        train(state, recipe.batches(state), recipe.params, recipe.evaluator(), [stop])
     except Stopped:
         sys.exit(stop.exit_code)
 
 
-def run(
-    console: Console,
-    attempt: Path,
-    params: "Params",
-    resolved: "Numerics",
-    splits: "dict[SplitName, Split]",
-    initial: "Initial",
-    hashes: dict[str, str],
-    ranks: "Ranks",
-) -> None:
-    """Trains, with MLflow's replica filled by a process beside, and publishes."""
-    from nanogpt.train import Diverged, Stopped
-    from tracking import mlflow_process
-    from tracking.fingerprint import environment
+def lead(console: Console, recipe: "Recipe", hashes: dict[str, str], run: "Run", ranks: "Ranks") -> None:
+    """Trains as rank 0, which reads and writes the run, and publishes."""
+    from nanogpt.checkpoint import Checkpoints
+    from nanogpt.train import Stopped, train
     from tracking.journal import Journal
-    from tracking.resume import describe
-    from tracking.training import Training
+    from tracking.observers import StopRequest, check_prompts, observing
+    from tracking.recording import recording
+    from tracking.resume import restore_newest
 
     stop = StopRequest(ranks.highest)
-    with Journal(attempt / "journal.jsonl") as journal:
-        fingerprint = hashes["fingerprint"]
-        training = Training(
-            console, attempt, fingerprint, params, resolved, TOKENS, splits, initial, journal, CURVE, ranks
-        )
-        training.resume()
-        journal.append(
-            "start",
-            step=training.progress.step,
-            resumed=training.progress.step > 0,
-            fingerprint=fingerprint,
-            environment=environment(),
-            numerics=resolved.as_dict(),
-            processes=ranks.size,
-        )
-        journal.sync()  # what run.json describes has a journal
-        describe(attempt, params, hashes, dataset(hashes["tokens.sha256"]))
-        console.say(mlflow_process.describe_system_metrics())
-        follower = mlflow_process.start(attempt, repository(), params.tracking.wait_seconds)
+    check_prompts(recipe.data.tokenizer, recipe.params.tracking.prompts)
+    with Journal(run.journal) as journal:
+        state, checkpoints = recipe.new_state(ranks), Checkpoints(run.checkpoints, hashes["fingerprint"])
+        restore_newest(console, state, checkpoints, journal, recipe.params.train.last_step)
         try:
-            training.run(stop.reason)
-            result = training.finish(hashes["tokens.sha256"])
-            journal.append("end", status="FINISHED", message="", step=training.progress.step, result=result)
-        except Stopped as reason:
-            journal.append("end", status="KILLED", message=str(reason), step=training.progress.step, result={})
-            mlflow_process.wait(follower, params.tracking.wait_seconds)
-            console.say(
-                f"stopped at step {training.progress.step} ({reason}), all is saved; `dvc repro` goes on from there"
-            )
+            with recording(console, recipe, hashes, run, journal, state) as record:
+                with observing(console, recipe, run, journal, state, CURVE) as observers:
+                    batches, evaluator = recipe.batches(state), recipe.evaluator()
+                    train(state, batches, recipe.params, evaluator, [*observers, stop], checkpoints)
+                if state.progress.step < recipe.params.train.last_step:
+                    say_ended_early(console, recipe, state)
+                record.result = save_models(recipe, hashes, run, state, checkpoints)
+        except Stopped:
             sys.exit(stop.exit_code)
-        except BaseException as error:
-            cause = ranks.cause(error)
-            result = {"diverged": cause.step} if isinstance(cause, Diverged) else {}
-            message = " ".join(f"{type(cause).__name__}: {cause}".split())
-            journal.append("end", status="FAILED", message=message, step=training.progress.step, result=result)
-            mlflow_process.wait(follower, params.tracking.wait_seconds)
-            raise
-    publish(console, attempt)
-    console.say(mlflow_process.wait(follower, params.tracking.wait_seconds))
+    publish(console, run)
+    console.say(record.wait())
 
 
-def dataset(sha256: str) -> dict[str, Any]:
-    """The tokens, as MLflow shows them."""
-    from nanogpt.corpus.token_files import load_meta
+def say_ended_early(console: Console, recipe: "Recipe", state: "TrainState") -> None:
+    train = recipe.params.train
+    console.say(
+        f"ended at step {state.progress.step:,} of {train.last_step:,}: no new best validation loss in "
+        f"{train.patience} evaluations (train.patience)"
+    )
 
-    meta = load_meta(TOKENS)
-    return {"name": meta.corpus.source, "source": str(TOKENS), "sha256": sha256, "profile": meta.model_dump()}
+
+def save_models(
+    recipe: "Recipe", hashes: dict[str, str], run: "Run", state: "TrainState", checkpoints: "Checkpoints"
+) -> dict[str, Any]:
+    """Writes models/best and models/last of the run; returns the result that the journal's end records."""
+    from nanogpt.files import sha256_tree
+    from nanogpt.params import flatten
+    from nanogpt.saved_model import save_model
+    from tracking.dvc_files import directory_md5
+
+    params, progress = recipe.params, state.progress
+    evaluations = {record["step"]: record for record in run.records("eval")}
+    steps = {"best": progress.best_step, "last": progress.step}
+    for name, step in steps.items():
+        checkpoints.read(step).load_weights(state.model)
+        info = {
+            "step": step,
+            "train_loss": evaluations[step]["train_loss"],
+            "val_loss": evaluations[step]["val_loss"],
+            "tokens_sha256": hashes["tokens.sha256"],
+            "params": flatten(params.model, "model.") | flatten(params.train, "train."),
+        }
+        weights = {name: weight.detach().cpu() for name, weight in state.model.named_parameters()}
+        save_model(run.models / name, state.model.config, weights, recipe.data.tokenizer_path, info)
+    published = params.train.publish
+    chosen = evaluations[steps[published]]
+    return {
+        "published": published,
+        "step": chosen["step"],
+        "train_loss": chosen["train_loss"],
+        "val_loss": chosen["val_loss"],
+        "best_step": progress.best_step,
+        "best_val_loss": progress.best_val_loss,
+        "steps": progress.step,
+        "tokens": evaluations[progress.step]["tokens"],
+        "parameters": state.model.parameter_count(),
+        "model_sha256": sha256_tree(run.models / published),
+        "model_md5": directory_md5(run.models / published),
+    }
 
 
-def publish(console: Console, attempt: Path) -> None:
-    """Copies the attempt's result to where DVC expects it. The same bytes each time."""
+def publish(console: Console, run: "Run") -> None:
+    """Copies the run's result to where DVC expects it. The same bytes each time."""
+    from nanogpt.evaluate import loss_curve
     from nanogpt.files import replacing, sha256_tree, write_text
-    from tracking.journal import Journal, end_of
-    from tracking.training import loss_curve
 
-    with Journal(attempt / "journal.jsonl") as journal:
-        end = end_of(journal.records())
-        assert end is not None, f"{attempt} is not finished"
-        write_text(CURVE, loss_curve(journal))
-    result = end["result"]
-    source = attempt / "models" / result["published"]
+    result = run.result
+    write_text(CURVE, loss_curve(run.records("eval")))
+    source = run.models / result["published"]
     if sha256_tree(source) != result["model_sha256"]:
-        raise ValueError(f"{source} is damaged: it is not what was trained; remove {attempt} to train afresh")
+        raise ValueError(f"{source} is damaged: it is not what was trained; remove {run.directory} to train afresh")
     with replacing(MODEL) as temporary:
         shutil.copytree(source, temporary)
     metrics = {name: value for name, value in result.items() if name not in {"published", "model_sha256", "model_md5"}}
@@ -218,6 +181,17 @@ def publish(console: Console, attempt: Path) -> None:
         f"{result['parameters']:,} parameters, {result['steps']:,} steps, {result['tokens']:,} tokens; "
         f"{result['published']} at step {result['step']:,}: val loss {result['val_loss']:.4f} -> {MODEL}"
     )
+
+
+def warn_of_emulation(console: Console, numerics: "Numerics") -> None:
+    """Warns where a training will be slow because the CPU has no instructions for its dtype."""
+    from nanogpt.determinism import is_emulated
+
+    if numerics.device == "cpu" and is_emulated(numerics.dtype):
+        console.warn(
+            f"this CPU has no instructions for numerics.dtype = {numerics.dtype}, and may take ten times as long; "
+            "set it to float32, or let `python -m tools fastest --write` measure what is fastest"
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,3 +124,15 @@ def shakespeare() -> Path:
     if not path.exists():
         pytest.skip(f"{path} is absent")
     return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new mlflow.db, which costs seconds, to be copied, which costs nothing."""
+    from tracking.mlflow_server import connect
+
+    folder = tmp_path_factory.mktemp("database")
+    connect(f"sqlite:///{folder}/mlflow.db", folder)
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return folder / "mlflow.db"

@@ -33,16 +33,35 @@ LEAVES = {"nanogpt.files", "nanogpt.params", "nanogpt.seeds"}
 
 # Inside the core, low to high: a module imports from below its own line.
 LEVELS = [
-    {"files", "seeds", "corpus.meta_pickle", "corpus.words", "distributed", "loss", "schedule"},
+    {
+        "files",
+        "seeds",
+        "startup",
+        "corpus.meta_pickle",
+        "corpus.words",
+        "distributed",
+        "gpt_config",
+        "loss",
+        "schedule",
+    },
     {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
-    {"corpus.nanogpt_bins", "corpus.sources", "corpus.floor", "batches", "determinism", "model", "optimizer"},
-    {"corpus.prepare", "evaluate", "flops", "generate", "saved_model", "train_state", "weights"},
-    {"checkpoint", "complete", "huggingface", "nanogpt_checkpoint", "sizing"},
-    {"pretrained", "train"},
-    {"timing"},
+    {
+        "corpus.nanogpt_bins",
+        "corpus.sources",
+        "corpus.floor",
+        "batches",
+        "dataset",
+        "determinism",
+        "model",
+        "optimizer",
+    },
+    {"corpus.prepare", "evaluate", "flops", "generate", "train_state", "weights"},
+    {"checkpoint", "huggingface", "nanogpt_checkpoint", "saved_model", "sizing"},
+    {"complete", "pretrained", "train"},
+    {"recipe", "timing"},
 ]
 
-MLFLOW = {"mlflow_model", "mlflow_models", "mlflow_run", "mlflow_server", "mlflow_sync"}
+MLFLOW = {"mlflow_client", "mlflow_model", "mlflow_models", "mlflow_run", "mlflow_server", "mlflow_sync"}
 WITH_TORCH = {  # the only ones of the core that import it, by themselves or by what they import
     *(
         "batches",
@@ -55,8 +74,8 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "generate",
         "huggingface",
     ),
-    *("loss", "model", "nanogpt_checkpoint", "optimizer", "pretrained", "saved_model", "sizing", "timing", "train"),
-    *("train_state", "weights"),
+    *("loss", "model", "nanogpt_checkpoint", "optimizer", "pretrained", "recipe", "saved_model", "sizing", "timing"),
+    *("startup", "train", "train_state", "weights"),
 }
 LONGER_FUNCTIONS = {("train.py", "train"): 80}  # the loop, top to bottom in one place
 

@@ -35,7 +35,7 @@ Laid = Callable[..., Params]
 
 @pytest.fixture
 def laid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laid]:
-    """`laid(name, **{"train.max_iters": 3, …})`: a folder to run stages in, with the preset's params so changed."""
+    """`laid(name, shrink, **{"train.seed": 3, …})`: a folder to run stages in, with the preset's params so changed."""
     for name in ("nanogpt", "stages", "presets"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
@@ -46,10 +46,10 @@ def laid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laid]:
     # torch is imported already, so its environment cannot be pinned; one thread is enough for what is so small.
     here = {"numerics.determinism": "off", "numerics.threads": 1, "numerics.compile": False, "runtime.device": "cpu"}
 
-    def lay(name: str, **changes: Any) -> Params:
+    def lay(name: str, shrink: bool = False, **changes: Any) -> Params:
         text, _ = overlaid((REPOSITORY / "params.yaml").read_text(encoding="utf-8"), PRESETS[name])
         params = YAML(typ="safe").load(text)
-        for key, value in {**here, **changes}.items():
+        for key, value in {**here, **(small(params) if shrink else {}), **changes}.items():
             section, _, entry = key.partition(".")
             params[section][entry] = value
         with Path("params.yaml").open("w", encoding="utf-8") as file:
@@ -123,19 +123,17 @@ def hub() -> Iterator[Callable[[str], Any]]:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def small(name: str) -> dict[str, Any]:
+def small(params: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What makes a preset a matter of a second: a small model, a few steps, short samples. All else is as it is."""
-    preset = YAML(typ="safe").load(PRESETS[name].read_text(encoding="utf-8"))
+    train = params["train"]
     changes: dict[str, Any] = {"train.batch_size": 2, "train.eval_iters": 1, "evaluate.train_tokens": 200}
     changes |= {"sample.num_samples": 1, "sample.max_new_tokens": 8, "tracking.sample_tokens": 8}
     changes |= {"runtime.processes": 1}
-    if not preset["train"]["eval_only"]:
-        changes |= {"train.processes": 1}
-        given = preset["train"]
-        changes |= {"train.max_iters": 3, "train.warmup_iters": min(given["warmup_iters"], 1)}
-        changes |= {"train.gradient_accumulation_steps": min(given["gradient_accumulation_steps"], 2)}
-        changes |= {"train.eval_interval": 2}
-    if preset["train"]["init_from"] == "scratch":
+    if not train["eval_only"]:
+        changes |= {"train.processes": 1, "train.max_iters": 3, "train.eval_interval": 2}
+        changes |= {"train.warmup_iters": min(train["warmup_iters"], 1)}
+        changes |= {"train.gradient_accumulation_steps": min(train["gradient_accumulation_steps"], 2)}
+    if train["init_from"] == "scratch":
         changes |= {"model.n_layer": 1, "model.n_head": 2, "model.n_embd": 8, "model.block_size": BLOCK}
     return changes
 
@@ -145,7 +143,7 @@ def small(name: str) -> dict[str, Any]:
     ["train_gpt2", "train_shakespeare_char", "shakespeare_cpu", "shakespeare_speedrun", "shakespeare_best"],
 )
 def test_one_trains_from_scratch(name: str, laid: Laid, texts: None, gpt2_files: Path) -> None:
-    params = laid(name, **small(name))
+    params = laid(name, shrink=True)
     output = run_all()
     assert metrics("train")["steps"] == 3
     assert 0 < metrics("evaluate")["val_loss"] < 12
@@ -158,14 +156,14 @@ def test_a_cpu_without_bfloat16_is_warned_of(
     has: dict[str, bool], laid: Laid, texts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **has})
-    laid("shakespeare_speedrun", **small("shakespeare_speedrun"), **{"numerics.dtype": "bfloat16"})
+    laid("shakespeare_speedrun", shrink=True, **{"numerics.dtype": "bfloat16"})
     told = "warning: this CPU has no instructions for numerics.dtype = bfloat16, and may take ten times as long"
     assert (told in run_all()) == (not has)
 
 
 def test_gpt2_is_finetuned_at_a_constant_rate(laid: Laid, texts: None, gpt2_files: Path, hub: Any) -> None:
     theirs = hub("gpt2-xl")
-    laid("finetune_shakespeare", **small("finetune_shakespeare"))
+    laid("finetune_shakespeare", shrink=True)
     run_all()
     (journal,) = Path(".runs").glob("*/attempt-1/journal.jsonl")
     records = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -178,7 +176,7 @@ def test_gpt2_is_finetuned_at_a_constant_rate(laid: Laid, texts: None, gpt2_file
 def test_gpt2_is_scored_as_it_is(name: str, laid: Laid, texts: None, gpt2_files: Path, hub: Any) -> None:
     theirs = hub(name)
     preset = f"eval_{name.replace('-', '_')}"
-    laid(preset, **small(preset))
+    laid(preset, shrink=True)
     run_all()
     assert metrics("train")["steps"] == 0
     assert torch.equal(load_file("model/weights.safetensors")["wpe.weight"], theirs.transformer.wpe.weight)

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from benchmarks.startup import STAGES, TOOLS
-from tests.test_architecture import REPOSITORY
+from benchmarks.startup import STAGES
+from tests.test_architecture import REPOSITORY, own
+from tools.__main__ import COMMANDS as TOOLS
 
-COMMANDS = [*(f"stages.{name}" for name in STAGES), *(f"tools.{name}" for name in TOOLS)]
+COMMANDS = [*(f"stages.{name}" for name in STAGES), *(f"tools {name}" for name in TOOLS)]
 SLOW = {
     *("torch", "transformers", "datasets", "mlflow", "tokenizers", "tiktoken", "matplotlib", "pyarrow", "pandas"),
     *("sqlalchemy", "safetensors", "rich"),
@@ -17,30 +18,32 @@ SLOW = {
 HELP = """
 import atexit, runpy, sys
 atexit.register(lambda: print("imported", *sys.modules))
-sys.argv = [sys.argv[1], "--help"]
+sys.argv = [*sys.argv[1].split(), "--help"]
 runpy.run_module(sys.argv[0], run_name="__main__")
 """
 
-# What train and evaluate do with torch, by the functions that they call.
+# What train and evaluate do with torch, by the functions that they call; and the modules that they import.
 STEPS = """
-import sys
+import importlib, sys
 from pathlib import Path
-from nanogpt import numerics
+from nanogpt import determinism
 from nanogpt.params import load_params
 
 params = load_params(Path("params.yaml"))
-numerics.pin(params.numerics, "cpu")
+determinism.pin(params.numerics, "cpu")
 import numpy as np
 import torch
 from nanogpt.evaluate import score, windows
 from nanogpt import model as model_module
-from nanogpt.model import GPT, GPTConfig, without_weights
-from nanogpt.optim import make_optimizer
-from stages import training  # and all that it needs
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT, without_weights
+from nanogpt.optimizer import make_optimizer
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 
 config = GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=20, bias=True, activation="gelu")
 tokens = np.arange(60, dtype=np.uint16) % 20
-for chosen in sys.argv[1:]:
+for chosen in ("adamw", "muon"):
     model = GPT(config)
     optimizer = make_optimizer(model, params.train.model_copy(update={"optimizer": chosen}), "cpu", "float32")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -76,15 +79,18 @@ def test_help_waits_for_no_slow_library(command: str) -> None:
 
 
 def test_the_commands_are_all_that_there_are() -> None:
-    for folder, names in (("stages", STAGES), ("tools", TOOLS)):
+    for folder, names in (("stages", STAGES), ("tools", ("__main__",))):
         commands = [
             path.stem for path in (REPOSITORY / folder).glob("*.py") if '__name__ == "__main__"' in path.read_text()
         ]
         assert sorted(commands) == sorted(names), folder
+    tools = [path.stem for path in (REPOSITORY / "tools").glob("*.py") if "@command()" in path.read_text()]
+    assert sorted(tools) == sorted(name.replace("-", "_") for name in TOOLS)
 
 
 def test_eager_training_and_evaluation_do_not_import_torchs_compiler() -> None:
-    found = imported(STEPS, "adamw", "muon")
+    stages = [REPOSITORY / "stages" / f"{name}.py" for name in ("train", "evaluate")]
+    found = imported(STEPS, *sorted(set().union(*map(own, stages))))
     assert "torch" in found
     assert not {name.split(".")[0] for name in found} & {"mlflow", "transformers", "datasets", "sympy"}
     assert not {"torch._dynamo", "torch._inductor"} & found

@@ -1,1 +1,1 @@
-"""Commands that are no stage, each run as `python -m tools.<name>`."""
+"""Commands that are no stage, each run as `python -m tools COMMAND`."""

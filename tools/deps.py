@@ -7,19 +7,23 @@ import click
 from ruamel.yaml import YAML
 
 from nanogpt.files import replacing
+from tools.command import command
 from tracking.fingerprint import import_closure
 
 PIPELINE = Path("dvc.yaml")
 
 
-@click.command()
+@command()
 def main() -> None:
-    """Writes each stage's deps in dvc.yaml from the imports of its module."""
+    """Writes each stage's deps into dvc.yaml, from its imports.
+
+    Its data deps stay as they are; after them come all files of code that its module imports, directly or not.
+    """
     yaml = pipeline_yaml()
     pipeline = yaml.load(PIPELINE.read_text(encoding="utf-8"))
     changed = []
     for stage, entry in pipeline["stages"].items():
-        deps = deps_of(stage, entry["deps"])
+        deps = deps_of(Path(), stage, entry["deps"])
         if deps != list(entry["deps"]):
             changed.append(stage)
             entry["deps"] = deps
@@ -29,10 +33,10 @@ def main() -> None:
     click.echo(f"{PIPELINE}: {', '.join(changed) or 'nothing'} changed")
 
 
-def deps_of(stage: str, present: list[str]) -> list[str]:
-    """The stage's data deps as they are, and after them all code that its module imports."""
+def deps_of(root: Path, stage: str, present: list[str]) -> list[str]:
+    """The stage's data deps as they are, and after them all code that its module imports; paths relative to `root`."""
     data = [dep for dep in present if not dep.endswith(".py")]
-    return data + import_closure(Path(), f"stages.{stage}")
+    return data + import_closure(root, f"stages.{stage}")
 
 
 def pipeline_yaml() -> Any:
@@ -41,7 +45,3 @@ def pipeline_yaml() -> Any:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.width = 120
     return yaml
-
-
-if __name__ == "__main__":
-    main()

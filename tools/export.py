@@ -1,4 +1,4 @@
-"""A trained model for other programs: `python -m tools.export --format huggingface|nanogpt [--model DIR] OUT`."""
+"""A trained model for other programs: `python -m tools export --format huggingface|nanogpt [--model DIR] OUT`."""
 
 import hashlib
 import json
@@ -10,9 +10,11 @@ import click
 
 from nanogpt.corpus.tokenizer import END_OF_TEXT, BytePairTokenizer, CharTokenizer, Tokenizer, byte_characters
 from nanogpt.files import replacing, sha256_tree
-from tracking.console import explain, repository
-from tracking.dvc_files import directory_md5
-from tracking.history import holders, lock_of_workspace, out_md5
+from tools.command import command
+from tracking.console import repository
+from tracking.dvc_files import DvcLock, directory_md5
+from tracking.errors import warn
+from tracking.history import holders
 
 if TYPE_CHECKING:
     from nanogpt.saved_model import PublishedModel
@@ -219,7 +221,7 @@ def model_card(gpt: "PublishedModel", directory: Path, format_name: str, use: st
         f"{head}# A GPT of {facts['parameters']} parameters\n\n{_table(facts)}\n\nLosses are in nats per token.\n\n"
         f"## Use\n\n{use}\n\n## Origin\n\n{_table(origin)}\n\n"
         "In a clone of the repository that has this commit, the commands that make the same bits again are told by\n\n"
-        f"```bash\npython -m tools.lineage {sha256}\npython -m tools.lineage {md5.removesuffix('.dir')}\n```\n\n"
+        f"```bash\npython -m tools lineage {sha256}\npython -m tools lineage {md5.removesuffix('.dir')}\n```\n\n"
         "the first where its run is recorded, the second from git alone.\n\n"
         f"## Parameters of the training\n\n```yaml\n{params}\n```\n"
     )
@@ -227,13 +229,12 @@ def model_card(gpt: "PublishedModel", directory: Path, format_name: str, use: st
 
 def metrics_of(root: Path, md5: str, directory: Path) -> dict[str, Any]:
     """metrics/evaluate.json beside the model; nothing unless dvc.lock says that it is about this model."""
-    path, stages = directory.resolve().parent / "metrics/evaluate.json", lock_of_workspace(root)
-    if not path.is_file() or {"path": "model", "md5": md5} not in [
-        {key: entry.get(key) for key in ("path", "md5")} for entry in stages.get("evaluate", {}).get("deps", [])
-    ]:
+    path = directory.resolve().parent / "metrics/evaluate.json"
+    evaluate = DvcLock.of_workspace(root).stages.get("evaluate")
+    if not path.is_file() or evaluate is None or evaluate.deps.get("model") != md5:
         return {}
     data = path.read_bytes()
-    if hashlib.md5(data).hexdigest() != out_md5(stages, "evaluate", "metrics/evaluate.json"):
+    if hashlib.md5(data).hexdigest() != evaluate.outs.get("metrics/evaluate.json"):
         return {}
     metrics: dict[str, Any] = json.loads(data)
     return metrics
@@ -264,30 +265,23 @@ def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
     return gpt
 
 
-@click.command()
+@command()
 @click.option("--format", "format_name", type=click.Choice([*FORMATS]), required=True, help="Who is to load it.")
 @click.option(
     "--model", type=click.Path(path_type=Path), default=Path("model"), show_default=True, help="What to export."
 )
 @click.argument("out", type=click.Path(path_type=Path))
 def main(format_name: str, model: Path, out: Path) -> None:
-    """Writes a trained model to the directory OUT, with its tokenizer and a model card.
+    """Writes a trained model for transformers or nanoGPT.
+
+    The directory OUT gets the weights, the tokenizer and a model card.
 
     huggingface: what AutoModelForCausalLM.from_pretrained and pipeline("text-generation") load. nanogpt: ckpt.pt, which
     its sample.py loads.
     """
-    try:
-        gpt = export(model, format_name, out)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(explain(error)) from error
+    gpt = export(model, format_name, out)
     files = sorted(path.name for path in out.iterdir())
     click.echo(f"export: {model} -> {out}: {', '.join(files)}")
     if format_name == "nanogpt" and gpt.tokenizer.name == "bpe":
-        told = (
-            "nanoGPT's sample.py cannot read or write this model's tokens (bpe); --format huggingface exports them too"
-        )
-        click.secho(f"export: warning: {told}", fg="yellow", err=True)
-
-
-if __name__ == "__main__":
-    main()
+        told = "nanoGPT's sample.py cannot read or write this model's tokens (bpe)"
+        warn("export", f"{told}; --format huggingface exports them too")

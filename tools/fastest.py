@@ -1,4 +1,4 @@
-"""Which dtype, compile and attention are fastest here: `python -m tools.fastest`; --write puts them into params.yaml.
+"""Which dtype, compile and attention are fastest here: `python -m tools fastest`; --write puts them into params.yaml.
 
 They change bits, so nothing chooses them when a training starts. Each candidate takes some steps of params.yaml's
 model in a process of its own; one that is far behind, or that does not come to an end, is given up.
@@ -11,7 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import click
 from nanogpt.determinism import is_emulated
 from nanogpt.files import replacing
 from nanogpt.params import NumericsParams, Params, ParamsError, TokenizeParams, check_combinations, load_params
+from tools.command import command
 from tools.preset import changed
 from tools.size import duration, known_meta, planned_device, vocabulary
 
@@ -49,36 +49,34 @@ class Row:
     note: str = ""
 
 
-@click.command()
+@command()
 @click.option("--write", is_flag=True, help="Write the fastest settings into params.yaml.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=120, show_default=True, help="For each.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
 @click.option("--only", nargs=2, hidden=True, help="Measure in this process: parameters as JSON, seconds of a step.")
 def main(write: bool, seconds: float, out: Path | None, only: tuple[str, str] | None) -> None:
-    """Times params.yaml's training with each numerics.dtype, compile and attention that numerics.determinism allows.
+    """Times the training with each dtype, compile and attention.
 
+    Of numerics.dtype, numerics.compile and numerics.attention it takes the settings that numerics.determinism allows.
     Each takes at most --seconds, compilation included.
     """
     if only:
         click.echo(json.dumps(asdict(measure(Params.model_validate_json(only[0]), float(only[1])))))
         return
-    try:
-        params = load_params(PARAMS)
-        if write and params.numerics.determinism == "portable":
-            raise ValueError(
-                "numerics.determinism = portable keeps what gives the same bits on other machines: float32, eager; "
-                "set it to machine or off, and then --write"
-            )
-        rows = list(measured(params, seconds))
-        if (best := fastest(rows, params)) is None:
-            raise ValueError(f"no candidate could be timed ({rows[0].note})")
-        click.echo(f"the fastest for {params.train.max_iters:,} steps: {said(best.settings)}")
-        if out:
-            out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        if write:
-            click.echo(written(best.settings))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+    params = load_params(PARAMS)
+    if write and params.numerics.determinism == "portable":
+        raise ValueError(
+            "numerics.determinism = portable keeps what gives the same bits on other machines: float32, eager; "
+            "set it to machine or off, and then --write"
+        )
+    rows = list(measured(params, seconds))
+    if (best := fastest(rows, params)) is None:
+        raise ValueError(f"no candidate could be timed ({rows[0].note})")
+    click.echo(f"the fastest for {params.train.max_iters:,} steps: {said(best.settings)}")
+    if out:
+        out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if write:
+        click.echo(written(best.settings))
 
 
 def candidates(params: Params) -> Iterator[tuple[dict[str, Any], Params]]:
@@ -117,7 +115,7 @@ def measured(params: Params, seconds: float) -> Iterator[Row]:
 
 def in_a_process(settings: dict[str, Any], params: Params, seconds: float, limit: float) -> Row:
     """Times a candidate, or says why it could not be timed; what it has started ends with it."""
-    command = [sys.executable, "-m", "tools.fastest", "--only", params.model_dump_json(), str(limit)]
+    command = [sys.executable, "-m", "tools", "fastest", "--only", params.model_dump_json(), str(limit)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -141,25 +139,17 @@ def measure(params: Params, limit: float) -> Timed:
 
     resolved = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt.pretrained import planned_config
-    from nanogpt.timing import WARM_UP, step_seconds
-    from nanogpt.train import Stopped
+    from nanogpt.timing import Stopwatch, step_seconds, untrained
 
-    train = params.train.model_copy(update={"gradient_accumulation_steps": 1, "processes": 1})
-    config = planned_config(train.init_from, params.model, vocabulary_or_so(params.tokenize))
-    times: list[float] = []
-    stamp = time.perf_counter()
-
-    def on_step(done: int) -> None:
-        nonlocal stamp
-        now = time.perf_counter()
-        times.append(now - stamp)
-        stamp = now
-        if done > 1 and times[-1] > limit:
-            raise Stopped("far behind")
-
-    whole = step_seconds(config, train, resolved, STEPS, budget=BUDGET, on_step=on_step)
-    step = statistics.median(times[WARM_UP:] or times[-1:])
-    return Timed(step, max(0.0, times[0] - step) if resolved.compile else 0.0, not whole or whole[-1] > limit)
+    one = {"gradient_accumulation_steps": 1, "processes": 1}
+    params = params.model_copy(update={"train": params.train.model_copy(update=one)})
+    config = planned_config(params.train.init_from, params.model, vocabulary_or_so(params.tokenize))
+    stopwatch = Stopwatch(STEPS, budget=BUDGET, limit=limit)
+    counted = step_seconds(untrained(config, params, resolved), params, stopwatch)
+    every = stopwatch.all_seconds()
+    step = statistics.median(counted or every[-1:])
+    compiling = max(0.0, every[0] - step) if resolved.compile else 0.0
+    return Timed(step, compiling, given_up=not counted or counted[-1] > limit)
 
 
 def vocabulary_or_so(params: TokenizeParams) -> int:
@@ -202,12 +192,8 @@ def said(settings: dict[str, Any]) -> str:
 
 def written(settings: dict[str, Any]) -> str:
     """Rewrites params.yaml, comments kept, and tells what has changed in it."""
-    text, changes = changed(PARAMS.read_text(encoding="utf-8"), str(PARAMS), {"numerics": settings}, "tools.fastest")
+    text, changes = changed(PARAMS.read_text(encoding="utf-8"), str(PARAMS), ("tools fastest", {"numerics": settings}))
     with replacing(PARAMS) as temporary:
         temporary.write_bytes(text.encode())
         load_params(temporary)
     return "\n".join([f"{PARAMS}:", *(f"  {change}" for change in changes)]) if changes else f"{PARAMS} has it already"
-
-
-if __name__ == "__main__":
-    main()

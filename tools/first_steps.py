@@ -2,58 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
-from nanogpt.params import flatten, load_params
-from tracking.console import Console
-from tracking.retrace import Retrace
-
-TOKENS = Path("data/tokens")
-STEPS = 20
+from tools.command import command
+from tracking.first_steps import first_steps
 
 
-@click.command()
+@command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
 def main(out: Path) -> None:
-    """Trains the first 20 steps and writes each one's loss and gradient norm, and what their bits depend on."""
-    try:
-        out.write_text(json.dumps(first_steps(), sort_keys=True, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+    """Writes loss and gradient norm of the first 20 training steps.
 
-
-def first_steps() -> dict[str, Any]:
-    """{"environment": ..., "made_of": hashes of params, tokens and code, "steps": records of the journal}"""
-    params = load_params()
-    from nanogpt import determinism
-    from nanogpt.files import sha256_json, sha256_tree
-    from tracking.fingerprint import code_hash, environment
-
-    resolved = determinism.pin(params.numerics, params.runtime.device)
-    read = flatten(params.model, "model.") | flatten(params.train, "train.")
-    made_of = {
-        "params": sha256_json(read),
-        "tokens": sha256_tree(TOKENS),
-        "code": code_hash(Path.cwd(), "stages.train"),
-    }
-    with Retrace(Console("first-steps"), params, resolved, TOKENS, made_of["code"]) as retrace:
-        records = retrace.to(min(STEPS, params.train.last_step))
-    steps = [{name: record[name] for name in ("step", "loss", "grad_norm", "lr")} for record in records]
-    bits = bits_environment(environment(), resolved.as_dict())
-    return {"environment": bits, "made_of": made_of, "steps": steps}
-
-
-def bits_environment(environment: dict[str, str], numerics: dict[str, Any]) -> dict[str, str]:
-    """The part of an environment that the bits may depend on."""
-    names = ["torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"]
-    if numerics["determinism"] != "portable":
-        names.append("cpu")
-    python = ".".join(environment["python"].split(".")[:2])
-    resolved = {f"numerics.{name}": str(value) for name, value in numerics.items() if name != "torch"}
-    return {"python": python, **{name: environment[name] for name in names}, **resolved}
-
-
-if __name__ == "__main__":
-    main()
+    Trains these steps, and writes beside them what their bits depend on.
+    """
+    out.write_text(json.dumps(first_steps(), sort_keys=True, indent=1) + "\n")

@@ -9,9 +9,12 @@ from typing import Any
 
 import click
 
-from tracking.journal import RunLock, last_record
+from tools.command import command
+from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri
+from tracking.redaction import redact
+from tracking.run import attempts_of
 
 DAY = 86_400
 
@@ -27,13 +30,14 @@ class Garbage:
         return sum(path.stat().st_size for path in files if path.is_file()) / 1e6
 
 
-@click.command()
+@command()
 @click.option("--days", default=14, show_default=True, help="Keep run directories that were written to since.")
 @click.option("--yes", is_flag=True, help="Free it without asking.")
 def main(days: int, yes: bool) -> None:
-    """Shows what old run directories, deleted MLflow runs and unused DVC objects take, and frees it if you agree.
+    """Frees what old runs and caches take, after showing it.
 
-    A run that MLflow does not hold whole is kept, and so are all objects that any commit or experiment refers to.
+    Lists old run directories, deleted MLflow runs and unused DVC objects, and frees them if you agree. A run that
+    MLflow does not hold whole is kept, and so are all objects that any commit or experiment refers to.
     """
     repository = Path.cwd()
     uri = resolve_uri(repository)
@@ -61,17 +65,15 @@ def old_runs(repository: Path, uri: str, days: int) -> list[Garbage]:
     """Run directories that nobody has written to for so long, whose attempts have all ended and reached MLflow."""
     found = []
     for directory in sorted((repository / ".runs").glob("????????????????")):
-        attempts = sorted(directory.glob("attempt-*"))
-        journals = [attempt / "journal.jsonl" for attempt in attempts]
-        newest = max((path.stat().st_mtime for path in journals if path.exists()), default=0.0)
+        runs = attempts_of(directory)
+        newest = max((run.journal.stat().st_mtime for run in runs if run.journal.exists()), default=0.0)
         lock = RunLock(directory)
         if time.time() - newest < days * DAY or not lock.acquire_now():
             continue
-        ended = [last_record(path) for path in journals]
+        status = ", ".join(run.status for run in runs)
         lock.release()
-        if attempts and all(Replica(attempt, uri).finished_run() for attempt in attempts):
-            result = ", ".join(str(record["status"]).lower() for record in ended if record)
-            found.append(Garbage(directory, f"{result}, {(time.time() - newest) / DAY:.0f} days old"))
+        if runs and all(run.is_described and Replica(run, uri).finished_run() for run in runs):
+            found.append(Garbage(directory, f"{status}, {(time.time() - newest) / DAY:.0f} days old"))
     return found
 
 
@@ -122,9 +124,5 @@ def dvc_gc(mode: str) -> str:
     command = ["dvc", "gc", "--workspace", "--all-commits", "--all-experiments", mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise click.ClickException(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+        raise ValueError(f"`{' '.join(command)}` failed: {redact(done.stderr)}")
     return done.stdout
-
-
-if __name__ == "__main__":
-    main()

@@ -1,79 +1,21 @@
-"""Golden files, golden/<key of the environment>.json: what this commit's training gives in a given environment."""
+"""Writes the golden file of this environment: `make golden`."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
-from nanogpt.files import sha256_json
-from tracking.clean_clone import CouldNotRun, locked_outs
-
-FOLDER = Path("golden")
-Golden = dict[str, Any]
+from tools.command import command
+from tracking.errors import check_made
+from tracking.golden import write_golden
 
 
-@click.command()
+@command()
 def main() -> None:
-    """Writes the golden file of this environment: the first steps, and the metrics that belong to dvc.lock.
+    """Writes the golden file of this environment.
 
-    Run `dvc repro` first, and commit the file with dvc.lock.
+    It holds the first steps, and the metrics that belong to dvc.lock. Run `dvc repro` first, and commit the file with
+    dvc.lock.
     """
-    from tools.first_steps import first_steps
-
-    try:
-        model = locked_outs(Path("dvc.lock").read_text()).get("train", {}).get("model")
-        if model is None:
-            raise CouldNotRun("dvc.lock has no model")
-        content = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
-    except (ValueError, OSError, CouldNotRun) as error:
-        raise click.ClickException(f"{' '.join(str(error).split())}; `dvc repro` comes first") from error
-    path = FOLDER / f"{key(content['environment'])}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, sort_keys=True, indent=1) + "\n")
-    click.echo(f"{path}: {len(content['steps'])} steps, val loss {content['metrics']['val_loss']:.4f}")
-
-
-def key(environment: dict[str, str]) -> str:
-    """The fingerprint of an environment."""
-    return sha256_json(environment)[:16]
-
-
-def load_goldens(folder: Path) -> list[Golden]:
-    """All golden files of a folder. Raises CouldNotRun for one that is damaged."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            golden = json.loads(path.read_bytes())
-            assert key(golden["environment"]) == path.stem, "its name is not that of its environment"
-            assert golden["steps"]
-            assert golden["metrics"]
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise CouldNotRun(f"{path} is damaged ({error}); `git checkout {path}`, or `make golden`") from error
-        found.append(golden)
-    return found
-
-
-def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
-    """ "torch 2.13.0+cpu -> 2.14.0" for each entry that differs."""
-    names = sorted({*expected, *found})
-    return [
-        f"{name} {expected.get(name, 'none')} -> {found.get(name, 'none')}"
-        for name in names
-        if expected.get(name) != found.get(name)
-    ]
-
-
-def nearest(goldens: list[Golden], environment: dict[str, str]) -> Golden:
-    """The golden file whose environment differs least."""
-    return min(goldens, key=lambda golden: len(differences(golden["environment"], environment)))
-
-
-def read_metrics(folder: Path) -> dict[str, float]:
-    """The numbers of metrics/evaluate.json."""
-    metrics: dict[str, float] = json.loads((folder / "metrics" / "evaluate.json").read_bytes())
-    return metrics
-
-
-if __name__ == "__main__":
-    main()
+    check_made(Path("dvc.lock"), Path("metrics/evaluate.json"))
+    path, golden = write_golden()
+    click.echo(f"{path}: {len(golden['steps'])} steps, val loss {golden['metrics']['val_loss']:.4f}")

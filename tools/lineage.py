@@ -1,4 +1,4 @@
-"""Where a model comes from, and how to get it back: `python -m tools.lineage <MLflow run | model directory | hash>`."""
+"""Where a model comes from, and how to get it back: `python -m tools lineage <MLflow run | model directory | hash>`."""
 
 import json
 import re
@@ -12,22 +12,14 @@ from typing import Any
 import click
 
 from nanogpt.files import sha256_tree
+from tools.command import command
 from tracking.console import repository
-from tracking.dvc_files import directory_md5
+from tracking.dvc_files import DvcLock, directory_md5, is_cached
 from tracking.fingerprint import environment
 from tracking.git import git
-from tracking.history import (
-    Holder,
-    Run,
-    Runs,
-    as_text,
-    fetch_command,
-    holders,
-    known_commit,
-    lock_of_workspace,
-    out_md5,
-)
-from tracking.mlflow_server import redact, resolve_uri
+from tracking.history import Holder, KnownRun, KnownRuns, fetch_command, holders, known_commit
+from tracking.mlflow_server import as_text, resolve_uri
+from tracking.redaction import redact
 
 UNKNOWN = "unknown"
 _HASH = re.compile(r"[0-9a-f]{7,64}")
@@ -40,48 +32,48 @@ class Lineage:
 
     sha256: str
     md5: str
-    run: Run | None
-    twins: list[Run]  # other runs that made the same model
+    run: KnownRun | None
+    twins: list[KnownRun]  # other runs that made the same model
     held: list[Holder]  # commits and experiments whose dvc.lock has the model
-    stages: dict[str, Any]  # of a dvc.lock that has it: a commit's, or else the workspace's
+    lock: DvcLock  # one that has it: a commit's, or else the workspace's; empty if there is none
 
 
-def resolve(argument: str, root: Path, runs: Runs) -> Lineage:
-    """What the argument names. Raises ClickException where that is nothing, or several things."""
+def resolve(argument: str, root: Path, runs: KnownRuns) -> Lineage:
+    """What the argument names. Raises ValueError where that is nothing, or several things."""
     path = Path(argument)
     if path.is_dir() or "/" in argument:
         if not (path / "model.json").is_file():
-            raise click.ClickException(f"{argument} is no model directory: it holds no model.json; `dvc checkout`?")
+            raise ValueError(f"{argument} is no model directory: it holds no model.json; `dvc checkout`?")
         return _of_model(root, runs, sha256_tree(path), directory_md5(path), None)
     if _RUN_ID.fullmatch(argument) and (run := runs.by_id(argument)):
         return _of_model(root, runs, run.sha256, run.md5, run)
     prefix = argument.removesuffix(".dir")
     if _HASH.fullmatch(prefix) and (models := _models(root, runs, prefix)):
         if len(models) > 1:
-            raise click.ClickException(f"{argument} may be {' or '.join(sorted(models))}: give more of the hash")
+            raise ValueError(f"{argument} may be {' or '.join(sorted(models))}: give more of the hash")
         return _of_model(root, runs, *next(iter(models.values())), None)
     named = runs.by_name(argument)
     if len(named) > 1:
-        raise click.ClickException(f"{len(named)} runs are named {argument!r}: {_listed(named)}; give a run's id")
+        raise ValueError(f"{len(named)} runs are named {argument!r}: {_listed(named)}; give a run's id")
     if named:
         return _of_model(root, runs, named[0].sha256, named[0].md5, named[0])
     searched = ["run ids", "run names", "hashes of models in MLflow" if runs.client else "", "journals in .runs"]
     searched += ["dvc.lock in all of git's history and experiments", "model/"]
     short = "" if _HASH.fullmatch(prefix) else "; a hash is told by 7 or more of its hexadecimal digits"
     warnings = "".join(f" ({line})" for line in runs.warnings)
-    raise click.ClickException(
+    raise ValueError(
         f"nothing is known of {argument!r}{short}; searched: {', '.join(filter(None, searched))}{warnings}. "
         "What another clone has comes with `git fetch`, its experiments with `dvc exp pull`"
     )
 
 
-def _models(root: Path, runs: Runs, prefix: str) -> dict[str, tuple[str, str]]:
+def _models(root: Path, runs: KnownRuns, prefix: str) -> dict[str, tuple[str, str]]:
     """All models with a hash that begins so: a name for people -> (sha256, md5), "" where it is not known."""
     pairs = [(run.sha256, run.md5) for run in runs.by_model(prefix)]
     if (root / "model" / "model.json").is_file():
         pairs.append((sha256_tree(root / "model"), directory_md5(root / "model")))
     pairs += [("", holder.md5) for holder in holders(root, prefix)]
-    pairs.append(("", out_md5(lock_of_workspace(root), "train", "model") or ""))
+    pairs.append(("", DvcLock.of_workspace(root).out_md5("train", "model") or ""))
     found: dict[str, tuple[str, str]] = {}
     known = {md5: sha256 for sha256, md5 in pairs if sha256 and md5}
     for sha256, md5 in pairs:
@@ -93,7 +85,7 @@ def _models(root: Path, runs: Runs, prefix: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _of_model(root: Path, runs: Runs, sha256: str, md5: str, run: Run | None) -> Lineage:
+def _of_model(root: Path, runs: KnownRuns, sha256: str, md5: str, run: KnownRun | None) -> Lineage:
     same = runs.by_model(sha256 or md5) if sha256 or md5 else []
     trained = [twin for twin in same if not twin.pulled]
     if run is None or run.pulled:
@@ -104,18 +96,19 @@ def _of_model(root: Path, runs: Runs, sha256: str, md5: str, run: Run | None) ->
         md5 = directory_md5(root / "model")
     held = holders(root, md5) if md5 else []
     if run is None and not held:
-        raise click.ClickException(
+        raise ValueError(
             f"no run and no commit knows this model (sha256 {sha256}, md5 {md5}): it was changed, or made elsewhere; "
             "`dvc status model` compares it with dvc.lock, `git fetch` and `dvc exp pull` bring what another clone has"
         )
     if run:
         runs.complete(run)
-    workspace = lock_of_workspace(root)
-    stages = held[0].stages if held else workspace if md5 and out_md5(workspace, "train", "model") == md5 else {}
-    return Lineage(sha256, md5, run, [twin for twin in trained if twin is not run], held, stages)
+    lock = held[0].lock if held else DvcLock.of_workspace(root)
+    if not md5 or lock.out_md5("train", "model") != md5:
+        lock = DvcLock()
+    return Lineage(sha256, md5, run, [twin for twin in trained if twin is not run], held, lock)
 
 
-def _listed(runs: list[Run]) -> str:
+def _listed(runs: list[KnownRun]) -> str:
     return ", ".join(run.id or run.attempt for run in runs[:5]) + (" …" if len(runs) > 5 else "")
 
 
@@ -158,17 +151,21 @@ def way_back(root: Path, lineage: Lineage) -> tuple[list[str], list[str]]:
     return commands, notes
 
 
-def _patch(root: Path, run: Run, notes: list[str]) -> list[str] | None:
+def _patch(root: Path, run: KnownRun, notes: list[str]) -> list[str] | None:
     """The commands that bring back a run's uncommitted changes; None, with a note, where these are not whole."""
     if not run.dirty:
         return []
+    left_out = run.tags.get("git.left_out")
+    if left_out:
+        notes.append(f"not kept, since they are no part of the experiment: the changes of {left_out}")
     if run.diff is None and run.diff_in_mlflow:
         uri = redact(resolve_uri(root))
         if uri != resolve_uri(root):
             notes.append("the password of MLflow's server belongs in place of ***")
         download = f"mlflow artifacts download --run-id {run.id} --artifact-path uncommitted.diff --dst-path .."
+        empty = "--allow-empty " if left_out else ""  # it may hold names alone
         download = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} {download}"
-        return ["make setup", "source .venv/bin/activate", download, "git apply ../uncommitted.diff"]
+        return ["make setup", "source .venv/bin/activate", download, f"git apply {empty}../uncommitted.diff"]
     text = run.diff.read_text(encoding="utf-8") if run.diff else ""
     if not text:
         notes.append(f"{UNKNOWN}: there were uncommitted changes, and their uncommitted.diff is nowhere")
@@ -177,14 +174,13 @@ def _patch(root: Path, run: Run, notes: list[str]) -> list[str] | None:
     elif re.search(r"^Binary files .* differ$", text, re.MULTILINE):
         notes.append(f"{UNKNOWN}: binary files had changed, which {run.diff} does not hold")
     else:
-        return [f"git apply {shlex.quote(str(run.diff))}"]
+        return [f"git apply {shlex.quote(str(run.diff))}"] if "diff --git " in text else []
     return None
 
 
 def shortcut(root: Path, lineage: Lineage) -> str | None:
     """The command that takes the model from DVC's cache here, without training; None if it is not there."""
-    cached = root / ".dvc/cache/files/md5" / lineage.md5[:2] / lineage.md5[2:]
-    if not lineage.held or not cached.is_file():
+    if not lineage.held or not is_cached(root, lineage.md5):
         return None
     return f"dvc get . model --rev {lineage.held[0].commit} --out build/model-{lineage.md5[:8]}"
 
@@ -198,20 +194,20 @@ def _params(lineage: Lineage) -> dict[str, str]:
         return lineage.run.params
     found: dict[str, str] = {}
     for stage in ("download", "tokenize", "train"):
-        for values in (lineage.stages.get(stage, {}).get("params") or {}).values():
+        for values in lineage.lock.stages[stage].params.values() if stage in lineage.lock.stages else ():
             for section, content in values.items():
                 items = content.items() if isinstance(content, dict) else [("", content)]
                 found |= {f"{section}.{key}".rstrip("."): as_text(value) for key, value in items}
     return found
 
 
-def no_model_because(run: Run | None) -> str:
+def no_model_because(run: KnownRun | None) -> str:
     if run and "model.sha256" not in run.tags:
         return f"none: the run is {run.status}"
     return f"{UNKNOWN}: no run tells it"
 
 
-def describe(root: Path, runs: Runs, lineage: Lineage) -> dict[str, Any]:
+def describe(root: Path, runs: KnownRuns, lineage: Lineage) -> dict[str, Any]:
     """The whole chain: what `--json` prints, and what the lines for people are made of."""
     run, holder = lineage.run, next(iter(lineage.held), None)
     tags = run.tags if run else {}
@@ -225,10 +221,10 @@ def describe(root: Path, runs: Runs, lineage: Lineage) -> dict[str, Any]:
         "also": [other.name for other in lineage.held[1:]],
         "twins": [twin.id or twin.attempt for twin in lineage.twins],
         "params": _params(lineage),
-        "data": {"md5": out_md5(lineage.stages, "download", "data/raw") or no_lock},
+        "data": {"md5": lineage.lock.out_md5("download", "data/raw") or no_lock},
         "tokens": {
             "sha256": tags.get("tokens.sha256", no_run),
-            "md5": out_md5(lineage.stages, "tokenize", "data/tokens") or no_lock,
+            "md5": lineage.lock.out_md5("tokenize", "data/tokens") or no_lock,
         },
         "code": {"sha256": tags.get("code.sha256", no_run)},
         "environment": run.environment if run else None,
@@ -312,26 +308,27 @@ def show(root: Path, found: dict[str, Any]) -> None:
                 click.echo(f"{label:15}{line}")
                 label = ""
     click.echo("\nthe commands that bring it back:" if found["commands"] else "\nno way back is known")
-    for command in found["commands"]:
-        click.echo(f"    {command}")
+    for line in found["commands"]:
+        click.echo(f"    {line}")
     for note in found["notes"]:
         click.echo(f"note: {note}")
     if found["from_cache"]:
         click.echo(f"or, as DVC's cache here has it:\n    {found['from_cache']}")
 
 
-@click.command()
+@command()
 @click.argument("subject", metavar="RUN|DIRECTORY|HASH")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def main(subject: str, as_json: bool) -> None:
-    """Tells where a model comes from: run, commit, params, data, code, environment, and the commands to make it again.
+    """Shows where a model comes from and how to make it again.
 
+    Prints its run, commit, params, data, code and environment, and the commands that make it again.
     RUN is an MLflow run's id or name, DIRECTORY holds a model, HASH is the beginning of a model's sha256 or md5.
     """
     root = repository()
     if not (root / "dvc.yaml").is_file():
-        raise click.ClickException(f"{root} has no dvc.yaml: start this in the root of the repository")
-    runs = Runs(root)
+        raise ValueError(f"{root} has no dvc.yaml: start this in the root of the repository")
+    runs = KnownRuns(root)
     found = describe(root, runs, resolve(subject, root, runs))
     if as_json:
         click.echo(json.dumps(found, indent=1))
@@ -339,7 +336,3 @@ def main(subject: str, as_json: bool) -> None:
     for warning in runs.warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     show(root, found)
-
-
-if __name__ == "__main__":
-    main()

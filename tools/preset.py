@@ -1,4 +1,4 @@
-"""params.yaml for a known experiment: `python -m tools.preset NAME`; without a name, the list of presets."""
+"""params.yaml for a known experiment: `python -m tools preset NAME`; without a name, the list of presets."""
 
 import difflib
 import io
@@ -12,28 +12,27 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from nanogpt.files import replacing
+from nanogpt.files import write_text
 from nanogpt.params import Params, load_params
-from tracking.git import git
+from tools.command import command
+from tracking.git import git_or_none
 
 PARAMS, PRESETS = Path("params.yaml"), Path("presets")
+Layer = tuple[str, dict[str, dict[str, Any]]]  # the file that sets values, and the values by section
 
 
-@click.command()
+@command()
 @click.argument("name", required=False)
 @click.option("--force", is_flag=True, help="Even if uncommitted edits of params.yaml are lost.")
 def main(name: str | None, force: bool) -> None:
-    """Makes params.yaml that of the commit with presets/NAME.yaml laid on it. Without NAME, lists the presets.
+    """Makes params.yaml that of a preset, or lists the presets.
 
-    What the preset does not name is as in the commit, so the result is the same whatever params.yaml held before.
+    params.yaml becomes that of the commit with presets/NAME.yaml laid on it. What the preset does not name is as in the
+    commit, so the result is the same whatever params.yaml held before. Without NAME, lists the presets.
     """
-    try:
-        click.echo(listing() if name is None else apply(name, force))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+    click.echo(listing() if name is None else apply(name, force))
 
 
 def presets() -> dict[str, Path]:
@@ -41,7 +40,11 @@ def presets() -> dict[str, Path]:
 
 
 def listing() -> str:
-    """All presets, each with the first line of its comment."""
+    """All presets, each with the first line of its comment.
+
+    None exists only to be extended, and so none is left out: as in nanoGPT, where train.py's defaults are a GPT-2
+    (124M) that can be trained, and the other configurations say what differs from it.
+    """
     known = presets()
     width = max(map(len, known), default=0)
     lines = (path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for path in known.values())
@@ -49,45 +52,51 @@ def listing() -> str:
 
 
 def apply(name: str, force: bool) -> str:
-    """Rewrites params.yaml and tells what differs from the commit's. Raises ValueError, and then nothing is changed."""
-    preset = find(name)
-    committed = committed_params()
+    """Rewrites params.yaml and says what differs from the commit's. Raises ValueError, and then nothing is changed."""
+    preset, committed = find(name), committed_params()
     text, changes = overlaid(committed, preset)
     if not force and is_edited(committed):
         raise ValueError(
             f"{PARAMS} has uncommitted edits, which would be lost (`git diff {PARAMS}` shows them); "
             "commit them, or give --force"
         )
-    with replacing(PARAMS) as temporary:
-        temporary.write_bytes(text.encode())
-        try:
-            load_params(temporary)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(temporary), f"{PARAMS} with {preset} on it")) from error
+    checked(text, preset)
+    write_text(PARAMS, text)
     return "\n".join([f"{PARAMS} is that of the commit with {preset} on it:", *(f"  {line}" for line in changes)])
 
 
 def preset_params(name: str) -> Params:
     """The parameters of a preset on the params.yaml that is here; nothing is written. Raises ValueError."""
-    text, _ = overlaid(PARAMS.read_text(encoding="utf-8"), find(name))
+    preset = find(name)
+    return checked(overlaid(PARAMS.read_text(encoding="utf-8"), preset)[0], preset)
+
+
+def checked(text: str, preset: Path) -> Params:
+    """The parameters of a params.yaml with the preset on it. Raises ValueError that names who sets the wrong value."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.yaml"
-        path.write_text(text, encoding="utf-8")
-        return load_params(path)
+        temporary = Path(folder, PARAMS)
+        temporary.write_bytes(text.encode())
+        try:
+            return load_params(temporary)
+        except ValueError as error:
+            line = str(error).replace(str(temporary), f"{PARAMS} with {preset} on it")
+            setters = {key: source for source, sections in layers(preset) for key in flat(sections)}
+            where = (f"{key} is set in {source}" for key, source in setters.items() if f"{key} = " in line)
+            raise ValueError("; ".join((line, *where))) from error
 
 
-def find(name: str) -> Path:
-    """The preset of that name. Raises ValueError, with the one that may be meant."""
+def find(name: str, wanted: str = "") -> Path:
+    """The preset of that name. Raises ValueError that begins with `wanted` and has the name that may be meant."""
     known = presets()
     if name in known:
         return known[name]
-    near = f"did you mean {near}? " if (near := _near(name, known)) else ""
-    raise ValueError(f"there is no preset {name}; {near}known: {', '.join(known) or f'none in {PRESETS}/'}")
+    near = f"{_near(name, known)} known: {', '.join(known) or f'none in {PRESETS}/'}".lstrip()
+    raise ValueError(f"{wanted}there is no preset {name}; {near}")
 
 
 def committed_params() -> str:
     """params.yaml as git's HEAD has it. Raises ValueError where no commit has one."""
-    text = git(Path.cwd(), "show", f"HEAD:./{PARAMS}")
+    text = git_or_none(Path.cwd(), "show", f"HEAD:./{PARAMS}")
     if not text:
         raise ValueError(
             f"no commit has a {PARAMS} on which the preset could be laid; commit it first (`git init`, if this is no "
@@ -113,28 +122,43 @@ def is_edited(committed: str) -> bool:
 def overlaid(committed: str, preset: Path) -> tuple[str, list[str]]:
     """The committed params.yaml with the preset's values, comments and form kept, and a line for each that differs.
 
-    Raises ValueError for a preset that is no YAML of sections, or that names a key which params.yaml has not.
+    Raises ValueError for a preset that is not made of sections, that extends itself, or that names what is unknown.
     """
-    values = _sections(_yaml(), preset.read_text(encoding="utf-8"), str(preset))
-    return changed(committed, f"the commit's {PARAMS}", values, str(preset))
+    return changed(committed, f"the commit's {PARAMS}", *layers(preset))
 
 
-def changed(text: str, name: str, changes: dict[str, dict[str, Any]], source: str) -> tuple[str, list[str]]:
-    """`text`, a params.yaml that is called `name`, with values that `source` sets, and a line for each that differs.
+def layers(preset: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """The preset's values and, before them, those of the presets that it extends. Raises ValueError."""
+    if preset in above:
+        circle = " -> ".join(path.stem for path in (*above, preset))
+        raise ValueError(f"{above[-1]} extends {preset.stem}, a circle ({circle}); remove extends from one of them")
+    values = _sections(_yaml(), preset.read_text(encoding="utf-8"), str(preset), besides="extends")
+    below = []
+    if "extends" in values:
+        base = str(values.pop("extends"))
+        below = layers(find(base, f"{preset} extends {base}: "), (*above, preset))
+    return [*below, (str(preset), values)]
 
-    Comments and form are kept. Raises ValueError for a text that is no params.yaml, and for a key that it has not.
+
+def changed(text: str, name: str, *overlays: Layer) -> tuple[str, list[str]]:
+    """`text`, a params.yaml that is called `name`, with the overlays' values, and a line for each value that differs.
+
+    The last overlay wins; comments and form are kept. Raises ValueError for a text that is no params.yaml, and for an
+    unknown key.
     """
-    yaml = _yaml()
-    params, differing = _sections(yaml, text, name), []
-    for section, values in changes.items():
-        if section not in params:
-            raise _unknown(source, section, name, params)
-        for key, value in values.items():
-            if key not in params[section]:
-                raise _unknown(source, f"{section}.{key}", name, (f"{section}.{known}" for known in params[section]))
-            if (before := params[section][key]) != value:
-                differing.append(f"{section}.{key}: {_shown(before)} -> {_shown(value)}")
-                params[section][key] = value
+    yaml, after = _yaml(), dict[str, Any]()
+    params = _sections(yaml, text, name)
+    known = [*params, *flat(params)]
+    for source, sections in overlays:
+        if unknown := [key for key in (*map(str, sections), *flat(sections)) if key not in known]:
+            raise ValueError(f"{source} sets {unknown[0]}, which {name} does not have; {_remedy(unknown[0], known)}")
+        after |= flat(sections)
+    differing = []
+    for key, before in flat(params).items():
+        if (value := after.get(key, before)) != before:
+            differing.append(f"{key}: {_shown(before)} -> {_shown(value)}")
+            section, _, entry = key.partition(".")
+            params[section][entry] = value
     out = io.StringIO()
     yaml.dump(params, out)
     return out.getvalue(), differing
@@ -144,10 +168,9 @@ def _yaml() -> YAML:
     """Reads and writes YAML with its comments, quotes and columns, and null as null."""
 
     class Representer(RoundTripRepresenter):
-        def null(self, value: None) -> ScalarNode:
-            return self.represent_scalar("tag:yaml.org,2002:null", "null")
+        """Of its own, as what is added would count for every one of this class."""
 
-    Representer.add_representer(type(None), Representer.null)
+    Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
     yaml = YAML()
     yaml.Representer = Representer
     yaml.preserve_quotes = True
@@ -155,29 +178,30 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _sections(yaml: YAML, text: str, name: str) -> dict[str, dict[str, Any]]:
+def _sections(yaml: YAML, text: str, name: str, besides: str = "") -> dict[str, Any]:
+    """The sections of a text, and what it has under the key `besides`. Raises ValueError."""
     try:
         content = yaml.load(text)
     except YAMLError as error:
         raise ValueError(f"{name} is not valid YAML ({error}); correct it") from error
-    if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(content[key], dict) for key in content if key != besides):
         raise ValueError(f"{name} is not made of sections with keys, as params.yaml is; correct it")
     return content
 
 
-def _unknown(source: str, key: str, name: str, known: Iterable[str]) -> ValueError:
-    known = list(known)
-    remedy = f"did you mean {_near(key, known)}?" if _near(key, known) else f"known here: {', '.join(known)}"
-    return ValueError(f"{source} sets {key}, which {name} has not; {remedy}")
+def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def _remedy(key: str, known: list[str]) -> str:
+    """The key that may be meant, or all beside it."""
+    beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+    return _near(key, beside) or f"known here: {', '.join(beside)}"
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
+    return "".join(f"did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
 
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,91 +1,91 @@
-"""One training step again, alone: `python -m tools.replay --step 350`. For whoever wonders at a spike of the loss."""
+"""One training step again, alone: `python -m tools replay --step 350`. For whoever wonders at a spike of the loss."""
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tracking.console import Console, repository
-from tracking.journal import Record, attempts, read_records
-from tracking.retrace import Retrace, first_difference
+from tools.command import command
+from tracking.console import repository
+from tracking.journal import Record
+from tracking.run import Run, runs_in
 
 if TYPE_CHECKING:
     from nanogpt.checkpoint import Checkpoint
-    from nanogpt.params import Params
+    from tracking.retrace import Retrace
 
 TOKENS = Path("data/tokens")
 ATTEMPT = click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path)
 
 
-@click.command()
+@command()
 @click.option("--step", type=click.IntRange(1), required=True, help="The step, as the journal and MLflow number it.")
 @click.option("--attempt", type=ATTEMPT, help="[default: the newest]")
 @click.option("--text/--no-text", default=True, show_default=True, help="Show the batch's text.")
 def main(step: int, attempt: Path | None, text: bool) -> None:
-    """Recomputes one training step from the nearest checkpoint and compares it with the journal, bit for bit.
+    """Recomputes one training step and compares it with the journal.
 
-    Shows loss, gradient norm and the batch's samples, each with its loss before the step. Exit code 1 if it differs.
+    Begins at the nearest checkpoint and compares bit for bit. Shows loss, gradient norm and the batch's samples, each
+    with its loss before the step. Exit code 1 if it differs.
     """
-    try:
-        sys.exit(0 if replay(step, attempt or newest_attempt(), text) else 1)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+    sys.exit(0 if replay(step, Run(attempt) if attempt else newest_run(), text) else 1)
 
 
-def replay(step: int, attempt: Path, text: bool) -> bool:
+def replay(step: int, run: Run, text: bool) -> bool:
     """Whether the recomputed steps are those of the journal."""
     from nanogpt import determinism
-    from nanogpt.files import sha256_tree
     from nanogpt.params import load_params
-    from tracking.fingerprint import code_hash
 
-    run = json.loads((attempt / "run.json").read_bytes())
-    params = load_params(attempt / "artifacts" / "params.yaml")
-    known = [record for record, _ in read_records(attempt / "journal.jsonl") if record["kind"] == "step"]
+    params = load_params(run.artifacts / "params.yaml")
+    known = list(run.records("step"))
     if not any(record["step"] == step for record in known):
         last = known[-1]["step"] if known else 0
-        raise ValueError(f"--step {step} is not in {attempt / 'journal.jsonl'}, which has 1 to {last}; choose one")
-    resolved = determinism.pin(params.numerics, params.runtime.device)
-    if sha256_tree(TOKENS) != run["tags"]["tokens.sha256"]:
+        raise ValueError(f"--step {step} is not in {run.journal}, which has 1 to {last}; choose one")
+    numerics = determinism.pin(params.numerics, params.runtime.device)
+    from nanogpt.recipe import load_recipe
+    from tracking.fingerprint import identify
+    from tracking.retrace import Retrace, first_difference
+
+    recipe, tags = load_recipe(params, numerics, TOKENS), run.info["tags"]
+    hashes = identify(recipe)
+    if hashes["tokens.sha256"] != tags["tokens.sha256"]:
         raise ValueError(
             f"{TOKENS} is not what this run was trained on; `git checkout` its commit or experiment and then "
             "`dvc checkout`, or choose another run by --attempt"
         )
-    if code_hash(Path.cwd(), "stages.train") != run["tags"]["code.sha256"]:
+    if hashes["code.sha256"] != tags["code.sha256"]:
         click.secho("warning: the code of train is not what it was in this run", fg="yellow", err=True)
-    fingerprint = run["tags"]["fingerprint"]
-    checkpoint = nearest_checkpoint(attempt, fingerprint, step - 1)
-    with Retrace(Console("replay"), params, resolved, TOKENS, fingerprint, checkpoint) as retrace:
-        retrace.to(step - 1)
-        losses = sample_losses(retrace, params, step)
-        found = retrace.to(step)
-        where = f"checkpoint {checkpoint.directory.name}" if checkpoint else "the initial weights"
-        click.echo(f"step {step:,} of {params.train.last_step:,}, recomputed from {where} ({len(found)} steps)")
-        difference = first_difference(known, found)
-        show_values(found[-1], next(record for record in known if record["step"] == step))
-        if difference:
-            click.echo(f"NOT as in the journal: {difference[1]} of step {difference[0]:,} is the first that differs")
-        else:
-            click.echo(f"as in {attempt / 'journal.jsonl'}, bit for bit")
-        if text:
-            show_batch(retrace, params, step, losses)
+    checkpoint = nearest_checkpoint(run, tags["fingerprint"], step - 1)
+    retrace = Retrace(recipe, checkpoint)
+    retrace.to(step - 1)
+    samples = samples_of(retrace, step) if text else []
+    found = retrace.to(step)
+    where = f"checkpoint {checkpoint.directory.name}" if checkpoint else "the initial weights"
+    click.echo(f"step {step:,} of {params.train.last_step:,}, recomputed from {where} ({len(found)} steps)")
+    difference = first_difference(known, found)
+    show_values(found[-1], next(record for record in known if record["step"] == step))
+    if difference:
+        click.echo(f"NOT as in the journal: {difference[1]} of step {difference[0]:,} is the first that differs")
+    else:
+        click.echo(f"as in {run.journal}, bit for bit")
+    for sample in samples:
+        click.echo(sample)
     return difference is None
 
 
-def newest_attempt() -> Path:
-    found = attempts(repository() / ".runs")
+def newest_run() -> Run:
+    found = runs_in(repository())
     if not found:
         raise ValueError(f"{repository() / '.runs'} holds no run; `dvc repro` makes one, or name one by --attempt")
     return found[-1]
 
 
-def nearest_checkpoint(attempt: Path, fingerprint: str, step: int) -> "Checkpoint | None":
+def nearest_checkpoint(run: Run, fingerprint: str, step: int) -> "Checkpoint | None":
     """The newest whole checkpoint of at most so many steps."""
     from nanogpt.checkpoint import Checkpoints
 
-    checkpoints = Checkpoints(attempt / "checkpoints", fingerprint)
+    checkpoints = Checkpoints(run.checkpoints, fingerprint)
     for candidate in reversed([number for number in checkpoints.steps() if number <= step]):
         try:
             return checkpoints.read(candidate)
@@ -100,37 +100,22 @@ def show_values(found: Record, known: Record) -> None:
         click.echo(f"{name:10} {found[name]!r:24} {known[name]!r}")
 
 
-def batch_of(retrace: Retrace, params: "Params", step: int) -> tuple[Any, Any]:
-    """The samples of a step, (B, T) each: the loop counts from 0 what the journal counts from 1."""
-    from nanogpt import seeds
-    from nanogpt.batches import batch
-    from nanogpt.train import DATA
-
-    samples = range(params.train.batch_size * params.train.gradient_accumulation_steps)
-    tokens = retrace.training.splits["train"].tokens
-    seed, block_size = seeds.derived_seed(params.train.seed, DATA), retrace.training.model.config.block_size
-    return batch(tokens, params.train.data_order, seed, step - 1, len(samples), samples, block_size)
-
-
-def sample_losses(retrace: Retrace, params: "Params", step: int) -> list[float]:
-    """Mean loss of each sample before the step, in nats per token, without dropout."""
+def samples_of(retrace: "Retrace", step: int) -> list[str]:
+    """The text of each sample of a step, headed by its mean loss before the step (nats per token, without dropout)."""
     import torch
 
-    model, device = retrace.training.model, retrace.training.device
-    x, y = batch_of(retrace, params, step)
-    model.eval()
-    with torch.no_grad():
-        pairs = zip(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), strict=True)
-        return [float(model(one[None], target[None])) for one, target in pairs]
+    from nanogpt.batches import batch
 
-
-def show_batch(retrace: Retrace, params: "Params", step: int, losses: list[float]) -> None:
-    tokenizer = retrace.training.unfinished.tokenizer
-    x, y = batch_of(retrace, params, step)
-    for number, (tokens, following, loss) in enumerate(zip(x, y, losses, strict=True)):
-        click.echo(f"\n--- sample {number}: loss {loss:.4f} before the step")
-        click.echo(tokenizer.decode([*tokens.tolist(), int(following[-1])]))
-
-
-if __name__ == "__main__":
-    main()
+    train, data, state = retrace.recipe.params.train, retrace.recipe.data, retrace.state
+    samples = range(train.batch_size * train.gradient_accumulation_steps)
+    # The loop counts from 0 what the journal counts from 1.
+    x, y = batch(data.train.tokens, train, step - 1, samples, state.model.config.block_size)
+    state.model.eval()
+    texts = []
+    for number, (tokens, following) in enumerate(zip(x, y, strict=True)):
+        with torch.no_grad():
+            pair = (torch.from_numpy(part[None]).to(state.device) for part in (tokens, following))
+            loss = float(state.model(*pair))
+        text = data.tokenizer.decode([*tokens.tolist(), int(following[-1])])
+        texts.append(f"\n--- sample {number}: loss {loss:.4f} before the step\n{text}")
+    return texts

@@ -1,7 +1,6 @@
-"""What the training of params.yaml will cost: `python -m tools.size`. For whoever is about to start a long one."""
+"""What the training of params.yaml will cost: `python -m tools size`. For whoever is about to start a long one."""
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tools.command import command
+
 if TYPE_CHECKING:
     from nanogpt.corpus.token_files import Meta
-    from nanogpt.determinism import Numerics
-    from nanogpt.model import GPTConfig
+    from nanogpt.gpt_config import GPTConfig
     from nanogpt.params import Params, TokenizeParams
     from nanogpt.sizing import Setup
 
@@ -20,7 +20,7 @@ TOKENS = Path("data/tokens")
 GPT2_VOCABULARY = 50_257
 
 
-@click.command()
+@command()
 @click.option("--vocab-size", type=click.IntRange(1, 2**21), help="[default: of data/tokens, else of tokenize.*]")
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak to expect, such as 0.3.")
 @click.option(
@@ -29,17 +29,17 @@ GPT2_VOCABULARY = 50_257
 @click.option("--measure", "measuring", is_flag=True, help="Take some steps of this very model here, on random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def main(vocab_size: int | None, mfu: float | None, peak: float | None, measuring: bool, as_json: bool) -> None:
-    """Parameters, FLOPs, memory, tokens and time of the training that params.yaml describes."""
+    """Shows what the training that params.yaml describes will cost.
+
+    Its parameters, FLOPs, memory, tokens and time.
+    """
     if measuring and mfu is not None:
         raise click.UsageError("--measure finds out what --mfu would tell: give one of them")
     from nanogpt.params import load_params
 
-    try:
-        params = load_params()
-        meta = known_meta(params.tokenize)
-        figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, mfu, peak, measuring)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+    params = load_params()
+    meta = known_meta(params.tokenize)
+    figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, mfu, peak, measuring)
     click.echo(json.dumps(figures, indent=1) if as_json else table(figures))
 
 
@@ -78,6 +78,7 @@ def size(
 
         resolved = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt import sizing
+    from nanogpt.flops import device_peak
     from nanogpt.pretrained import planned_config
 
     config = planned_config(params.train.init_from, params.model, vocab_size)
@@ -88,9 +89,9 @@ def size(
     if measuring:
         from nanogpt.timing import median_seconds
 
-        own = train.model_copy(update={"gradient_accumulation_steps": micro_steps})
-        seconds = median_seconds(config, own, resolved)
-        device, peak = resolved.device, peak * 1e12 if peak else measured_peak(resolved)
+        own = train.model_copy(update={"gradient_accumulation_steps": micro_steps, "processes": 1})
+        seconds = median_seconds(config, params.model_copy(update={"train": own}), resolved)
+        device, peak = resolved.device, peak * 1e12 if peak else device_peak(resolved)
         share = sizing.share_of_peak(config, own_tokens, seconds, peak)
     else:
         device, known = planned_device(params)
@@ -164,17 +165,6 @@ def planned_device(params: "Params") -> tuple[str, float | None]:
     if not device.startswith("cuda") or not here:
         return device.split(":")[0], None
     return "cuda", peak_flops(torch.cuda.get_device_name(torch.device(device)), params.numerics.dtype)
-
-
-def measured_peak(resolved: "Numerics") -> float | None:
-    """The peak that a training would tell its MFU of: a CPU's is measured, a GPU's known or not."""
-    import torch
-
-    from nanogpt import flops
-
-    if resolved.device == "cpu":
-        return flops.measured_peak_flops(time.perf_counter, getattr(torch, resolved.dtype))
-    return flops.peak_flops(resolved.device_name, resolved.dtype)
 
 
 # --- for people -------------------------------------------------------------------------------------------------------
@@ -267,7 +257,3 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:,.1f} seconds"
-
-
-if __name__ == "__main__":
-    main()

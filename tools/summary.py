@@ -5,25 +5,24 @@ from pathlib import Path
 
 import click
 
-from tracking.clean_clone import CouldNotRun, locked_outs
-from tracking.git import git
+from tools.command import command
+from tracking.dvc_files import DvcLock
+from tracking.errors import check_made
+from tracking.git import git, git_or_none
+
+TRAIN, EVALUATE, LOCK = Path("metrics/train.json"), Path("metrics/evaluate.json"), Path("dvc.lock")
 
 
-@click.command()
+@command()
 def main() -> None:
-    """Sums up the newest result, and says whether dvc.lock is still the committed one."""
-    try:
-        lines = [*result(), *places(), lock_state()]
-    except CouldNotRun as error:
-        raise click.ClickException(str(error)) from error
-    except FileNotFoundError as error:
-        raise click.ClickException(f"{error.filename} is missing; `dvc repro` or `dvc checkout` makes it") from error
-    click.echo("\n".join(lines))
+    """Sums up the newest result and compares dvc.lock with HEAD's."""
+    check_made(TRAIN, EVALUATE, LOCK)
+    click.echo("\n".join([*result(), *places(), lock_state()]))
 
 
 def result() -> list[str]:
-    train = json.loads(Path("metrics/train.json").read_text())
-    scores = json.loads(Path("metrics/evaluate.json").read_text())
+    train = json.loads(TRAIN.read_text())
+    scores = json.loads(EVALUATE.read_text())
     lines = [
         "",
         f"val loss       {scores['val_loss']:.4f} nats per token, perplexity {scores['perplexity']:.3f}, "
@@ -50,14 +49,13 @@ def places() -> list[str]:
 
 def lock_state() -> str:
     """git's view of dvc.lock: DVC rewrites it without a word when an artifact has other bits than before."""
-    lock = Path("dvc.lock")
-    if not git(Path.cwd(), "ls-files", str(lock)):
+    committed = git_or_none(Path.cwd(), "show", "HEAD:./dvc.lock")
+    if committed is None or not git(Path.cwd(), "ls-files", str(LOCK)):
         return "dvc.lock is not committed yet: `git add dvc.lock params.yaml && git commit` keeps this result"
     changed = git(Path.cwd(), "diff", "HEAD", "--name-only", "--", "dvc.lock", "params.yaml", "nanogpt", "stages")
     if "dvc.lock" not in changed.splitlines():
         return "dvc.lock is the committed one: this result is bit for bit what the commit says"
-    committed, found = (locked_outs(text) for text in (git(Path.cwd(), "show", "HEAD:dvc.lock"), lock.read_text()))
-    if committed == found:
+    if DvcLock.parse(committed).outs() == DvcLock.parse(LOCK.read_text()).outs():
         return "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: commit it"
     if changed.splitlines() == ["dvc.lock"]:
         return (
@@ -65,7 +63,3 @@ def lock_state() -> str:
             "(not the environment of constraints.txt?); see `git diff dvc.lock`"
         )
     return "dvc.lock is new, as code or params differ from the commit: `git commit` it with them to keep this result"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Sends to MLflow what has not reached it: `python -m tools.sync`. Everything lies in the runs' journals."""
+"""Sends to MLflow what has not reached it: `python -m tools sync`. Everything lies in the runs' journals."""
 
 import os
 import sys
@@ -7,39 +7,38 @@ from pathlib import Path
 
 import click
 
+from tools.command import command
 from tracking.console import repository
+from tracking.run import Run
 
 
-@click.command()
+@command()
 @click.argument("attempts", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--follow", type=int, metavar="PID", help="Send one attempt while process PID trains it.")
 @click.option("--wait-seconds", type=float, default=60.0, help="With --follow: try so long after the end.")
 @click.option("--again", is_flag=True, help="Ask the server also for what it has confirmed; it may have lost it.")
 def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, again: bool) -> None:
-    """Sends the journals of ATTEMPTS (default: all of this repository) and the reports to MLflow.
+    """Sends to MLflow what has not reached it.
 
-    What is there already stays as it is. Exit code 1 if something could not be sent.
+    Sends the journals of ATTEMPTS (default: all of this repository) and the reports. What is there already stays as it
+    is. Exit code 1 if something could not be sent.
     """
     root = repository()
     # Before MLflow is imported; and the workspace of an experiment may be deleted while its training is still sent.
-    paths = [path.resolve() for path in attempts]
-    from tracking import mlflow_run, mlflow_sync
+    runs = [Run(path.resolve()) for path in attempts]
+    from tracking import mlflow_server, mlflow_sync
 
-    uri = mlflow_run.resolve_uri(root)
+    uri = mlflow_server.resolve_uri(root)
     if follow is not None:
-        if len(paths) != 1:
+        if len(runs) != 1:
             raise click.UsageError("--follow needs exactly one attempt directory")
         os.chdir(root)
         os.nice(5)  # the trainer needs the processor more
-        sent = mlflow_sync.follow(paths[0], uri, follow, wait_seconds, _log)
+        sent = mlflow_sync.follow(runs[0], uri, follow, wait_seconds, _log)
     else:
-        sent = mlflow_sync.sync(root, paths, uri, again, click.echo)
+        sent = mlflow_sync.sync(root, runs, uri, again, click.echo)
     sys.exit(0 if sent else 1)
 
 
 def _log(line: str) -> None:
     click.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,25 @@
-"""Does the commit give what its dvc.lock says? `python -m tools.verify` runs all of it anew in a clean clone."""
+"""Does the commit give what its dvc.lock says? `python -m tools verify` runs all of it anew in a clean clone."""
 
 import sys
 from pathlib import Path
 
 import click
 
-from tracking.clean_clone import CouldNotRun, git
+from tools.command import command
 from tracking.console import repository
+from tracking.git import GitError, git
 from tracking.verdict import Report, write_reports
 
 
-@click.command()
+@command()
 @click.option("--layer", type=click.Choice(["lock", "steps", "base", "full"]), default="full", show_default=True)
 @click.option("--base", metavar="COMMIT", help="For --layer base: the commit to compare HEAD with.")
 @click.option("--varied", is_flag=True, help="For --layer full: one core, other locale, threads, folder, hash seed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the reports go.  [default: .runs/verify]")
 def main(layer: str, base: str | None, varied: bool, out: Path | None) -> None:
-    """Reproduces the committed dvc.lock from a clean clone of HEAD, with an empty cache, stage by stage.
+    """Reproduces the committed dvc.lock in a clean clone of HEAD.
+
+    The clone's cache is empty; the stages run one by one.
 
     lock: dvc.lock is complete, and the remote too. steps: the first 20 steps against the golden file of this
     environment. base: the same against another commit, run here too. full: every stage, every artifact.
@@ -48,7 +51,7 @@ def check(root: Path, layer: str, base: str, varied: bool) -> Report:
         if layer == "base":
             return verification.check_base(root, base, say)
         return verification.check_all(root, varied, say)
-    except CouldNotRun as error:
+    except ValueError as error:
         return Report(layer, "", error=str(error))
     except Exception as error:  # whatever it was, nothing is known of the result: exit code 2 and a report
         return Report(layer, "", error=f"{type(error).__name__}: {error}")
@@ -57,9 +60,5 @@ def check(root: Path, layer: str, base: str, varied: bool) -> Report:
 def git_top() -> str:
     try:
         return git(Path.cwd(), "rev-parse", "--show-toplevel")
-    except CouldNotRun as error:
+    except GitError as error:
         raise click.UsageError(f"not in a git repository ({error})") from error
-
-
-if __name__ == "__main__":
-    main()

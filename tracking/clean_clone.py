@@ -1,4 +1,4 @@
-"""A clone of a commit, in which nothing has been run, without cache and settings of the user's; for tools.verify."""
+"""A clone of a commit, in which nothing has been run, without cache and settings of the user's; for `tools verify`."""
 
 import os
 import shutil
@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+
+from tracking import git
 
 # What must not change a bit (docs/reproducibility.md); for the second run of a check.
 VARIED = {
@@ -30,11 +29,11 @@ VARIED = {
 }
 
 
-# What of DVC, MLflow, git and Python is set outside belongs to another checkout; a git hook sets GIT_DIR.
-_FOREIGN = ("DVC_", "MLFLOW_", "GIT_", "PYTHONPATH", "PYTHONHASHSEED")
+# What of DVC, MLflow and Python is set outside belongs to another checkout.
+_FOREIGN = ("DVC_", "MLFLOW_", "PYTHONPATH", "PYTHONHASHSEED")
 
 
-class CouldNotRun(Exception):
+class CouldNotRun(ValueError):
     """The check itself failed, so nothing is known of the result."""
 
 
@@ -45,7 +44,8 @@ class CleanClone:
     def run(self, *command: str) -> str:
         """Runs a command to its end; returns what it printed. Raises CouldNotRun, with the end of that, if it fails."""
         nowhere = str(self.path / ".dvc" / "tmp" / "nowhere")
-        environment = _own_environment() | {
+        own = {name: value for name, value in git.environment().items() if not name.startswith(_FOREIGN)}
+        environment = own | {
             "DVC_NO_ANALYTICS": "1",
             "DVC_GLOBAL_CONFIG_DIR": nowhere,
             "DVC_SYSTEM_CONFIG_DIR": nowhere,
@@ -85,55 +85,15 @@ def _end(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
-def _own_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-
-
 @contextmanager
 def clean_clone(root: Path, commit: str, varied: bool = False) -> Iterator[CleanClone]:
-    """A clone of `root` at that commit, in a temporary folder. Raises CouldNotRun."""
+    """A clone of `root` at that commit, in a temporary folder. Raises GitError."""
     folder = Path(tempfile.mkdtemp(prefix="verify-"))
     path = folder / ("a clone elsewhere, ü" if varied else "clone")
     try:
-        git(folder, "clone", "--quiet", "--no-checkout", str(root), str(path))
-        git(path, "fetch", "--quiet", "origin", commit)
-        git(path, "checkout", "--quiet", "--detach", commit)
+        git.git(folder, "clone", "--quiet", "--no-checkout", str(root), str(path))
+        git.git(path, "fetch", "--quiet", "origin", commit)
+        git.git(path, "checkout", "--quiet", "--detach", commit)
         yield CleanClone(path, varied)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def git(root: Path, *arguments: str) -> str:
-    """What a git command prints, without the last newline. Raises CouldNotRun."""
-    command = ["git", "-C", str(root), *arguments]
-    try:
-        done = subprocess.run(command, env=_own_environment(), capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise CouldNotRun(f"git cannot be run ({error})") from error
-    if done.returncode:
-        raise CouldNotRun(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
-    return done.stdout.rstrip("\n")
-
-
-def read_yaml(text: str, name: str) -> dict[str, Any]:
-    try:
-        content = YAML(typ="safe").load(text)
-    except YAMLError as error:
-        raise CouldNotRun(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise CouldNotRun(f"{name} is empty")
-    return content
-
-
-def locked_outs(text: str) -> dict[str, dict[str, str]]:
-    """Of a dvc.lock: stage -> artifact -> md5. Raises CouldNotRun."""
-    stages: Any = read_yaml(text, "dvc.lock").get("stages")
-    try:
-        return {stage: {out["path"]: out["md5"] for out in entry.get("outs", [])} for stage, entry in stages.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CouldNotRun("dvc.lock names no stages; `git checkout dvc.lock`, or `dvc repro` and commit it") from error
-
-
-def stage_names(dvc_yaml: str) -> list[str]:
-    """Of a dvc.yaml, in the order in which it lists them."""
-    return list(read_yaml(dvc_yaml, "dvc.yaml").get("stages", {}))

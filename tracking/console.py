@@ -5,20 +5,20 @@ import inspect
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from tracking.dvc_files import dvc_process
+from tracking.errors import errors_in_one_line, warn
 from tracking.launch import rank, started
-from tracking.remedies import remedy
 from tracking.stop import end_with
 
 Update = Callable[..., None]
+Item = TypeVar("Item")
 
 
 def repository() -> Path:
@@ -46,7 +46,7 @@ class Console:
 
     def warn(self, line: str) -> None:
         if not self.silent:
-            click.secho(f"{self.name}: warning: {line}", fg="yellow", err=True)
+            warn(self.name, line)
             self.record(f"warning: {line}")
 
     def record(self, line: str) -> None:
@@ -76,11 +76,14 @@ class Console:
         yield say
 
 
-def explain(error: Exception) -> str:
-    """An error of the user's world on one line, with the remedy that whoever raised it cannot know."""
-    text = " ".join(str(error).split())
-    advice = remedy(error)
-    return f"{text}; {advice}" if advice and "start again" not in text else text
+def counting(items: Iterable[Item], update: Update) -> Iterator[Item]:
+    """The items one by one; `update` shows how many have been taken."""
+    done = 0
+    for item in items:
+        update(done)
+        yield item
+        done += 1
+    update(done)
 
 
 @contextmanager
@@ -105,10 +108,9 @@ def _bar(what: str, total: int | None, done: int) -> Iterator[Update]:
 
 
 def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes `function(console, **options)` a click command whose errors are one line, its traceback in the log.
+    """Makes `function(console, **options)` a click command.
 
-    ValueError and OSError are the user's business: exit code 1. Ctrl-C exits with 130. Anything else is a defect of
-    ours and is shown whole.
+    Its errors print what errors.py says; their tracebacks are in the log.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -122,17 +124,8 @@ def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[...
                 end_with(os.getppid(), "who launched it", console.warn)
             elif (dvc := dvc_process()) is not None:
                 end_with(dvc, "dvc", console.warn)
-            try:
+            with errors_in_one_line(name, console.warn, console.record):
                 function(console, **arguments)
-            except KeyboardInterrupt:
-                console.warn("interrupted")
-                sys.exit(130)
-            except (ValueError, OSError) as error:
-                console.record(traceback.format_exc())
-                raise click.ClickException(f"{name}: {explain(error)}") from error
-            except Exception:
-                console.record(traceback.format_exc())
-                raise
 
         for option in reversed(options):
             run = option(run)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracking.dvc_files import directory_md5
-from tracking.journal import Record, attempts, last_record, read_records
+from tracking.dvc_files import cached, directory_md5
+from tracking.journal import Record
 from tracking.retrace import first_difference
+from tracking.run import runs_in
 
 
 def ulps(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -59,25 +60,18 @@ def first_tensor(expected: Path, found: Path) -> str:
 
 def journal_of(root: Path, model_md5: str) -> list[Record]:
     """The records of the training here that gave that model; none if there is no such run directory."""
-    for attempt in reversed(attempts(root / ".runs")):
-        end = last_record(attempt / "journal.jsonl") or {}
-        if (end.get("result") or {}).get("model_md5") == model_md5:
-            return [record for record, _ in read_records(attempt / "journal.jsonl") if record["kind"] == "step"]
-    return []
+    found = next((run for run in reversed(runs_in(root)) if run.result.get("model_md5") == model_md5), None)
+    return list(found.records("step")) if found else []
 
 
 def model_of(root: Path, model_md5: str, folder: Path) -> Path | None:
     """A directory with that model: the workspace's, or a copy in `folder` from DVC's cache; None if neither has it."""
     if (root / "model").is_dir() and directory_md5(root / "model") == model_md5:
         return root / "model"
-    cache = root / ".dvc" / "cache" / "files" / "md5"
-    listing = cache / model_md5[:2] / model_md5[2:]
-    if not listing.is_file():
-        return None
-    for entry in json.loads(listing.read_bytes()):
-        if entry["relpath"] == "weights.safetensors":
-            cached = cache / entry["md5"][:2] / entry["md5"][2:]
-            if cached.is_file():
-                (folder / "weights.safetensors").write_bytes(cached.read_bytes())
-                return folder
+    listing = cached(root, model_md5)
+    entries = json.loads(listing.read_bytes()) if listing.is_file() else []
+    for weights in (cached(root, entry["md5"]) for entry in entries if entry["relpath"] == "weights.safetensors"):
+        if weights.is_file():
+            (folder / "weights.safetensors").write_bytes(weights.read_bytes())
+            return folder
     return None

@@ -1,9 +1,11 @@
-"""What DVC's own files and environment variables say about the stage that is running."""
+"""DVC's own files: dvc.lock, the stages of dvc.yaml, the cache; and what DVC says in the environment of a stage."""
 
 import hashlib
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -25,27 +27,127 @@ def experiment_name() -> str | None:
     return os.environ.get("DVC_EXP_NAME")
 
 
-def locked_md5(stage: str, out: str, path: Path = Path("dvc.lock")) -> str | None:
-    """The hash that dvc.lock holds for a stage's out; None where there is none, or no whole dvc.lock."""
+# --- dvc.lock and dvc.yaml
+
+
+@dataclass(frozen=True)
+class LockedStage:
+    """What a stage was run with, and what it made."""
+
+    deps: dict[str, str]  # path -> md5
+    outs: dict[str, str]  # path -> md5
+    params: dict[str, dict[str, Any]]  # file -> key -> value; a key may be a section
+
+
+@dataclass(frozen=True)
+class DvcLock:
+    """A dvc.lock, or an empty one. DVC writes it in place, so a kill may leave any beginning of it."""
+
+    stages: dict[str, LockedStage] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "DvcLock":
+        """Raises ValueError with a remedy for what is no whole dvc.lock."""
+        try:
+            stages = read_yaml(text, "dvc.lock")["stages"]
+            return cls({name: _locked_stage(entry) for name, entry in stages.items()})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError("dvc.lock names no stages; `git checkout dvc.lock`, or `dvc repro` again") from error
+
+    @classmethod
+    def parse_or_empty(cls, text: str | None) -> "DvcLock":
+        """Without stages for what is no whole dvc.lock: a commit may have none, or one with marks of a conflict."""
+        try:
+            return cls.parse(text or "")
+        except ValueError:
+            return cls()
+
+    @classmethod
+    def of_workspace(cls, root: Path) -> "DvcLock":
+        """The dvc.lock that lies there, committed or not; empty where it is absent or damaged."""
+        try:
+            return cls.parse_or_empty((root / "dvc.lock").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            return cls()
+
+    def out_md5(self, stage: str, path: str) -> str | None:
+        """The hash of a stage's out; None if the lock does not hold it."""
+        return self.stages[stage].outs.get(path) if stage in self.stages else None
+
+    def outs(self) -> dict[str, dict[str, str]]:
+        """stage -> path -> md5"""
+        return {name: stage.outs for name, stage in self.stages.items()}
+
+
+def _locked_stage(entry: dict[str, Any]) -> LockedStage:
+    deps, outs = ({part["path"]: part["md5"] for part in entry.get(kind, [])} for kind in ("deps", "outs"))
+    if not all(isinstance(text, str) for text in (*deps.keys(), *deps.values(), *outs.keys(), *outs.values())):
+        raise TypeError("a path or an md5 is no text")
+    params = entry.get("params", {})
+    if not all(isinstance(values, dict) for values in params.values()):
+        raise TypeError("params are not grouped by file")
+    return LockedStage(deps, outs, params)
+
+
+def stage_names(dvc_yaml: str) -> list[str]:
+    """The stages of a dvc.yaml, in its order. Raises ValueError."""
+    return list(read_yaml(dvc_yaml, "dvc.yaml").get("stages", {}))
+
+
+def read_yaml(text: str, name: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds; `name` is its file in the ValueError that is raised if there is none."""
     try:
-        lock = YAML(typ="safe").load(path.read_text())
-        md5 = next((entry["md5"] for entry in lock["stages"][stage]["outs"] if entry["path"] == out), None)
-    except (OSError, ValueError, YAMLError, KeyError, TypeError, RecursionError):
-        return None
-    return md5 if isinstance(md5, str) else None
+        content = YAML(typ="safe").load(text)
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name} is not valid YAML ({reason}); `git checkout {name}` restores it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is empty; `git checkout {name}` restores it")
+    return content
 
 
-def is_cached(repository: Path, md5: str) -> bool:
-    """Whether DVC's cache, at its usual place, holds what dvc.lock knows by that md5."""
-    return (repository / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]).exists()
+# --- the cache
+
+
+def cached(root: Path, md5: str) -> Path:
+    """Where DVC's cache keeps what dvc.lock knows by that md5; nothing need lie there. Raises ValueError.
+
+    DVC's own code reads its four levels of configuration: cache.dir may name any folder. In the stages, which have
+    loaded most of what it needs, that takes 0.05 s of processor time, where the command `dvc cache dir` takes 0.5 s.
+    """
+    from dvc.config import Config, ConfigError
+
+    dvc = root / ".dvc"
+    try:
+        cache = Config(str(dvc))["cache"].get("dir")
+    except ConfigError as error:
+        raise ValueError(f"DVC's configuration is damaged ({error}); `dvc config --list` shows it") from error
+    return Path(cache or dvc / "cache") / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def is_cached(root: Path, md5: str) -> bool:
+    """Whether DVC's cache holds what dvc.lock knows by that md5."""
+    return cached(root, md5).exists()
+
+
+def path_md5(path: Path) -> str | None:
+    """DVC's hash of a file or a directory; None if there is neither."""
+    if path.is_dir():
+        return directory_md5(path)
+    return _md5(path.read_bytes()) if path.is_file() else None
 
 
 def directory_md5(directory: Path) -> str:
     """DVC's hash of a directory, as it stands in dvc.lock (a test compares it with DVC's own)."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    entries = [
-        {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.relative_to(directory).as_posix()}
-        for path in files
-    ]
-    entries.sort(key=lambda entry: entry["relpath"])
-    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+    return listing_md5({path.relative_to(directory).as_posix(): _md5(path.read_bytes()) for path in files})
+
+
+def listing_md5(files: dict[str, str]) -> str:
+    """DVC's hash of a directory of which each file's md5 is known: path below it -> md5."""
+    entries = [{"md5": md5, "relpath": path} for path, md5 in sorted(files.items())]
+    return _md5(json.dumps(entries, sort_keys=True).encode()) + ".dir"
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,12 +10,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from tracking.git import git
-from tracking.journal import attempts, last_record
-from tracking.mlflow_server import TrackingError, connect, has_run, redact, resolve_uri
+from tracking.dvc_files import DvcLock, listing_md5, read_yaml
+from tracking.git import git, git_bytes, git_or_none
+from tracking.mlflow_server import TrackingError, as_text, connect, has_run, resolve_uri
+from tracking.redaction import redact
+from tracking.run import Run, runs_in
 
 NOT_FINISHED = "not finished"
 _EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(?P<name>.+)")  # others of DVC's refs are its own affair
@@ -32,7 +30,7 @@ class Holder:
     root: Path
     commit: str
     md5: str  # of the model, as dvc.lock has it
-    stages: dict[str, Any]  # of its dvc.lock
+    lock: DvcLock
 
     @cached_property
     def refs(self) -> list[str]:
@@ -64,7 +62,7 @@ class Holder:
     @cached_property
     def differs(self) -> list[str]:
         """What of the commit is not what dvc.lock says the model was made from; empty if `dvc repro` makes it again."""
-        return _differences(self.root, self.commit, self.stages)
+        return _differences(self.root, self.commit, self.lock)
 
 
 def holders(root: Path, md5: str) -> list[Holder]:
@@ -75,38 +73,19 @@ def holders(root: Path, md5: str) -> list[Holder]:
     """
     # -m: a merge that resolved dvc.lock by hand may be the first to hold it.
     search = ["log", "--all", "-m", "--full-history", "--topo-order", "--reverse", "--no-show-signature"]
-    commits = dict.fromkeys(git(root, *search, "--format=%H", f"-S{md5}", "--", "dvc.lock").splitlines())
+    commits = git_or_none(root, *search, "--format=%H", f"-S{md5}", "--", "dvc.lock") or ""
     found = []
-    for commit in commits:
-        stages = lock_at(root, commit)
-        held = out_md5(stages, "train", "model")
+    for commit in dict.fromkeys(commits.splitlines()):
+        lock = DvcLock.parse_or_empty(git_or_none(root, "show", f"{commit}:./dvc.lock"))
+        held = lock.out_md5("train", "model")
         if held and held.startswith(md5):
-            found.append(Holder(root, commit, held, stages))
+            found.append(Holder(root, commit, held, lock))
     order = ["commit", "experiment", "unnamed"]
     return sorted(found, key=lambda holder: (bool(holder.differs), order.index(holder.kind)))
 
 
-def lock_at(root: Path, commit: str) -> dict[str, Any]:
-    """The stages of a commit's dvc.lock; none where there is no whole one (a commit may hold a conflict's marks)."""
-    return _stages(git(root, "show", f"{commit}:./dvc.lock"))
-
-
-def lock_of_workspace(root: Path) -> dict[str, Any]:
-    """The stages of dvc.lock as it lies there, committed or not."""
-    path = root / "dvc.lock"
-    return _stages(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
-
-
-def out_md5(stages: dict[str, Any], stage: str, path: str) -> str | None:
-    try:
-        md5 = next((out["md5"] for out in stages[stage]["outs"] if out["path"] == path), None)
-    except (KeyError, TypeError):
-        return None
-    return md5 if isinstance(md5, str) else None
-
-
 def known_commit(root: Path, commit: str) -> bool:
-    return bool(git(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"))
+    return git_or_none(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is not None
 
 
 def fetch_command(root: Path, commit: str) -> str | None:
@@ -118,10 +97,10 @@ def fetch_command(root: Path, commit: str) -> str | None:
     return f"git fetch --quiet origin {f'{experiment}:{experiment}' if experiment else commit}"
 
 
-def _differences(root: Path, commit: str, stages: dict[str, Any]) -> list[str]:
+def _differences(root: Path, commit: str, lock: DvcLock) -> list[str]:
     """Names of deps and params of train, and of the stages before it, that the commit has otherwise or not at all."""
     blobs = _tree(root, commit)
-    makers = {out["path"]: name for name, stage in stages.items() for out in stage.get("outs", [])}
+    makers = {path: name for name, outs in lock.outs().items() for path in outs}
     found: list[str] = []
     todo, seen = ["train"], set()
     while todo:
@@ -129,13 +108,13 @@ def _differences(root: Path, commit: str, stages: dict[str, Any]) -> list[str]:
         if stage in seen:
             continue
         seen.add(stage)
-        for dep in stages[stage].get("deps", []):
-            if dep["path"] in makers:
-                todo.append(makers[dep["path"]])
-            elif dep.get("md5") != _md5_at(root, blobs, dep["path"]):
-                found.append(dep["path"])
-        for file, values in (stages[stage].get("params") or {}).items():
-            current = _yaml(git(root, "show", f"{commit}:./{file}"))
+        for path, md5 in lock.stages[stage].deps.items():
+            if path in makers:
+                todo.append(makers[path])
+            elif md5 != _md5_at(root, blobs, path):
+                found.append(path)
+        for file, values in lock.stages[stage].params.items():
+            current = _yaml_at(root, commit, file)
             found += [name for key, value in values.items() for name in _unequal(key, value, _value(current, key))]
     return sorted(set(found))
 
@@ -167,34 +146,27 @@ def _md5_at(root: Path, blobs: dict[str, str], path: str) -> str | None:
         return _md5_of_blob(root, blobs[path])
     prefix = f"{path.rstrip('/')}/"
     below = {name.removeprefix(prefix): blob for name, blob in blobs.items() if name.startswith(prefix)}
-    files = [{"md5": _md5_of_blob(root, blob), "relpath": name} for name, blob in sorted(below.items())]
-    return hashlib.md5(json.dumps(files, sort_keys=True).encode()).hexdigest() + ".dir" if files else None
+    return listing_md5({name: _md5_of_blob(root, blob) for name, blob in below.items()}) if below else None
 
 
 @cache
 def _md5_of_blob(root: Path, blob: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), "cat-file", "blob", blob], capture_output=True, check=True)
-    return hashlib.md5(done.stdout).hexdigest()
+    return hashlib.md5(git_bytes(root, "cat-file", "blob", blob)).hexdigest()
 
 
-def _stages(text: str) -> dict[str, Any]:
-    stages = _yaml(text).get("stages")
-    return stages if isinstance(stages, dict) else {}
-
-
-def _yaml(text: str) -> dict[str, Any]:
+def _yaml_at(root: Path, commit: str, file: str) -> dict[str, Any]:
+    """What a commit's file of params holds; nothing where it is absent or damaged."""
     try:
-        value = YAML(typ="safe").load(text)
-    except YAMLError:
+        return read_yaml(git(root, "show", f"{commit}:./{file}"), file)
+    except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 # --- runs: the journals, which are the original, and MLflow
 
 
 @dataclass
-class Run:
+class KnownRun:
     """A training as its journal or MLflow tells of it."""
 
     id: str  # MLflow's; empty: it has not got there
@@ -231,7 +203,7 @@ class Run:
 
 
 @dataclass
-class Runs:
+class KnownRuns:
     """All runs, from the journals and from MLflow; what one of them has lost the other one tells."""
 
     root: Path
@@ -239,23 +211,23 @@ class Runs:
 
     def __post_init__(self) -> None:
         self.uri = resolve_uri(self.root)
-        self.local = {key: run for path in attempts(self.root / ".runs") for key, run in self._journal(path)}
+        self.local = {key: run for found in runs_in(self.root) for key, run in self._journal(found)}
         self.client = self._connect()
 
-    def by_id(self, run_id: str) -> Run | None:
+    def by_id(self, run_id: str) -> KnownRun | None:
         found = [run for run in self.local.values() if run.id == run_id]
         with_mlflow = self._ask(lambda: [self.client.get_run(run_id)] if has_run(self.client, run_id) else [])
         return next(iter(self._merged(found, with_mlflow)), None)
 
-    def by_name(self, name: str) -> list[Run]:
+    def by_name(self, name: str) -> list[KnownRun]:
         quoted = f'"{name}"' if "'" in name else f"'{name}'"
         found = [run for run in self.local.values() if run.name == name]
         return self._merged(found, self._search(f"attributes.run_name = {quoted}"))
 
-    def by_model(self, prefix: str) -> list[Run]:
+    def by_model(self, prefix: str) -> list[KnownRun]:
         """Those that made a model whose sha256 or md5 begins so; clean ones first, then the oldest."""
-        found = [run for run in self.local.values() if prefix and run.sha256.startswith(prefix)]
-        found += [run for run in self.local.values() if prefix and run.md5.startswith(prefix) and run not in found]
+        local = self.local.values() if prefix else []
+        found = [run for run in local if run.sha256.startswith(prefix) or run.md5.startswith(prefix)]
         told = [run for tag in ("sha256", "md5") for run in self._search(f"tags.`model.{tag}` LIKE '{prefix}%'")]
         merged = self._merged(found, told)
         return sorted(merged, key=lambda run: (run.pulled, run.dirty, run.started))
@@ -291,7 +263,7 @@ class Runs:
 
         return self._ask(question)
 
-    def _merged(self, local: list[Run], mlflow: list[Any]) -> list[Run]:
+    def _merged(self, local: list[KnownRun], mlflow: list[Any]) -> list[KnownRun]:
         """Each run once: the journal's view, as it is the original, and MLflow's where the journal is gone."""
         found = {id(run): run for run in local}
         for told in mlflow:
@@ -299,7 +271,7 @@ class Runs:
             run = self.local.get(tags.get("run_key", ""))
             if run is None:
                 info = told.info
-                run = Run(info.run_id, info.run_name, info.status, info.start_time, told.data.params, tags)
+                run = KnownRun(info.run_id, info.run_name, info.status, info.start_time, told.data.params, tags)
                 self.local[tags.get("run_key") or info.run_id] = run
             run.id, run.in_mlflow = told.info.run_id, True
             if run.status == NOT_FINISHED:  # a kill leaves no word in the journal
@@ -307,7 +279,7 @@ class Runs:
             found[id(run)] = run
         return list(found.values())
 
-    def complete(self, run: Run) -> None:
+    def complete(self, run: KnownRun) -> None:
         """Fetches from MLflow what its artifacts tell of a run whose journal is gone."""
         names = (
             {file.path for file in self._ask(lambda: self.client.list_artifacts(run.id))} if run.in_mlflow else set()
@@ -318,36 +290,19 @@ class Runs:
                 for path in self._ask(lambda: [self.client.download_artifacts(run.id, "environment.json", folder)]):
                     run.environment = json.loads(Path(path).read_text(encoding="utf-8"))[-1]["environment"]
 
-    def _journal(self, attempt: Path) -> list[tuple[str, Run]]:
+    def _journal(self, run: Run) -> list[tuple[str, KnownRun]]:
         try:
-            told: dict[str, Any] = json.loads((attempt / "run.json").read_text(encoding="utf-8"))
-            end = last_record(attempt / "journal.jsonl") or {}
-            result, status = end.get("result", {}), end.get("status", NOT_FINISHED)
-            made = {f"model.{name}": result[f"model_{name}"] for name in ("sha256", "md5") if f"model_{name}" in result}
-            params = {name: as_text(value) for name, value in told["params"].items()}
-            run = Run("", told["name"], status, told["started"], params, told["tags"] | made)
-            run.attempt = str(attempt.relative_to(self.root))
-            run.environment = _environment(attempt / "journal.jsonl")
-            if (attempt / "mlflow.json").exists():
-                run.id = json.loads((attempt / "mlflow.json").read_text()).get("run_id", "")
-            if (attempt / "artifacts" / "uncommitted.diff").exists():
-                run.diff = attempt / "artifacts" / "uncommitted.diff"
-            return [(told["run_key"], run)]
+            info, end = run.info, run.end or {}
+            made = {f"model.{name}": run.result.get(f"model_{name}") for name in ("sha256", "md5")}
+            tags = info["tags"] | {name: value for name, value in made.items() if value is not None}
+            params = {name: as_text(value) for name, value in info["params"].items()}
+            status = end.get("status", NOT_FINISHED)
+            known = KnownRun(run.mlflow.get("run_id", ""), info["name"], status, info["started"], params, tags)
+            known.attempt = str(run.directory.relative_to(self.root))
+            known.environment = run.environment
+            if (run.artifacts / "uncommitted.diff").exists():
+                known.diff = run.artifacts / "uncommitted.diff"
+            return [(info["run_key"], known)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self.warnings.append(f"{attempt} is damaged ({type(error).__name__}: {error}) and was passed over")
+            self.warnings.append(f"{run} is damaged ({type(error).__name__}: {error}) and was passed over")
             return []
-
-
-def _environment(journal: Path) -> dict[str, str] | None:
-    """What the last start of a training recorded; read line by line, as a journal may be long."""
-    found = None
-    if journal.exists():
-        with journal.open("rb") as file:
-            for line in file:
-                if line.startswith(b'{"kind":"start"') and line.endswith(b"\n"):
-                    found = json.loads(line).get("environment")
-    return found
-
-
-def as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,13 +1,4 @@
-"""A run directory's lock and its journal: the crash-safe record of every step, from which MLflow is filled.
-
-.runs/<fingerprint>/lock            held by the one process that trains here
-.runs/<fingerprint>/attempt-1/      a training from step 0 to its end, over as many kills as it takes; the newest counts
-    run.json                        what MLflow needs to create the run; written once, atomically, by the train stage
-    journal.jsonl                   what happened, one line each; written by the trainer alone
-    system.jsonl                    system metrics; written by the process that fills MLflow
-    checkpoints/  models/best/  models/last/  artifacts/
-    mlflow.json  tracking.log       how far MLflow has been filled
-"""
+"""A run directory's lock and its journal: the crash-safe record of every step, from which MLflow is filled."""
 
 import bisect
 import errno
@@ -261,22 +252,6 @@ class Journal:
         return record
 
 
-class NoJournal(Journal):
-    """In place of a journal in a process that trains along and writes nothing."""
-
-    def __init__(self) -> None:
-        self._fd, self._end, self._index = -1, START, {}
-
-    def append_many(self, records: Iterable[Record]) -> list[str]:
-        return []
-
-    def sync(self) -> None:
-        pass
-
-    def records(self) -> Iterator[Record]:
-        return iter(())
-
-
 def _encode(record: Record, previous: str) -> tuple[bytes, str]:
     body = json.dumps(record, separators=(",", ":"))  # ASCII, so one line whatever the text; floats by repr, so exact
     crc = f"{zlib.crc32(body.encode(), int(previous, 16)):08x}"
@@ -324,15 +299,6 @@ def damaged(path: Path, what: str) -> JournalDamaged:
     return JournalDamaged(f"{path} is damaged: {what}; delete the run directory {path.parent.parent} to train afresh")
 
 
-def end_of(records: Iterable[Record]) -> Record | None:
-    """The "end" record, unless a later "start" says that the run was resumed."""
-    end = None
-    for record in records:
-        if record["kind"] in {"start", "end"}:
-            end = record if record["kind"] == "end" else None
-    return end
-
-
 def last_record(path: Path) -> Record | None:
     """The last whole record, read from the end of the file and not checked; None if there is none."""
     try:
@@ -349,17 +315,3 @@ def last_record(path: Path) -> Record | None:
         return record
     except (FileNotFoundError, IndexError, ValueError):
         return None
-
-
-def state(path: Path) -> str:
-    """new | open (running, or killed without a word) | finished | failed | killed. Reads one record, checks nothing."""
-    record = last_record(path)
-    if record is None:
-        return "new"
-    return str(record["status"]).lower() if record["kind"] == "end" else "open"
-
-
-def attempts(runs: Path) -> list[Path]:
-    """All attempts below a `.runs` directory that tracking can replay, oldest run first."""
-    found = [path.parent for path in runs.glob("*/attempt-*/run.json")]
-    return sorted(found, key=lambda path: (path.joinpath("run.json").stat().st_mtime_ns, path.name))

@@ -12,18 +12,19 @@ from typing import Any
 
 from tracking.journal import Record
 from tracking.mlflow_page import Page
+from tracking.run import Run
 
 # What nanogpt.published needs to load a model and generate text.
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "tiktoken", "tokenizers", "pydantic", "ruamel.yaml")
 
 
-def log_models(client: Any, run_id: str, experiment: str, page: Page, attempt: Path) -> None:
+def log_models(client: Any, run_id: str, experiment: str, page: Page, run: Run) -> None:
     """Brings the run's models up to date: `best`, `last` (if it is another one), `step-...` for other checkpoints."""
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=100)
     wanted: dict[str, tuple[Record, Path | None]] = {}
-    real = _real_models(page, attempt)
+    real = _real_models(page, run)
     for name, record in real.items():
-        wanted[name] = record, attempt / "models" / name
+        wanted[name] = record, run.models / name
     taken = {record["step"] for record in real.values()}
     for record in page.checkpoints:
         if record["step"] not in taken:
@@ -42,12 +43,12 @@ def log_models(client: Any, run_id: str, experiment: str, page: Page, attempt: P
     _link(client, run_id, experiment)
 
 
-def _real_models(page: Page, attempt: Path) -> dict[str, Record]:
+def _real_models(page: Page, run: Run) -> dict[str, Record]:
     best, last = page.best_checkpoint, page.last.get("checkpoint")
     found = {}
-    if best and (attempt / "models" / "best").is_dir():
+    if best and (run.models / "best").is_dir():
         found["best"] = best
-    if last and (attempt / "models" / "last").is_dir() and not (found and best and best["step"] == last["step"]):
+    if last and (run.models / "last").is_dir() and not (found and best and best["step"] == last["step"]):
         found["last"] = last
     return found
 

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tracking.run import Run
+
 _GRACE = 5.0  # seconds beyond its own limit before the process is ended
 
 
@@ -19,17 +21,16 @@ class Follower:
     log: Path
 
 
-def start(attempt: Path, repository: Path, wait_seconds: float) -> Follower:
-    """Starts `python -m tools.sync ATTEMPT --follow <this process>`; its output goes to tracking.log of the attempt.
+def start(run: Run, repository: Path, wait_seconds: float) -> Follower:
+    """Starts `python -m tools sync ATTEMPT --follow <this process>`; its output goes to tracking.log of the attempt.
 
     It is in a session of its own, so that a Ctrl-C for the trainer does not end it too, and ends by itself when the
     trainer has ended, at most `wait_seconds` later.
     """
-    log = attempt / "tracking.log"
-    command = [sys.executable, "-m", "tools.sync", str(attempt), "--follow", str(os.getpid())]
+    command = [sys.executable, "-m", "tools", "sync", str(run), "--follow", str(os.getpid())]
     # The trainer's pinned threads are not for this process; and it must read this code, not an installed copy.
     environment = {**os.environ, "DVC_ROOT": str(repository), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("ab") as output:
+    with run.log.open("ab") as output:
         process = subprocess.Popen(
             [*command, "--wait-seconds", str(wait_seconds)],
             stdin=subprocess.DEVNULL,
@@ -38,7 +39,7 @@ def start(attempt: Path, repository: Path, wait_seconds: float) -> Follower:
             start_new_session=True,
             env=environment,
         )
-    return Follower(process, log)
+    return Follower(process, run.log)
 
 
 def wait(follower: Follower, wait_seconds: float) -> str:
@@ -52,12 +53,12 @@ def wait(follower: Follower, wait_seconds: float) -> str:
         except subprocess.TimeoutExpired:
             follower.process.kill()
             follower.process.wait()
-        return f"MLflow has not taken all of the run within {wait_seconds:g} s; `python -m tools.sync` sends the rest"
+        return f"MLflow has not taken all of the run within {wait_seconds:g} s; `python -m tools sync` sends the rest"
     lines = follower.log.read_text(encoding="utf-8", errors="replace").splitlines()
     last = lines[-1] if lines else ""
     if code == 0:
         return last
-    return f"MLflow lacks a part of the run ({last[:300]}); `python -m tools.sync` sends it later"
+    return f"MLflow lacks a part of the run ({last[:300]}); `python -m tools sync` sends it later"
 
 
 def describe_system_metrics() -> str:

@@ -1,4 +1,4 @@
-"""MLflow as a replica of a run's journal. Only this module and those it is made of (mlflow_*, tracking_*) use mlflow.
+"""MLflow as a replica of a run's journal. Only the modules named mlflow_* use mlflow.
 
 Whatever is sent may be sent again: a point that has the same time, step and value is stored once, a run is found by its
 key before one is created, and how far a server has been filled is written down only after it has said so. So a server
@@ -15,39 +15,28 @@ from typing import Any
 
 from nanogpt.files import write_text
 from tracking import mlflow_models, mlflow_page
-from tracking.journal import START, JournalDamaged, Position, RunLock, attempts, last_record, read_records
+from tracking.journal import START, JournalDamaged, Position, RunLock, read_records
 from tracking.mlflow_page import Page, Point
-from tracking.mlflow_server import (
-    TrackingError,
-    connect,
-    experiment_id,
-    explained,
-    find_run,
-    has_run,
-    redact,
-    resolve_uri,
-)
-
-__all__ = ["LOCK", "Replica", "TrackingError", "deliver_report", "delivered_to", "redact", "resolve_uri"]
+from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run
+from tracking.redaction import redact
+from tracking.run import Run, runs_in
 
 SAMPLES = "samples.json"
 _BATCH = 1000  # metrics that MLflow takes at once
 NOTE = "mlflow.note.content"  # MLflow's page shows this tag as the run's description
-LOCK = "tracking.lock"  # of an attempt: only one process at a time fills MLflow from it
 
 
 class Replica:
-    """One attempt's run in MLflow. `push` sends what is new, `finish` ends the run as the journal says it ended.
+    """A run of ours in MLflow. `push` sends what is new, `finish` ends the run as the journal says it ended.
 
     Both raise TrackingError when the server fails and JournalDamaged; call them again later.
-    Only one process at a time may work on an attempt: hold RunLock(attempt, name=LOCK).
+    Only one process at a time may do so: hold run.sending_lock().
     """
 
-    def __init__(self, attempt: Path, uri: str):
-        self.attempt, self.uri = attempt, uri
-        self.run: dict[str, Any] = json.loads((attempt / "run.json").read_text(encoding="utf-8"))
-        self.repository = Path(self.run["repository"])
-        self.page = Page(self.run["max_iters"])
+    def __init__(self, run: Run, uri: str):
+        self.run, self.uri, self.info = run, uri, run.info
+        self.repository = Path(self.info["repository"])
+        self.page = Page(self.info["max_iters"])
         self.run_id = ""
         self.deleted = False  # in MLflow, by the user
         self._client: Any = None
@@ -78,7 +67,7 @@ class Replica:
             return
         with explained(self.uri):
             if end is None:
-                newest = max((record["t"] for record in self.page.last.values()), default=self.run["started"])
+                newest = max((record["t"] for record in self.page.last.values()), default=self.info["started"])
                 end = {"status": "KILLED", "t": newest}
             mark = [end["status"], end["t"], len(self.page.starts)]
             if self._state.get("finished") == mark:
@@ -88,7 +77,7 @@ class Replica:
             self._tag(
                 {f"model.{name}": result[f"model_{name}"] for name in ("sha256", "md5") if f"model_{name}" in result}
             )
-            mlflow_models.log_models(self._client, self.run_id, self._experiment, self.page, self.attempt)
+            mlflow_models.log_models(self._client, self.run_id, self._experiment, self.page, self.run)
             self._describe(killed)
             # Last, because a run that is FINISHED is one that has everything.
             self._client.set_terminated(self.run_id, end["status"], end_time=end["t"])
@@ -96,8 +85,8 @@ class Replica:
 
     def finished_run(self) -> str | None:
         """The run's id if this server has confirmed all of it; known without asking it, from mlflow.json."""
-        state, end = self._load(), last_record(self.attempt / "journal.jsonl")
-        if state.get("uri") != redact(self.uri) or end is None or end["kind"] != "end":
+        state, end = self.run.mlflow, self.run.end
+        if state.get("uri") != redact(self.uri) or end is None:
             return None
         return str(state["run_id"]) if (state.get("finished") or [])[:2] == [end["status"], end["t"]] else None
 
@@ -105,17 +94,18 @@ class Replica:
         """Finds the run, or creates it: once, and again after a failure."""
         if self.run_id:
             return
-        self.page, self._read, self._waiting = Page(self.run["max_iters"]), START, []
+        self.page, self._read, self._waiting = Page(self.info["max_iters"]), START, []
         client = self._client = self._client or connect(self.uri, self.repository)
-        self._experiment = experiment_id(client, self.uri, self.repository, self.run["experiment"])
-        run = find_run(client, self._experiment, f"tags.run_key = '{self.run['run_key']}'")
-        tags = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL", **self.run["tags"]}
+        self._experiment = experiment_id(client, self.uri, self.repository, self.info["experiment"])
+        run = find_run(client, self._experiment, f"tags.run_key = '{self.info['run_key']}'")
+        tags = {"mlflow.source.name": "stages/train.py", "mlflow.source.type": "LOCAL", **self.info["tags"]}
         if run is None:
-            tags["run_key"] = self.run["run_key"]
-            run = client.create_run(self._experiment, self.run["started"], run_name=self.run["name"], tags=_text(tags))
+            tags["run_key"] = self.info["run_key"]
+            started, name = self.info["started"], self.info["name"]
+            run = client.create_run(self._experiment, started, run_name=name, tags=_text(tags))
         run_id = run.info.run_id
         self.deleted = run.info.lifecycle_stage != "active"
-        state = self._load()
+        state = self.run.mlflow
         same = state.get("uri") == redact(self.uri) and state.get("run_id") == run_id
         self._state = state if same else {"uri": redact(self.uri), "run_id": run_id}
         if not self.deleted and not self._state.get("begun"):
@@ -127,11 +117,11 @@ class Replica:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
         from mlflow.exceptions import MlflowException
 
-        params = [Param(key, _param(value)) for key, value in self.run["params"].items()]
+        params = [Param(key, as_text(value)) for key, value in self.info["params"].items()]
         for first in range(0, len(params), 100):
             self._client.log_batch(run_id, params=params[first : first + 100], synchronous=True)
         self._client.log_batch(run_id, tags=[RunTag(*item) for item in _text(tags).items()], synchronous=True)
-        data = self.run.get("dataset")
+        data = self.info.get("dataset")
         if data:
             source = json.dumps({"uri": data["source"]})
             profile = json.dumps({"sha256": data["sha256"], **data.get("profile", {})}, sort_keys=True)
@@ -146,15 +136,14 @@ class Replica:
                 self._client.log_inputs(run_id, inputs)
 
     def _send_journal(self) -> None:
-        path = self.attempt / "journal.jsonl"
-        if not path.exists():
+        if not self.run.journal.exists():
             return
         # MLflow must not hold what a power cut could take from the journal: the step would come again, at another time.
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(self.run.journal, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
         sent = self._state.get("journal", START)
-        for record, end in read_records(path, self._read):
+        for record, end in read_records(self.run.journal, self._read):
             points = self.page.feed(record)
             self._read = end
             if end["bytes"] > sent["bytes"]:
@@ -181,7 +170,7 @@ class Replica:
             self._client.log_batch(self.run_id, metrics=batch, synchronous=True)
 
     def _send_system(self) -> None:
-        path, position = self.attempt / "system.jsonl", self._state.get("system", START)
+        path, position = self.run.system, self._state.get("system", START)
         if not path.exists():
             return
         points: list[Point] = []
@@ -199,8 +188,10 @@ class Replica:
         """The table of samples and the description, when they have changed."""
         page = self.page
         samples = len(page.sample_rows()), page.last.get("sample", {}).get("step", -1)
+        from tracking.mlflow_client import encode
+
         if samples[0] and self._state.get("samples") != list(samples):
-            self._upload(SAMPLES, mlflow_page.table(page).encode())
+            self._upload(SAMPLES, encode(mlflow_page.table(page)))
             # With this tag MLflow's page shows the file as a table. Its own log_table would append to what is there.
             self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES, "type": "table"}])})
             self._save(samples=list(samples))
@@ -214,14 +205,14 @@ class Replica:
             starts = [{name: start.get(name) for name in ("t", "step", "environment")} for start in self.page.starts]
             self._upload("environment.json", (json.dumps(starts, indent=1) + "\n").encode())
             self._save(starts=len(starts))
-        folder = self.attempt / "artifacts"
+        folder = self.run.artifacts
         files = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.rglob("*")) if p.is_file()}
         if files and self._state.get("artifacts") != files:
             self._client.log_artifacts(self.run_id, str(folder))
             self._save(artifacts=files)
 
     def _describe(self, killed: bool = False) -> None:
-        base = mlflow_page.description(self.page, self.run, killed)
+        base = mlflow_page.description(self.page, self.info, killed)
         note = self._client.get_run(self.run_id).data.tags.get(NOTE, "")
         self._tag({NOTE: mlflow_page.with_sections(base, note)})
         if self.page.not_finite:
@@ -237,16 +228,9 @@ class Replica:
             path.write_bytes(content)
             self._client.log_artifact(self.run_id, str(path))
 
-    def _load(self) -> dict[str, Any]:
-        try:
-            state: dict[str, Any] = json.loads((self.attempt / "mlflow.json").read_text(encoding="utf-8"))
-            return state if isinstance(state, dict) else {}
-        except (OSError, ValueError):
-            return {}  # lost or damaged: everything is sent again, which does no harm
-
     def _save(self, **changes: Any) -> None:
         self._state |= changes
-        write_text(self.attempt / "mlflow.json", json.dumps(self._state, sort_keys=True, indent=1) + "\n")
+        self.run.write_mlflow(self._state)
 
 
 def deliver_report(path: Path, uri: str, repository: Path, again: bool = False) -> str:
@@ -294,12 +278,11 @@ def _known(path: Path) -> dict[str, str]:
 
 def _send_training(client: Any, model: str, uri: str, repository: Path) -> None:
     """Sends the training of that model first, if it lies here and has not reached the server."""
-    for attempt in attempts(repository / ".runs"):
-        end = last_record(attempt / "journal.jsonl") or {}
-        if end.get("status") == "FINISHED" and end["result"].get("model_sha256") == model:
-            replica = Replica(attempt, uri)
+    for run in runs_in(repository):
+        if run.status == "finished" and run.result.get("model_sha256") == model:
+            replica = Replica(run, uri)
             if not has_run(client, replica.finished_run()):
-                with RunLock(attempt, name=LOCK):
+                with run.sending_lock():
                     replica.finish()
 
 
@@ -318,8 +301,7 @@ def _run_without_training(client: Any, uri: str, repository: Path, report: dict[
     note = "The model was pulled: its training run is not in this database."
     tags = {"model.sha256": report["model"], "model.pulled": "training run not in this database", NOTE: note}
     experiment = experiment_id(client, uri, repository, report["experiment"])
-    run = client.create_run(experiment, report["t"], run_name=name, tags=tags)
-    return run
+    return client.create_run(experiment, report["t"], run_name=name, tags=tags)
 
 
 def _add_report(client: Any, run: Any, report: dict[str, Any]) -> None:
@@ -339,9 +321,5 @@ def _add_report(client: Any, run: Any, report: dict[str, Any]) -> None:
         client.set_terminated(run_id, "FINISHED", end_time=report["t"])
 
 
-def _param(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _text(tags: dict[str, Any]) -> dict[str, str]:
-    return {key: _param(value) for key, value in tags.items()}
+    return {key: as_text(value) for key, value in tags.items()}

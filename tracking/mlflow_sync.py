@@ -1,16 +1,19 @@
-"""Fills MLflow from an attempt while its trainer lives, and samples the machine's metrics; see replicator.py."""
+"""Fills MLflow from a run while its trainer lives, and samples the machine's metrics; see mlflow_run.py."""
 
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tracking import mlflow_server
-from tracking.journal import Journal, RunLock, attempts, holder, last_record
-from tracking.mlflow_run import LOCK, Replica, deliver_report, delivered_to
+from tracking.journal import Journal, holder
+from tracking.mlflow_run import Replica, deliver_report, delivered_to
+from tracking.redaction import redact
+from tracking.run import Run, runs_in
 
 PUSH_SECONDS = 2.0
 SAMPLE_SECONDS = 10.0
@@ -40,14 +43,14 @@ class Trainer:
 
 
 class SystemMetrics:
-    """MLflow's own monitors, sampled into an attempt's system.jsonl; from there they are replicated like all else.
+    """MLflow's own monitors, sampled into a run's system.jsonl; from there they are replicated like all else.
 
     A sample each 10 s at first, then each 200th of the time since the first one: a day has some 900 of them.
     """
 
-    def __init__(self, attempt: Path):
+    def __init__(self, run: Run):
         mlflow_server.prepare_environment()
-        self.journal = Journal(attempt / "system.jsonl")
+        self.journal = Journal(run.system)
         times = [record["t"] for record in self.journal.records()]
         self._count, self._first, self._due = len(times), times[0] / 1000 if times else time.time(), 0.0
         self._monitors = _monitors()
@@ -91,19 +94,19 @@ def _monitors() -> list[Any]:
     return found
 
 
-def follow(attempt: Path, uri: str, pid: int, wait_seconds: float, say: Say) -> bool:
+def follow(run: Run, uri: str, pid: int, wait_seconds: float, say: Say) -> bool:
     """Fills MLflow until the training has ended or its process is gone; returns whether MLflow has everything.
 
     A server that fails is tried again, ever more rarely. After the end it is tried for `wait_seconds`.
     """
     trainer = Trainer(pid)
-    with RunLock(attempt, lambda holder: say(f"process {holder} still sends this run; waiting for it"), LOCK):
-        metrics = _start_metrics(attempt, say)
-        replica = Replica(attempt, uri)
+    with run.sending_lock(lambda holder: say(f"process {holder} still sends this run; waiting for it")):
+        metrics = _start_metrics(run, say)
+        replica = Replica(run, uri)
         delay, failed = PUSH_SECONDS, False
         if metrics:
             metrics = _sample(metrics, say)  # once at least, however short the training
-        while trainer.is_alive() and not _has_ended(attempt):
+        while trainer.is_alive() and not run.end:
             if metrics:
                 metrics = _sample(metrics, say)
             try:
@@ -112,19 +115,19 @@ def follow(attempt: Path, uri: str, pid: int, wait_seconds: float, say: Say) -> 
                     say("MLflow takes the run again")
                 delay, failed = PUSH_SECONDS, False
             except Exception as error:  # also what nobody thought of: tracking must not end before the training
-                say(f"will try again: {mlflow_server.redact(f'{error}')}")
+                say(f"will try again: {redact(f'{error}')}")
                 delay, failed = min(2 * delay, _SLOWEST), True
-            _sleep(delay, lambda: _has_ended(attempt) or not trainer.is_alive())
-        return _finish(attempt, replica, wait_seconds, say)
+            _sleep(delay, lambda: bool(run.end) or not trainer.is_alive())
+        return _finish(replica, wait_seconds, say)
 
 
-def _finish(attempt: Path, replica: Replica, wait_seconds: float, say: Say) -> bool:
+def _finish(replica: Replica, wait_seconds: float, say: Say) -> bool:
     deadline, delay = time.monotonic() + wait_seconds, 1.0
     while True:
         try:
-            line = send(replica, attempt)
+            line = send(replica)
         except Exception as error:
-            reason = mlflow_server.redact(f"{error}")
+            reason = redact(f"{error}")
             if time.monotonic() + delay > deadline:
                 say(f"failed: {reason}")
                 return False
@@ -136,23 +139,24 @@ def _finish(attempt: Path, replica: Replica, wait_seconds: float, say: Say) -> b
             return True
 
 
-def send(replica: Replica, attempt: Path) -> str:
-    """Sends all there is, and ends the run as it ended. Returns the line to tell; raises what Replica raises."""
-    if not _has_ended(attempt):
-        lock = RunLock(attempt.parent)
+def send(replica: Replica) -> str:
+    """Sends all there is, and ends the run as it ended. Returns the line to print; raises what Replica raises."""
+    run, name = replica.run, repr(replica.info["name"])
+    if not run.end:
+        lock = run.lock()
         if not lock.acquire_now():
             replica.push()
-            return f"run {replica.run['name']!r} goes on; MLflow has it up to now"
+            return f"run {name} goes on; MLflow has it up to now"
         lock.release()  # nobody trains there, so it was killed without a word
     replica.finish(killed=True)
     if replica.deleted:
-        return f"run {replica.run['name']!r} was deleted in MLflow: left alone"
-    how = "is complete in MLflow" if _has_ended(attempt) else "was killed, and is marked so in MLflow"
-    return f"run {replica.run['name']!r} {how} ({replica.run_id})"
+        return f"run {name} was deleted in MLflow: left alone"
+    how = "is complete in MLflow" if run.end else "was killed, and is marked so in MLflow"
+    return f"run {name} {how} ({replica.run_id})"
 
 
-def sync(repository: Path, chosen: list[Path], uri: str, again: bool, say: Say) -> bool:
-    """Sends the chosen attempts, or all of them and all reports, a line each; returns whether MLflow has everything.
+def sync(repository: Path, chosen: list[Run], uri: str, again: bool, say: Say) -> bool:
+    """Sends the chosen runs, or all of them and all reports, a line each; returns whether MLflow has everything.
 
     `again`: also what the server has confirmed; without it, such a run is only looked for.
     """
@@ -161,41 +165,45 @@ def sync(repository: Path, chosen: list[Path], uri: str, again: bool, say: Say) 
     except mlflow_server.TrackingError as error:
         say(f"failed: {error}")
         return False
-    work: dict[Path, Callable[[Path], str]] = {}
-    for attempt in chosen or attempts(repository / ".runs"):
-        if again or not mlflow_server.has_run(client, Replica(attempt, uri).finished_run()):
-            work[attempt] = lambda attempt: _send_locked(attempt, uri, again)
+    work: dict[Path, Callable[[], str]] = {}
+    for run in chosen or runs_in(repository):
+        if again or not mlflow_server.has_run(client, Replica(run, uri).finished_run()):
+            work[run.directory] = partial(_send_locked, run, uri, again)
     reports = [] if chosen else list((repository / ".runs" / "reports").glob("*.json"))
     for path in sorted(reports, key=lambda path: float(json.loads(path.read_bytes())["t"])):
         if again or not mlflow_server.has_run(client, delivered_to(path, uri)):
-            work[path] = lambda path: f"is in MLflow run {deliver_report(path, uri, repository, again)}"
+            work[path] = partial(_deliver, path, uri, repository, again)
     complete = True
     for path, do in work.items():
         try:
-            say(f"{path}: {do(path)}")
+            say(f"{path}: {do()}")
         except Exception as error:
             complete = False
-            say(f"{path}: failed: {mlflow_server.redact(f'{error}')}")
+            say(f"{path}: failed: {redact(f'{error}')}")
     if not work:
-        say(f"MLflow at {mlflow_server.redact(uri)} has everything")
+        say(f"MLflow at {redact(uri)} has everything")
     return complete
 
 
-def _send_locked(attempt: Path, uri: str, again: bool) -> str:
-    lock = RunLock(attempt, name=LOCK)
+def _deliver(path: Path, uri: str, repository: Path, again: bool) -> str:
+    return f"is in MLflow run {deliver_report(path, uri, repository, again)}"
+
+
+def _send_locked(run: Run, uri: str, again: bool) -> str:
+    lock = run.sending_lock()
     if not lock.acquire_now():
         return f"process {holder(lock.path)} is sending it"
     try:
         if again:
-            (attempt / "mlflow.json").unlink(missing_ok=True)
-        return send(Replica(attempt, uri), attempt)
+            run.mlflow_path.unlink(missing_ok=True)
+        return send(Replica(run, uri))
     finally:
         lock.release()
 
 
-def _start_metrics(attempt: Path, say: Say) -> SystemMetrics | None:
+def _start_metrics(run: Run, say: Say) -> SystemMetrics | None:
     try:
-        return SystemMetrics(attempt)
+        return SystemMetrics(run)
     except Exception as error:
         say(f"no system metrics: {error}")
         return None
@@ -208,11 +216,6 @@ def _sample(metrics: SystemMetrics, say: Say) -> SystemMetrics | None:
     except Exception as error:
         say(f"no more system metrics: {error}")
         return None
-
-
-def _has_ended(attempt: Path) -> bool:
-    record = last_record(attempt / "journal.jsonl")
-    return record is not None and record["kind"] == "end"
 
 
 def _sleep(seconds: float, over: Callable[[], bool]) -> None:

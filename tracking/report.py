@@ -7,6 +7,9 @@ from typing import Any
 from nanogpt.files import sha256_json, write_text
 from nanogpt.params import Section, TrackingParams, flatten
 from tracking.console import Console, repository
+from tracking.mlflow_run import deliver_report
+from tracking.mlflow_server import as_text, resolve_uri
+from tracking.redaction import redact
 
 
 def report(
@@ -19,7 +22,7 @@ def report(
 ) -> None:
     """Writes the report under .runs/reports/, then sends it; a server that fails costs a warning."""
     values = flatten(settings, f"{console.name}.")
-    tags = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    tags = {name: as_text(value) for name, value in values.items()}
     content: dict[str, Any] = {
         "stage": console.name,
         "model": model_sha256,
@@ -31,12 +34,10 @@ def report(
     path = repository() / ".runs" / "reports" / f"{console.name}-{sha256_json(content)[:16]}.json"
     if not path.exists():  # a stage that was killed after it reported has the same to say, of the same time
         write_text(path, json.dumps({**content, "t": time.time_ns() // 1_000_000}, sort_keys=True, indent=1) + "\n")
-    from tracking import mlflow_run as mlflow_tracking
-
     try:
-        run = mlflow_tracking.deliver_report(path, mlflow_tracking.resolve_uri(repository()), repository())
+        run = deliver_report(path, resolve_uri(repository()), repository())
     except Exception as error:  # whatever a tracking server does, the stage's result stands
-        reason = mlflow_tracking.redact(str(error))[:200]
-        console.warn(f"MLflow did not take the report ({reason}); `python -m tools.sync` sends it later")
+        reason = redact(str(error))[:200]
+        console.warn(f"MLflow did not take the report ({reason}); `python -m tools sync` sends it later")
     else:
         console.say(f"recorded in MLflow run {run}")

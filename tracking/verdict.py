@@ -11,6 +11,7 @@ from nanogpt.files import write_text
 IDENTICAL, TOLERATED, DECLARED = "identical", "within tolerance", "changed, as dvc.lock says"
 DIVERGED, MISSING, ENVIRONMENT_CHANGED, SKIPPED = "DIVERGED", "MISSING", "environment changed", "skipped"
 _CODES = {DIVERGED: 1, MISSING: 1, ENVIRONMENT_CHANGED: 2}
+_JUNIT = {DIVERGED: "failure", MISSING: "failure", ENVIRONMENT_CHANGED: "skipped", SKIPPED: "skipped"}
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,19 @@ class Report:
         return ["", *differs, *self.notes, *([self.error] if self.error else []), f"{self.layer}: {self.verdict}"]
 
     def junit(self) -> bytes:
-        suite = ElementTree.Element("testsuite", name=f"verify {self.layer}", tests=str(len(self.findings)))
+        suite = ElementTree.Element("testsuite", name=f"verify {self.layer}")
         for finding in self.findings:
             case = ElementTree.SubElement(suite, "testcase", classname=finding.stage, name=finding.artifact)
-            text = f"{finding.verdict}: expected {finding.expected}, found {finding.found}"
-            if finding.verdict in (DIVERGED, MISSING):
-                ElementTree.SubElement(case, "failure", message=text).text = "\n".join(self.notes)
-            elif finding.verdict in (ENVIRONMENT_CHANGED, SKIPPED):
-                ElementTree.SubElement(case, "skipped", message=text)
+            if kind := _JUNIT.get(finding.verdict):
+                text = f"{finding.verdict}: expected {finding.expected}, found {finding.found}"
+                notes = "\n".join(self.notes) if kind == "failure" else None
+                ElementTree.SubElement(case, kind, message=text).text = notes
         if self.error:
             case = ElementTree.SubElement(suite, "testcase", classname=self.layer, name="run")
             ElementTree.SubElement(case, "error", message=self.error)
-        cases = suite.findall("testcase")
-        suite.set("tests", str(len(cases)))
-        for kind in ("failure", "skipped", "error"):
-            suite.set({"failure": "failures", "error": "errors"}.get(kind, kind), str(len(suite.findall(f".//{kind}"))))
+        counted = {"tests": "testcase", "failures": "failure", "skipped": "skipped", "errors": "error"}
+        for total, kind in counted.items():
+            suite.set(total, str(len(suite.findall(f".//{kind}"))))
         document: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
         return document
 

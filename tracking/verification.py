@@ -1,4 +1,4 @@
-"""The checks of `tools.verify`, cheapest first. Each returns a Report and raises CouldNotRun."""
+"""The checks of `tools verify`, cheapest first. Each returns a Report; ValueError: nothing is known of the result."""
 
 import json
 import re
@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.first_steps import bits_environment
-from tools.golden import Golden, differences, load_goldens, nearest, read_metrics
 from tracking import divergence
-from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone, git, locked_outs, read_yaml, stage_names
-from tracking.journal import Record, attempts, read_records
+from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
+from tracking.dvc_files import DvcLock, read_yaml, stage_names
+from tracking.first_steps import bits_environment
+from tracking.git import git
+from tracking.golden import Golden, differences, load_goldens, nearest, read_metrics
+from tracking.journal import Record
+from tracking.redaction import redact
 from tracking.retrace import first_difference
+from tracking.run import runs_in
 from tracking.verdict import (
     DECLARED,
     DIVERGED,
@@ -40,11 +44,11 @@ def check_lock(root: Path, say: Say) -> Report:
     report = Report("lock", git(root, "rev-parse", "HEAD"))
     with clean_clone(root, report.commit) as clone:
         stages = stage_names((clone.path / "dvc.yaml").read_text())
-        locked = locked_outs((clone.path / "dvc.lock").read_text())
+        lock = DvcLock.parse((clone.path / "dvc.lock").read_text())
         status = _json_of(clone.run("dvc", "status", "--json"))
-        torn = _torn(clone.path, locked)
+        torn = _torn(clone.path, lock)
     for stage in stages:
-        stale = [*_stale(status.get(stage, [])), *torn[stage]] if stage in locked else ["not in dvc.lock"]
+        stale = [*_stale(status.get(stage, [])), *torn[stage]] if stage in lock.stages else ["not in dvc.lock"]
         verdict = IDENTICAL if not stale else MISSING
         report.findings.append(Finding(stage, "dvc.lock", "up to date", ", ".join(stale) or "up to date", verdict))
     if report.exit_code:
@@ -61,23 +65,24 @@ def _stale(changes: list[Any]) -> list[str]:
             found.append(str(change))
             continue
         for kind, items in change.items():
-            if isinstance(items, dict):
-                gone = {"deleted", "not in cache"}
-                found += [f"{path} {how}" for path, how in items.items() if how not in gone]
-            else:
+            if not isinstance(items, dict):
                 found.append(kind)
+                continue
+            for path, how in items.items():
+                # Of a file of parameters DVC reports each of them.
+                reported = how.items() if isinstance(how, dict) else [(path, how)]
+                found += [f"{name} {what}" for name, what in reported if what not in {"deleted", "not in cache"}]
     return found
 
 
-def _torn(root: Path, locked: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+def _torn(root: Path, lock: DvcLock) -> dict[str, list[str]]:
     """Inputs of which DVC sees in a clone only that they are absent: those that dvc.lock's own stages did not make."""
-    entries = read_yaml((root / "dvc.lock").read_text(), "dvc.lock")["stages"]
-    made = {path: md5 for outs in locked.values() for path, md5 in outs.items()}
+    made = {path: md5 for outs in lock.outs().values() for path, md5 in outs.items()}
     found: dict[str, list[str]] = {}
-    for stage in locked:
-        deps = [(dep["path"], dep.get("md5")) for dep in entries[stage].get("deps", [])]
-        found[stage] = [f"{path} is not what its stage made" for path, md5 in deps if made.get(path, md5) != md5]
-        found[stage] += [f"{path} deleted" for path, _ in deps if path not in made and not (root / path).exists()]
+    for name, stage in lock.stages.items():
+        others = [path for path, md5 in stage.deps.items() if made.get(path, md5) != md5]
+        found[name] = [f"{path} is not what its stage made" for path in others]
+        found[name] += [f"{path} deleted" for path in stage.deps if path not in made and not (root / path).exists()]
     return found
 
 
@@ -89,7 +94,7 @@ def _remote(root: Path) -> Finding:
         return Finding("remote", "objects", "", "the workspace has another dvc.lock", SKIPPED)
     done = _dvc(root, "status", "--cloud", "--json")
     if done.returncode:
-        raise CouldNotRun(f"`dvc status --cloud` failed: {' '.join(done.stderr.split())}")
+        raise CouldNotRun(f"`dvc status --cloud` failed: {redact(done.stderr)}")
     lacking = [path for path, how in _json_of(done.stdout).items() if how in {"missing", "new"}]
     lacking += re.findall(r"md5: ([0-9a-f]{32}\.dir)", done.stderr)
     shown = ", ".join(lacking)
@@ -115,29 +120,26 @@ def check_steps(root: Path, say: Say) -> Report:
     with clean_clone(root, report.commit) as clone:
         goldens = load_goldens(clone.path / "golden")
         if not goldens:
-            raise CouldNotRun("golden/ holds no file; `make golden` writes that of this environment")
+            raise CouldNotRun("golden/ holds no golden file; `make golden` writes that of this environment")
         found = _first_steps(clone, say)
     report.environment = found["environment"]
     golden = nearest(goldens, report.environment)
     report.environment_differs = differences(golden["environment"], report.environment)
-    difference = first_difference(golden["steps"], found["steps"])
-    told, told_found = (f"{len(records)} steps" for records in (golden["steps"], found["steps"]))
-    if not _same_steps(golden["steps"], found["steps"]):
-        report.findings.append(Finding("train", "first steps", told, told_found, DIVERGED))
-        return report
-    if difference is None:
-        report.findings.append(Finding("train", "first steps", told, told_found, IDENTICAL))
-        return report
-    changed = [name for name, value in golden["made_of"].items() if found["made_of"].get(name) != value]
-    since = f"since the golden file was written, {', '.join(changed) or 'nothing else'} changed"
-    report.notes.append(divergence.first_step(golden["steps"], found["steps"]))
-    if report.environment_differs:
-        report.notes.append(f"no golden file is of this environment ({since}); `make golden` writes one")
-        verdict = TOLERATED if _are_close(golden["steps"], found["steps"], report) else ENVIRONMENT_CHANGED
-    else:
-        report.notes.append(f"{since}; if that is meant: `make golden`")
-        verdict = TOLERATED if _is_off(report) and _are_close(golden["steps"], found["steps"], report) else DIVERGED
-    report.findings.append(Finding("train", "first steps", told, f"differ at {difference[0]}", verdict))
+    expected, steps = golden["steps"], found["steps"]
+    difference, same = first_difference(expected, steps), _same_steps(expected, steps)
+    verdict, shown = IDENTICAL if same else DIVERGED, f"{len(steps)} steps"
+    if same and difference:
+        changed = [name for name, value in golden["made_of"].items() if found["made_of"].get(name) != value]
+        since = f"since the golden file was written, {', '.join(changed) or 'nothing else'} changed"
+        report.notes.append(divergence.first_step(expected, steps))
+        shown = f"differ at {difference[0]}"
+        if report.environment_differs:
+            report.notes.append(f"no golden file is of this environment ({since}); `make golden` writes one")
+            verdict = TOLERATED if _are_close(expected, steps, report) else ENVIRONMENT_CHANGED
+        else:
+            report.notes.append(f"{since}; if that is meant: `make golden`")
+            verdict = TOLERATED if _is_off(report) and _are_close(expected, steps, report) else DIVERGED
+    report.findings.append(Finding("train", "first steps", f"{len(expected)} steps", shown, verdict))
     return report
 
 
@@ -165,31 +167,32 @@ def check_base(root: Path, base: str, say: Say) -> Report:
     for commit in (git(root, "rev-parse", f"{base}^{{commit}}"), report.commit):
         with clean_clone(root, commit) as clone:
             say(f"commit {commit[:12]}")
-            models.append(locked_outs((clone.path / "dvc.lock").read_text()).get("train"))
+            models.append(DvcLock.parse((clone.path / "dvc.lock").read_text()).outs().get("train"))
             found = _first_steps(clone, say)
             results.append(found["steps"])
             report.environment = found["environment"]
-    difference = first_difference(*results)
-    expected, found_steps = (f"{len(steps)} steps" for steps in results)
-    if difference is None and _same_steps(*results):
-        report.findings.append(Finding("train", "first steps", expected, found_steps, IDENTICAL))
-        return report
-    report.notes.append(divergence.first_step(*results))
-    if models[0] != models[1]:
-        verdict = DECLARED
-    elif _is_off(report) and _same_steps(*results) and _are_close(results[0], results[1], report):
-        verdict = TOLERATED
-    else:
-        verdict = DIVERGED
-        report.notes.append("results change and dvc.lock does not: `dvc repro`, and commit dvc.lock with the reason")
-    report.findings.append(Finding("train", "first steps", expected, found_steps, verdict))
+    expected, steps = results
+    verdict, same = IDENTICAL, _same_steps(expected, steps)
+    if first_difference(expected, steps) or not same:
+        report.notes.append(divergence.first_step(expected, steps))
+        if models[0] != models[1]:
+            verdict = DECLARED
+        elif _is_off(report) and same and _are_close(expected, steps, report):
+            verdict = TOLERATED
+        else:
+            verdict = DIVERGED
+            because = "`dvc repro`, and commit dvc.lock with the reason"
+            report.notes.append(f"results change and dvc.lock does not: {because}")
+    report.findings.append(Finding("train", "first steps", f"{len(expected)} steps", f"{len(steps)} steps", verdict))
     return report
 
 
 def _first_steps(clone: CleanClone, say: Say) -> dict[str, Any]:
     for stage in TEXT_STAGES:
         say(f"{stage}: {clone.repro(stage):.0f} s")
-    clone.run("python", "-m", "tools.first_steps", "--out", "first-steps.json")
+    # A base commit may be older than the one command line, when each command was a module that ran by itself.
+    command = ("tools", "first-steps") if (clone.path / "tools/__main__.py").is_file() else ("tools.first_steps",)
+    clone.run("python", "-m", *command, "--out", "first-steps.json")
     found: dict[str, Any] = json.loads((clone.path / "first-steps.json").read_bytes())
     return found
 
@@ -198,16 +201,15 @@ def check_all(root: Path, varied: bool, say: Say) -> Report:
     """The whole check: every stage run anew in a clean clone, its outs against dvc.lock."""
     report = Report("full, in varied surroundings" if varied else "full", git(root, "rev-parse", "HEAD"))
     with clean_clone(root, report.commit, varied) as clone:
-        text = (clone.path / "dvc.lock").read_text() if (clone.path / "dvc.lock").exists() else ""
-        expected = locked_outs(text or git(root, "show", f"{report.commit}:dvc.lock"))
+        expected = DvcLock.parse(git(clone.path, "show", "HEAD:dvc.lock")).outs()
         determinism = read_yaml((clone.path / "params.yaml").read_text(), "params.yaml")["numerics"]["determinism"]
         model = expected.get("train", {}).get("model", "none")
         goldens = [golden for golden in load_goldens(clone.path / "golden") if golden["model"] == model]
         for stage in stage_names((clone.path / "dvc.yaml").read_text()):
             say(f"{stage}: {clone.repro(stage):.0f} s")
-        found = locked_outs((clone.path / "dvc.lock").read_text())
-        records = [record for record, _ in read_records(attempts(clone.path / ".runs")[-1] / "journal.jsonl")]
-        start = next(record for record in records if record["kind"] == "start")
+        found = DvcLock.parse((clone.path / "dvc.lock").read_text()).outs()
+        run = runs_in(clone.path)[-1]
+        start = next(run.records("start"))
         report.environment = bits_environment(start["environment"], start["numerics"])
         golden = nearest(goldens, report.environment) if goldens else None
         if golden:
@@ -219,7 +221,7 @@ def check_all(root: Path, varied: bool, say: Say) -> Report:
         report.findings += _compare(expected, found, close)
         if found.get("train", {}).get("model") != model:
             try:
-                report.notes += _where(root, clone, model, golden, [r for r in records if r["kind"] == "step"])
+                report.notes += _where(root, clone, model, golden, list(run.records("step")))
             except Exception as error:  # what is only told must not hide what was found
                 report.notes.append(f"where they part is not known ({type(error).__name__}: {error})")
     return report

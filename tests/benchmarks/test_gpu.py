@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 from benchmarks import gpu
-from benchmarks.gpu import OURS, SAMPLES, THEIRS, line, main, missing
+from benchmarks.gpu import OURS, THEIRS, line, main, missing
 from nanogpt import optimizer, timing
 from tests.conftest import GPT2
 
@@ -43,10 +44,6 @@ class GPT(nn.Module):
         self.calls.append(tuple(x.shape))
         assert torch.equal(x[:, 1:], y[:, :-1])
         return None, nn.functional.cross_entropy(self.table(x).flatten(0, 1), y.flatten())
-
-    def generate(self, idx, max_new_tokens, temperature, top_k):
-        self.calls.append((tuple(idx.shape), max_new_tokens))
-        return idx
 """
 
 
@@ -67,9 +64,13 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
 
 
-def works(who: str, task: str = "train") -> list[dict[str, Any]]:
-    params = gpu.preset_params("tiny")
-    return [w for w in gpu.plan("tiny", params, Path("nanogpt"), "cpu") if (w["who"], w["task"]) == (who, task)]
+def trained(who: str, **settings: Any) -> dict[str, Any]:
+    """What is measured of the eager candidate of that name, in this process."""
+    candidates = ((s, p) for s, p in gpu.plan("tiny", Path("nanogpt"), "cpu") if s["who"] == who and not s["compile"])
+    found, params = next(candidates)
+    numerics = {key: value for key, value in settings.items() if key in params["numerics"]}
+    params = {**params, "numerics": {**params["numerics"], **numerics}}
+    return gpu.trained(params=params, checkout="nanogpt", **{**found, **settings})
 
 
 # --- a machine without a GPU ------------------------------------------------------------------------------------------
@@ -99,21 +100,19 @@ def test_a_preset_that_does_not_exist_is_refused_in_one_line() -> None:
 
 
 def test_all_is_planned_once_and_nanogpt_s_comes_first() -> None:
-    params = gpu.preset_params("tiny")
-    planned = list(gpu.plan("tiny", params, Path("nanogpt"), "cuda"))
-    assert len({json.dumps(work) for work in planned}) == len(planned) == len(OURS) + len(THEIRS) + 2 * len(SAMPLES)
-    assert [work["who"] for work in planned if work["task"] == "train"] == ["nanogpt"] * 5 + ["ours"] * 7
-    alone = list(gpu.plan("tiny", params, None, "cuda"))
-    assert {work["who"] for work in alone} == {"ours"}
-    assert len(alone) == len(OURS) + len(SAMPLES)
+    planned = list(gpu.plan("tiny", Path("nanogpt"), "cuda"))
+    assert len({json.dumps(settings) for settings, _ in planned}) == len(planned) == len(OURS) + len(THEIRS)
+    assert [settings["who"] for settings, _ in planned] == ["nanogpt"] * 5 + ["ours"] * 7
+    assert all(p["numerics"][key] == s[key] for s, p in planned for key in ("dtype", "compile", "attention"))
+    alone = list(gpu.plan("tiny", None, "cuda"))
+    assert [settings["who"] for settings, _ in alone] == ["ours"] * len(OURS)
 
 
 def test_nanogpt_s_float32_is_tf32_whose_peak_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "their_seconds", lambda *_: [1.0] * gpu.TIMED)
+    monkeypatch.setattr(gpu, "their_reports", lambda *_: [float(number) for number in range(9)])
     monkeypatch.setattr("nanogpt.flops.peak_flops", lambda *_: 1e12)
-    work = {**works("ours")[0], "who": "nanogpt", "compile": False}
-    assert gpu.done({**work, "dtype": "float32"})["mfu"] is None
-    assert gpu.done({**work, "dtype": "bfloat16"})["mfu"] > 0
+    assert trained("nanogpt", dtype="float32")["mfu"] is None
+    assert trained("nanogpt", dtype="bfloat16")["mfu"] > 0
 
 
 def test_our_steps_are_timed_from_report_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,17 +124,17 @@ def test_our_steps_are_timed_from_report_to_report(monkeypatch: pytest.MonkeyPat
         train(*arguments)
 
     monkeypatch.setattr(timing, "train", spy)
-    figures = gpu.done({**works("ours")[0], "compile": False})
+    figures = trained("ours")
     assert figures["tokens_per_second"] == pytest.approx(3 * 8 / (figures["ms_per_step"] / 1e3))
     assert (figures["mfu"], figures["waits"]) == (None, None)  # a CPU's peak is in no table
-    params, intervals = seen[0][5], seen[0][11]
-    assert (params.batch_size, params.gradient_accumulation_steps, intervals.log) == (3, 1, gpu.EVERY)
-    assert seen[0][0].config.dropout == 0.2
+    state, _, params = seen[0][:3]
+    assert (params.train.batch_size, params.train.gradient_accumulation_steps) == (3, 1)
+    assert params.runtime.log_interval == gpu.EVERY
+    assert state.model.config.dropout == 0.2
 
 
 def test_an_optimizer_that_is_not_fused_is_one_of_ours() -> None:
     found: list[Any] = []
-    work = next(work for work in works("ours") if work["adamw"] == "foreach")
 
     class Spy(optimizer.AdamW):
         def step(self, closure: Any = None) -> None:
@@ -144,59 +143,49 @@ def test_an_optimizer_that_is_not_fused_is_one_of_ours() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer, "AdamW", Spy)
-        gpu.done({**work, "compile": False})
+        trained("ours", adamw="foreach")
     assert set(map(tuple, found)) == {((False, True),) * len(found[0])}
 
 
 def test_nanogpt_s_steps_are_as_many() -> None:
-    figures = gpu.done({**works("nanogpt")[0], "compile": False})
+    figures = trained("nanogpt")
     calls = sys.modules["model"].GPT.calls
     assert calls == [(3, 8)] * gpu.EVERY * (timing.WARM_UP + gpu.TIMED)
-    assert figures.keys() == gpu.done({**works("ours")[0], "compile": False}).keys()
+    assert figures.keys() == trained("ours").keys()
     assert figures["ms_per_step"] > 0
-
-
-def test_both_generate_as_much() -> None:
-    for samples, theirs, ours in zip(SAMPLES, works("nanogpt", "sample"), works("ours", "sample"), strict=True):
-        assert gpu.done(ours)["tokens_per_second"] > 0
-        assert gpu.done(theirs)["tokens_per_second"] > 0
-        assert sys.modules["model"].GPT.calls == [((samples, 1), 5)] + [((samples, 1), 7)] * 3
-        sys.modules["model"].GPT.calls.clear()
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
 def test_the_table_and_the_json_hold_all_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stand_in(work: dict[str, Any]) -> dict[str, Any]:
-        if work.get("dtype") == "float16":
-            return {"failed": "out of memory"}
-        speed = 100.0 if work["who"] == "nanogpt" else 150.0
+    def stand_in(function: Any, who: str, dtype: str, **settings: Any) -> tuple[dict[str, Any], int]:
+        if dtype == "float16":
+            raise click.ClickException("exited with 1:\nout of memory")
         rest = {"ms_per_step": 1.0, "mfu": 0.5, "peak_memory_mb": 7.0, "first_seconds": 30.0, "waits": 1}
-        return {"tokens_per_second": speed, **(rest if work["task"] == "train" else {})}
+        return {"tokens_per_second": 100.0 if who == "nanogpt" else 150.0, **rest}, 0
 
-    monkeypatch.setattr(gpu, "in_a_process", stand_in)
+    monkeypatch.setattr(gpu, "call", stand_in)
     result = run("--device", "cpu", "--preset", "tiny", "--nanogpt", "nanogpt", "--json", "out.json")
     assert result.exit_code == 0, result.output
     lines, content = result.output.splitlines(), json.loads(Path("out.json").read_text())
-    assert len(lines) - 1 == len(content["rows"]) == len(OURS) + len(THEIRS) + 2 * len(SAMPLES)
-    assert not [row for row in content["rows"] if {"nanogpt", "params"} & row.keys()]
+    assert len(lines) - 2 == len(content["rows"]) == len(OURS) + len(THEIRS)
+    assert not [row for row in content["rows"] if {"checkout", "params"} & row.keys()]
     ours = [text for text in lines if " ours " in text]
-    assert sum("1.50 of nanoGPT" in text for text in ours) == len(OURS) - 1 + len(SAMPLES)
+    assert sum(text.split()[-6:] == ["1.5", "1", "7", "0.5", "30", "1"] for text in ours) == len(OURS) - 1
     assert sum(text.endswith("failed: out of memory") for text in lines) == 2
-    assert "MFU 0.500, first 30 s, 1 waits in 10 steps" in ours[0]
 
 
 def test_no_ratio_is_told_of_what_was_not_measured() -> None:
-    row = {**works("ours")[1], "tokens_per_second": 1.0, "ms_per_step": 1.0, "mfu": None, "peak_memory_mb": 1.0}
+    alike = {"preset": "tiny", "dtype": "float32", "compile": False, "attention": "fused", "adamw": "fused"}
+    row = {**alike, "who": "ours", "tokens_per_second": 1.0, "ms_per_step": 1.0, "mfu": None, "peak_memory_mb": 1.0}
     row |= {"first_seconds": 1.0, "waits": None}
-    failed = {**works("nanogpt")[1], "failed": "out of memory"}
-    assert "nanoGPT" not in line(row, [failed, row])
-    assert line(row, [failed, row]).endswith("MFU not known")
+    found = line(row, [{**alike, "who": "nanogpt", "failed": "out of memory"}, row])
+    assert found.partition("AdamW")[2].split() == ["1", "1", "1", "not", "known", "1"]
 
 
 def test_a_candidate_s_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(gpu.__file__).parents[1]))
-    failed = gpu.in_a_process({"task": "train", "params": {}})
-    assert failed.keys() == {"failed"}
-    assert failed["failed"]
+    monkeypatch.setattr(gpu, "plan", lambda *_: [({"preset": "tiny", "who": "nobody"}, {})])
+    monkeypatch.setattr(gpu, "line", lambda found, rows: found["failed"])
+    assert run("--device", "cpu", "--preset", "tiny").output.splitlines()[-1]

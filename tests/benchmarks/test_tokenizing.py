@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -40,9 +41,7 @@ def test_every_way_has_its_form_of_the_same_text(tmp_path: Path):
 def test_ours_and_nanogpts_characters_are_the_same_bytes(tmp_path: Path):
     tokenizing.write_text_once(tmp_path, None, 20_000, {"raw-text"})
     for candidate in ("char", "nanogpt-char"):
-        seconds, cpu = tokenizing.CHILDREN[candidate](tmp_path)
-        assert seconds > 0
-        assert cpu > 0
+        assert min(tokenizing.measured(candidate, str(tmp_path)).values()) > 0
     for name in ("train.bin", "val.bin"):
         assert (tmp_path / "char" / name).read_bytes() == (tmp_path / "nanogpt-char" / name).read_bytes()
 
@@ -51,14 +50,30 @@ def test_ours_and_nanogpts_characters_are_the_same_bytes(tmp_path: Path):
 def test_the_table_tells_the_ratios(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, names: list[str]):
     """A way that takes four times as long has a quarter of the rate."""
 
-    def measure(candidate: str, folder: Path) -> tuple[float, float, int]:
-        (folder / candidate).mkdir()
-        return *((1.0, 1.5) if candidate == "char" else (4.0, 3.0)), 50_000_000
+    def stand_in(function: Any, candidate: str, folder: str) -> tuple[dict[str, float], int]:
+        for name in ("train.bin", "val.bin"):
+            (Path(folder) / candidate).mkdir(exist_ok=True)
+            (Path(folder) / candidate / name).write_bytes(b"the same")
+        seconds, cpu = (1.0, 1.5) if candidate == "char" else (4.0, 3.0)
+        return {"seconds": seconds, "cpu_seconds": cpu, "peak_megabytes": 50.0}, 0
 
-    monkeypatch.setattr(tokenizing, "measure", measure)
+    monkeypatch.setattr(tokenizing, "call", stand_in)
     monkeypatch.setattr(tokenizing, "make_text", lambda source, size: TEXT * 1000)
     result = CliRunner().invoke(tokenizing.main, ["--megabytes", "1", "--way", "char", flag])
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.output.splitlines()[1:]]
     assert [row[0] for row in rows] == names
-    assert [row[3:] for row in rows] == [["1.00", "1.5", "1.00", "50"], ["0.25", "3.0", "2.00", "50"]][: len(rows)]
+    assert [row[3:] for row in rows] == [["1", "1.5", "1", "50"], ["0.25", "3", "2", "50"]][: len(rows)]
+
+
+def test_other_tokens_than_nanogpts_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def stand_in(function: Any, candidate: str, folder: str) -> tuple[dict[str, float], int]:
+        (Path(folder) / candidate).mkdir()
+        for name in ("train.bin", "val.bin"):
+            (Path(folder) / candidate / name).write_text(f"{name} of {candidate}")
+        return {"seconds": 1.0, "cpu_seconds": 1.0, "peak_megabytes": 1.0}, 0
+
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(tokenizing, "call", stand_in)
+    with pytest.raises(ValueError, match=r"char: our train.bin is not nanoGPT's"):
+        list(tokenizing.compared("char", ["nanogpt-char"], 1, tmp_path))

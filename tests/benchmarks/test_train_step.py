@@ -1,6 +1,7 @@
 import json
+import time
 from collections.abc import Callable
-from itertools import pairwise
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from benchmarks import gpu, train_step
+from benchmarks import steps, train_step
 from benchmarks.train_step import main
-from nanogpt import timing
+from nanogpt import flops, timing
+from nanogpt.timing import WARM_UP, Stopwatch
+from nanogpt.train import Stopped
 from tests.conftest import GPT2
 
 TINY = GPT2 | {
@@ -34,7 +37,7 @@ FIGURES = {
 
 @pytest.fixture(autouse=True)
 def repository(project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(train_step, "measured_peak", lambda resolved: 1e12)
+    monkeypatch.setattr(flops, "device_peak", lambda numerics: 1e12)
     return project(**TINY)
 
 
@@ -68,7 +71,7 @@ def test_the_lines_say_what_the_json_says() -> None:
 
 
 def test_a_peak_that_is_not_known_makes_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step, "measured_peak", lambda resolved: None)
+    monkeypatch.setattr(flops, "device_peak", lambda numerics: None)
     found = figures("--vocab-size", "65")
     assert (found["mfu"], found["peak_tflops"]) == (None, None)
 
@@ -80,36 +83,9 @@ def test_a_text_brings_its_vocabulary() -> None:
     assert run("--text", "text.txt", "--vocab-size", "4").exit_code == 2
 
 
-def test_a_preset_is_laid_over_the_params() -> None:
-    Path("presets").mkdir()
-    Path("presets/deep.yaml").write_text("model: {n_layer: 2}\ntrain: {learning_rate: 3e-5, min_lr: 3e-6}\n")
-    params = train_step.settings("deep")
-    assert (params.model.n_layer, params.model.n_embd, params.train.learning_rate) == (2, 8, 3e-5)
-    assert (
-        figures("--preset", "deep", "--vocab-size", "65")["parameters"] - 12 * 64 - 2 * 8
-        == figures("--vocab-size", "65")["parameters"]
-    )
-
-
 def test_values_are_set_on_top() -> None:
     found = figures("--vocab-size", "65", "-S", "train.batch_size=5", "--set", "numerics.attention=plain")
     assert (found["tokens_per_step"], found["attention"]) == (5 * 2 * 8, "plain")
-
-
-@pytest.mark.parametrize(
-    ("value", "told"),
-    [
-        ("numerics.dtpye=float32", "--set numerics.dtpye=float32: params.yaml has no numerics.dtpye"),
-        ("batch_size", "--set batch_size: params.yaml has no batch_size"),
-        ("train.batch_size=many", "train.batch_size"),
-        ("model.n_head=3", "model.n_embd = 8 is not divisible by model.n_head = 3"),
-    ],
-)
-def test_a_value_that_cannot_be_set_is_refused_in_one_line(value: str, told: str) -> None:
-    result = run("-S", value)
-    assert result.exit_code == 1
-    assert told in result.output
-    assert len(result.output.splitlines()) == 1
 
 
 def test_nanogpt_s_steps_come_between_ours_and_are_not_counted_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,23 +99,23 @@ def test_nanogpt_s_steps_come_between_ours_and_are_not_counted_as_ours(monkeypat
 
         return step
 
-    def steps(*arguments: Any, on_step: Callable[[int], None]) -> list[float]:
-        stamps = [0.0]
-        for done in range(1, timing.WARM_UP + arguments[3] + 1):
-            clock[0] += 10.0
-            stamps.append(clock[0])
-            on_step(done)
-        return [after - before for before, after in pairwise(stamps[timing.WARM_UP :])]
+    def step_seconds(state: Any, params: Any, stopwatch: Stopwatch, tokens: Any) -> list[float]:
+        stopwatch.should_stop()
+        with suppress(Stopped):
+            while True:
+                clock[0] += 10.0
+                stopwatch.on_steps(state, [])
+        return stopwatch.seconds()
 
-    monkeypatch.setattr(gpu, "their_step", their_step)
-    monkeypatch.setattr(timing, "step_seconds", steps)
-    monkeypatch.setattr(train_step.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(steps, "their_step", their_step)
+    monkeypatch.setattr(timing, "step_seconds", step_seconds)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     one = ("--vocab-size", "65", "-S", "train.gradient_accumulation_steps=1", "--nanogpt", ".")
     found = figures("--steps", "3", *one)
     assert found["ms_per_step"] == 10_000
-    assert found["nanogpt_ms_per_step"] == 1000 * (100 + timing.WARM_UP + 1)  # the middle one of three
-    assert found["times_as_fast"] == (100 + timing.WARM_UP + 1) / 10
-    assert taken == [3] * (timing.WARM_UP + 3)
+    assert found["nanogpt_ms_per_step"] == 1000 * (100 + WARM_UP + 1)  # the middle one of three
+    assert found["times_as_fast"] == (100 + WARM_UP + 1) / 10
+    assert taken == [3] * (WARM_UP + 2)  # between two of ours
     assert found["peak_memory_mb"] is None  # nanoGPT's model is in the same process
 
 
@@ -158,16 +134,6 @@ def test_what_nanogpt_does_not_do_is_not_compared_with_it(value: str | None, tol
     result = run("--vocab-size", "65", "--nanogpt", ".", *changes)
     assert result.exit_code == 1
     assert told in result.output
-
-
-def test_a_wrong_preset_is_refused_in_one_line() -> None:
-    Path("presets").mkdir()
-    Path("presets/wrong.yaml").write_text("model: {layers: 2}\n")
-    with pytest.raises(ValueError, match=r"presets/wrong.yaml sets model\.layers, which"):
-        train_step.settings("wrong")
-    result = run("--preset", "missing")
-    assert result.exit_code == 1
-    assert result.output == "Error: there is no preset missing; known: wrong\n"
 
 
 def test_a_shape_that_the_source_has_not_is_refused(project: Callable[..., Path]) -> None:

@@ -67,9 +67,9 @@ def test_a_server_that_is_killed_and_comes_back_during_the_training(server, clon
     training.let_go()
     output, _ = training.process.communicate(timeout=300)
     assert training.process.returncode == 0, output
-    assert output.count("`python -m tools.sync` sends it later") == 3, output
+    assert output.count("`python -m tools sync` sends it later") == 3, output
     server.start()
-    output = clone.run("python -m tools.sync", MLFLOW_TRACKING_URI=server.uri)
+    output = clone.run("python -m tools sync", MLFLOW_TRACKING_URI=server.uri)
     assert "is complete in MLflow" in output
     assert_all_is_there_once(server, clone, seed)
     assert clone.outs() == seed.outs()
@@ -85,7 +85,7 @@ def test_a_server_that_comes_back_before_the_end_gets_all_from_the_training_itse
     output, _ = training.process.communicate(timeout=300)
     assert training.process.returncode == 0, output
     assert "is complete in MLflow" in output
-    assert "tools.sync" not in output
+    assert "tools sync" not in output
     assert_all_is_there_once(server, clone, seed)
 
 
@@ -98,15 +98,15 @@ def test_a_server_that_is_slow_or_broken_costs_the_stages_a_bounded_wait(server,
     # A hang would take minutes; the wait is bounded by wait_seconds and two graces of 5 s.
     assert time.monotonic() - begin < 120
     assert proxy.requests > 0
-    told = r"`python -m tools.sync` sends (the rest|it later)"
+    told = r"`python -m tools sync` sends (the rest|it later)"
     assert re.search(told, output), output
     assert clone.lock()["train"] == seed.lock()["train"]
     clone.set_params(**{"tracking.wait_seconds": 60})
     if mode == "500":
         output = clone.repro(MLFLOW_TRACKING_URI=proxy.uri)
-        assert output.count("`python -m tools.sync` sends it later") == 2, output
+        assert output.count("`python -m tools sync` sends it later") == 2, output
     proxy.mode = "pass"
-    output = clone.run("python -m tools.sync && dvc repro", MLFLOW_TRACKING_URI=proxy.uri)
+    output = clone.run("python -m tools sync && dvc repro", MLFLOW_TRACKING_URI=proxy.uri)
     assert "is complete in MLflow" in output
     assert clone.lock() == seed.lock()
     assert_all_is_there_once(server, clone, seed)

@@ -5,12 +5,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from nanogpt.checkpoint import Checkpoints, load_weights, restore
+from nanogpt.checkpoint import Checkpoints
 from nanogpt.optimizer import make_optimizer
-from nanogpt.train_state import Progress
+from nanogpt.train_state import Progress, TrainState
 from tests.nanogpt import tiny
 
-JOURNAL = {"bytes": 123, "crc": "0a1b2c3d"}
+EXTRA = {"journal": {"bytes": 123, "crc": "0a1b2c3d"}}
 
 
 class Trained:
@@ -32,7 +32,10 @@ class Trained:
 
     def save(self, checkpoints, step, best_step=-1):
         progress = Progress(step=step, evaluated=step, val_loss=0.1, best_step=best_step, best_val_loss=1 / 3)
-        return checkpoints.save(self.model, self.optimizer, self.scaler, progress, JOURNAL)
+        return checkpoints.save(self.train_state(progress), EXTRA)
+
+    def train_state(self, progress):
+        return TrainState(self.model, self.optimizer, self.scaler, progress)
 
     def state(self):
         entries = {
@@ -74,7 +77,9 @@ def test_what_is_restored_is_what_was_saved_and_goes_on_the_same_way(checkpoints
     second.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     first.save(checkpoints, 5)
     checkpoint = checkpoints.newest(must_be_whole)
-    restore(checkpoint, second.model, second.optimizer, second.scaler)
+    restored = second.train_state(Progress())
+    checkpoint.restore(restored)
+    assert restored.progress == checkpoint.progress
     assert second.scaler.state_dict() == first.scaler.state_dict()
     for _ in range(3):
         assert tiny.same(second.state(), first.state())
@@ -82,23 +87,23 @@ def test_what_is_restored_is_what_was_saved_and_goes_on_the_same_way(checkpoints
         second.step()
 
 
-def test_progress_and_journal_position_come_back_exactly(checkpoints):
+def test_progress_and_what_observers_keep_come_back_exactly(checkpoints):
     Trained().save(checkpoints, 5, best_step=2)
     checkpoint = checkpoints.newest(must_be_whole)
     assert checkpoint.progress == Progress(step=5, evaluated=5, val_loss=0.1, best_step=2, best_val_loss=1 / 3)
-    assert checkpoint.journal == JOURNAL
+    assert checkpoint.extra == EXTRA
 
 
 def test_before_the_first_evaluation_the_best_loss_is_infinite_and_survives(checkpoints):
     trained = Trained()
-    checkpoints.save(trained.model, trained.optimizer, trained.scaler, Progress(step=1), JOURNAL)
+    checkpoints.save(trained.train_state(Progress(step=1)), EXTRA)
     assert checkpoints.newest(must_be_whole).progress == Progress(step=1)
 
 
 def test_weights_alone_can_be_loaded(checkpoints):
     first, other = Trained(), tiny.gpt(seed=9)
     first.save(checkpoints, 5)
-    load_weights(checkpoints.read(5), other)
+    checkpoints.read(5).load_weights(other)
     assert tiny.same(tiny.weights(other), tiny.weights(first.model))
 
 
@@ -124,7 +129,7 @@ def test_a_step_saved_again_replaces_itself(saved):
     other.save(saved, 30, best_step=10)
     assert len(steps(saved)) == 3
     again = tiny.gpt()
-    load_weights(saved.read(30), again)
+    saved.read(30).load_weights(again)
     assert tiny.same(tiny.weights(again), tiny.weights(other.model))
 
 
@@ -206,9 +211,9 @@ def test_no_flipped_bit_of_the_json_goes_unnoticed(saved):
             except ValueError:
                 pass
             else:
-                if (asdict(found.progress), found.journal, found.scaler) != (
+                if (asdict(found.progress), found.extra, found.scaler) != (
                     asdict(expected.progress),
-                    expected.journal,
+                    expected.extra,
                     expected.scaler,
                 ):
                     unnoticed.append(path.read_bytes()[position - 15 : position + 5])
@@ -238,7 +243,7 @@ def test_what_a_kill_in_the_middle_of_saving_left_is_no_checkpoint_and_is_cleane
 
 def test_the_files_hold_no_times_and_no_paths(saved):
     meta = json.loads((saved.directory / "step-00000030" / "checkpoint.json").read_text())
-    assert set(meta) <= {"run", "progress", "journal", "scaler", "sha256", "meta_sha256"}
+    assert set(meta) <= {"run", "progress", "extra", "scaler", "sha256", "meta_sha256"}
     assert str(saved.directory).encode() not in (saved.directory / "step-00000030" / "state.safetensors").read_bytes()
 
 

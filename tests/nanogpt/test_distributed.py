@@ -2,12 +2,13 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from nanogpt import distributed
-from nanogpt.distributed import Ranks, join
+from nanogpt.distributed import PeerFailed, Ranks, join
 from tests.nanogpt import tiny
 from tracking.launch import launch
 
@@ -15,12 +16,8 @@ HEAD = """
 import json, os, signal, sys, time, torch
 torch.set_num_threads(1)
 from nanogpt.distributed import PeerFailed, join, synchronizing
-from stages.launch import run_to_exit
+from tracking.launch import run_to_exit
 """
-
-
-def two(program: str, expected: int = 0) -> None:
-    assert launch(2, 0.0, "-c", HEAD + program) == expected
 
 
 def test_alone_everything_is_given_back_as_it_is():
@@ -38,29 +35,27 @@ def test_each_micro_batch_is_one_process_s():
     assert [list(Ranks(rank, 3).share(6)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_what_two_processes_tell_one_another(tmp_path):
-    two(f"""
-with join("cpu") as ranks:
-    alone = {{"inf": float("inf"), "third": 1 / 3, "list": [None, True]}} if ranks.first else None
-    tensors = {{
+# What two processes do together; a process takes three seconds to import torch and DDP. Results are JSON.
+TOGETHER = """
+import psutil
+from nanogpt import model
+from tests.nanogpt import tiny
+
+def told(ranks):
+    alone = {"inf": float("inf"), "third": 1 / 3, "list": [None, True]} if ranks.first else None
+    tensors = {
         "weights": torch.arange(6.0).reshape(2, 3).T, "step": torch.tensor(3.5), "none": torch.empty(0, 2),
         "half": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16), "long": torch.tensor([2**62]),
-    }}
-    got = ranks.tell_tensors(tensors if ranks.first else {{}})
+    }
+    got = ranks.tell_tensors(tensors if ranks.first else {})
     assert got.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape
         assert torch.equal(got[name].nan_to_num(9.0), tensor.nan_to_num(9.0)), name
     said = [ranks.tell(alone), ranks.mean([0.1 + ranks.rank, -0.0]), ranks.highest(5 * ranks.rank)]
-    json.dump([*said, ranks.tell(ranks.rank)], open(f"{tmp_path}/{{ranks.rank}}", "w"))
-""")
-    expected = [{"inf": float("inf"), "third": 1 / 3, "list": [None, True]}, [(0.1 + 1.1) / 2, 0.0], 5, 0]
-    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)] == [expected] * 2
+    return [*said, ranks.tell(ranks.rank)]
 
-
-def test_gradients_are_the_mean_of_all_micro_batches_and_travel_with_the_last_one(tmp_path):
-    two(f"""
-with join("cpu") as ranks:
+def gradients(ranks):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
     forward, seen = ranks.parallel(model, fixed_order=True), []
@@ -68,34 +63,80 @@ with join("cpu") as ranks:
         with synchronizing(forward, micro == micros[-1]):
             (forward(torch.tensor([[10.0**micro]])).sum() / len(micros)).backward()
         seen.append(model.weight.grad.item())
-    json.dump(seen, open(f"{tmp_path}/{{ranks.rank}}", "w"))
-""")
-    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1))
-    assert (first[0], second[0]) == (0.5, 50.0)  # each its own
-    assert first[1] == second[1] == pytest.approx(1111 / 4)
+    return seen
 
-
-def test_parallel_a_model_may_compute_activations_again(tmp_path):
-    two(f"""
-from nanogpt import model
-from tests.nanogpt import tiny
-
-tokens = torch.arange(8)[None]
-with join("cpu") as ranks:
-    found = []
+def recomputed(ranks):
+    tokens, found = torch.arange(8)[None], []
     for model.RECOMPUTED in (2**40, 0):
         gpt = tiny.gpt(std=0.2)
         forward = ranks.parallel(gpt, fixed_order=True)
         forward(tokens + ranks.rank, tokens).backward()
-        found.append({{name: parameter.grad for name, parameter in gpt.named_parameters()}})
-    json.dump(tiny.same(*found), open(f"{tmp_path}/{{ranks.rank}}", "w"))
-""")
-    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)] == [True, True]
+        found.append({name: parameter.grad for name, parameter in gpt.named_parameters()})
+    return tiny.same(*found)
+
+def listening(ranks):
+    both = (psutil.Process(), psutil.Process().parent())
+    return sorted({c.laddr.ip for p in both for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN})
+
+with join("cpu") as ranks:
+    found = {each.__name__: each(ranks) for each in (told, gradients, recomputed, listening)}
+    json.dump(found, open(f"{sys.argv[1]}/{ranks.rank}", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What each of two processes that did all of TOGETHER found."""
+    folder = tmp_path_factory.mktemp("together")
+    assert launch(2, 0.0, "-c", HEAD + TOGETHER, str(folder)) == 0
+    return [json.loads((folder / str(rank)).read_text()) for rank in (0, 1)]
+
+
+def test_what_two_processes_tell_one_another(together):
+    expected = [{"inf": float("inf"), "third": 1 / 3, "list": [None, True]}, [(0.1 + 1.1) / 2, 0.0], 5, 0]
+    assert [found["told"] for found in together] == [expected] * 2
+
+
+def test_gradients_are_the_mean_of_all_micro_batches_and_travel_with_the_last_one(together):
+    first, second = (found["gradients"] for found in together)
+    assert (first[0], second[0]) == (0.5, 50.0)  # each its own
+    assert first[1] == second[1] == pytest.approx(1111 / 4)
+
+
+def test_parallel_a_model_may_compute_activations_again(together):
+    assert [found["recomputed"] for found in together] == [True, True]
+
+
+def test_they_listen_to_this_machine_alone(together):
+    assert [found["listening"] for found in together] == [["127.0.0.1"]] * 2
+
+
+def two_in_one_process() -> list[Ranks]:
+    store = torch.distributed.HashStore()
+    return [Ranks(rank, 2, store) for rank in (0, 1)]
+
+
+def test_of_an_error_that_tears_the_others_connection_only_the_first_is_told():
+    first, second = two_in_one_process()
+    own, torn = AssertionError("only 0"), RuntimeError("Connection closed by peer [127.0.0.1]:1")
+    assert first.cause(own) is own
+    found = second.cause(torn)
+    assert (type(found), str(found)) == (PeerFailed, "process 0 of this training failed: AssertionError: only 0")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_the_same_error_in_all_rank_0_tells(order):
+    both, errors = two_in_one_process(), [ValueError("the same"), ValueError("the same")]
+    with ThreadPoolExecutor() as threads:
+        waiting = {}
+        for rank in order:
+            waiting[rank] = threads.submit(both[rank].cause, errors[rank])
+            time.sleep(0.1)
+    assert waiting[0].result() is errors[0]
+    assert type(waiting[1].result()) is PeerFailed
 
 
 FAILURES = {  # what a process does, the exit code, and which processes tell the user
-    "all have the same error": ('raise ValueError("the same")', 1, {0: "ValueError: the same"}),
-    "rank 0 has one": ('assert ranks.rank, "only 0"', 1, {0: "AssertionError: only 0"}),
     "rank 1 has one": ('assert ranks.first, "only 1"', 1, {1: "AssertionError: only 1"}),
     "rank 0 has one while rank 1 waits for what it tells": (
         'assert ranks.rank, "only 0"; ranks.tell(0)',
@@ -114,8 +155,7 @@ FAILURES = {  # what a process does, the exit code, and which processes tell the
 @pytest.mark.parametrize("what", FAILURES)
 def test_a_failure_ends_all_and_one_process_tells_it(what, tmp_path):
     does, code, told = FAILURES[what]
-    two(
-        f"""
+    program = f"""
 def main():
     try:
         with join("cpu") as ranks:
@@ -130,9 +170,8 @@ def main():
         sys.exit(1)
 
 run_to_exit(main)
-""",
-        code,
-    )
+"""
+    assert launch(2, 0.0, "-c", HEAD + program) == code
     found = {int(path.name): path.read_text() for path in tmp_path.iterdir()}
     assert found.keys() == told.keys()
     assert all(found[rank].startswith(text) for rank, text in told.items())

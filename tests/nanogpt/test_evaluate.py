@@ -106,27 +106,28 @@ def test_it_draws_nothing_drops_nothing_and_leaves_the_model_as_it_was(training)
     assert found == score(tiny.gpt(std=0.2, dropout=0.0), tokens, chosen, 2)
 
 
-def test_each_batch_runs_in_the_given_context_and_is_reported():
-    entered, done = [], []
+def test_each_batch_runs_in_the_given_context_and_windows_are_taken_as_they_are_scored():
+    entered, taken = [], []
 
     class Autocast:
         def __enter__(self):
-            entered.append(len(done))
+            entered.append(len(taken))
 
         def __exit__(self, *error):
             pass
 
     model, tokens = tiny.gpt(), tiny.tokens(40)
-    score(model, tokens, windows(39, BLOCK, BLOCK), 2, forward=Autocast(), on_batch=done.append)
-    assert done == [2, 4, 5]  # five windows, the last one shorter
-    assert entered == [0, 1, 2]
+    chosen = (taken.append(window) or window for window in windows(39, BLOCK, BLOCK))
+    score(model, tokens, chosen, 2, precision=Autocast())
+    assert len(taken) == 5
+    assert entered == [3, 5, 5]  # five windows, the last one shorter; a batch ends when the next window is seen
 
 
 def test_mixed_precision_changes_the_score_a_little():
     model, tokens = tiny.gpt(std=0.2), tiny.tokens(65)
     chosen = windows(64, BLOCK, BLOCK)
     exact = score(model, tokens, chosen, 4)
-    half = score(model, tokens, chosen, 4, forward=torch.autocast("cpu", dtype=torch.bfloat16))
+    half = score(model, tokens, chosen, 4, precision=torch.autocast("cpu", dtype=torch.bfloat16))
     assert half.nats != exact.nats
     assert half.nats == pytest.approx(exact.nats, rel=0.01)
 

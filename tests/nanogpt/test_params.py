@@ -266,13 +266,20 @@ PORTABLE = {"numerics__determinism": "portable"}
             "runtime.device = cuda:1 with train.processes = 2, .*set it to cuda",
         ),
         (SHAPE | {"evaluate__stride": 65}, "evaluate.stride = 65 is above model.block_size = 64, .*lower it or .*null"),
-        ({"download__source": "file:/etc/*.txt"}, "download.source = .* does not lie in download.texts = texts, .*set"),
+        (
+            {"download__source": "file:/etc/*.txt"},
+            "download.source = .* does not lie in download.texts = inputs/texts, .*set",
+        ),
         ({"download__source": "file:inputs/texts/../x"}, "download.source = .* does not lie in download.texts"),
         ({"download__source": "file:texts2/x"}, "download.source = .* does not lie in download.texts"),
-        ({"download__source": "bin:/etc"}, "download.source = bin:/etc does not lie in download.texts = texts, .*set"),
+        (
+            {"download__source": "bin:/etc"},
+            "download.source = bin:/etc does not lie in download.texts = inputs/texts, .*set",
+        ),
         (
             {"tokenize__tokenizer": "file:model/tokenizer.json"},
-            "tokenize.tokenizer = file:model/tokenizer.json does not lie in train.pretrained = pretrained, .*set train",
+            "tokenize.tokenizer = file:model/tokenizer.json does not lie in train.pretrained = inputs/pretrained, "
+            ".*set train",
         ),
         (
             PORTABLE | {"numerics__dtype": "bfloat16"},

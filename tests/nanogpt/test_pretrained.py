@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt import sizing
+from nanogpt import seeds, sizing
 from nanogpt.corpus.tokenizer import CharTokenizer
 from nanogpt.model import GPT
 from nanogpt.nanogpt_checkpoint import save_nanogpt, to_nanogpt
@@ -55,16 +55,15 @@ def test_from_scratch_the_model_is_that_of_params(tokenizer):
     fields = {name: value for name, value in vars(given).items() if name != "vocab_size"}
     initial = load_initial("scratch", ModelParams(**fields), tokenizer)
     assert (initial.config, initial.weights, initial.sha256) == (given, None, "none")
-    torch.manual_seed(3)
-    built = initial.build("fused", CPU)
-    torch.manual_seed(3)
+    built = initial.build(3, "fused", CPU)
+    torch.manual_seed(seeds.derived_seed(3, seeds.WEIGHTS))
     assert tiny.same(tiny.weights(built), tiny.weights(GPT(given)))
 
 
 def test_a_directory_of_hugging_faces(tmp_path, tokenizer):
     theirs = hugging_face(tmp_path / "gpt2")
     initial = load_initial(f"hf:{tmp_path / 'gpt2'}", params(n_layer=2, bias=True), tokenizer)
-    ours = initial.build("fused", CPU)
+    ours = initial.build(0, "fused", CPU)
     assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
     assert all(parameter.requires_grad for parameter in ours.parameters())
     assert initial.sha256 == sha256_of(ours.config, tiny.weights(ours))
@@ -87,21 +86,21 @@ def test_gpt2_of_the_hub_is_taken_at_its_pinned_commit(hub, tokenizer, name):
     theirs = hub(f"openai-community/{name}", GPT2_REVISIONS[name])
     initial = load_initial(name, NOTHING, tokenizer)
     assert initial.config.activation == "gelu_tanh"
-    assert (logits(initial.build("fused", CPU)) - logits(theirs)).abs().max() < 1e-5
+    assert (logits(initial.build(0, "fused", CPU)) - logits(theirs)).abs().max() < 1e-5
 
 
 def test_a_directory_of_the_same_name_is_not_taken_for_gpt2(hub, tokenizer, tmp_path, monkeypatch):
     theirs = hub("openai-community/gpt2", GPT2_REVISIONS["gpt2"])
     hugging_face(tmp_path / "gpt2", seed=1)
     monkeypatch.chdir(tmp_path)
-    found = load_initial("gpt2", NOTHING, tokenizer).build("fused", CPU)
+    found = load_initial("gpt2", NOTHING, tokenizer).build(0, "fused", CPU)
     assert (logits(found) - logits(theirs)).abs().max() < 1e-5
 
 
 def test_a_model_of_the_hub_at_a_commit(hub, tokenizer):
     revision = "0123456789abcdef0123456789abcdef01234567"
     theirs = hub("someone/small", revision)
-    found = load_initial(f"hf:someone/small@{revision}", NOTHING, tokenizer).build("fused", CPU)
+    found = load_initial(f"hf:someone/small@{revision}", NOTHING, tokenizer).build(0, "fused", CPU)
     assert (logits(found) - logits(theirs)).abs().max() < 1e-5
 
 
@@ -117,7 +116,7 @@ def test_a_checkpoint_of_nanogpt_with_its_padded_vocabulary(tmp_path, tokenizer)
     save_nanogpt(checkpoint, tmp_path / "ckpt.pt")
     initial = load_initial(f"nanogpt:{tmp_path / 'ckpt.pt'}", NOTHING, tokenizer)
     assert (initial.config.vocab_size, initial.config.padded_vocab_size) == (13, 64)
-    assert torch.equal(logits(initial.build("fused", CPU)), logits(model))
+    assert torch.equal(logits(initial.build(0, "fused", CPU)), logits(model))
 
 
 @pytest.fixture
@@ -131,7 +130,7 @@ def published(tmp_path, tokenizer):
 def test_one_of_ours(tmp_path, tokenizer, published):
     initial = load_initial(f"model:{tmp_path / 'ours'}", NOTHING, tokenizer)
     assert initial.config == published.config
-    assert torch.equal(logits(initial.build("fused", CPU)), logits(published))
+    assert torch.equal(logits(initial.build(0, "fused", CPU)), logits(published))
     assert initial.sha256 == sha256_of(published.config, tiny.weights(published))
 
 
@@ -163,7 +162,7 @@ def test_dropout_may_be_another_and_the_context_shorter(tmp_path, tokenizer):
     theirs = hugging_face(tmp_path / "gpt2")
     initial = load_initial(f"hf:{tmp_path / 'gpt2'}", params(dropout=0.25, block_size=5), tokenizer)
     assert (initial.config.dropout, initial.config.block_size) == (0.25, 5)
-    model = initial.build("fused", CPU).eval()
+    model = initial.build(0, "fused", CPU).eval()
     assert model.wpe.weight.shape == (5, 16)
     tokens = torch.from_numpy(tiny.tokens(10).reshape(2, 5).astype("int64"))
     with torch.no_grad():

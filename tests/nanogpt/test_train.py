@@ -11,19 +11,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import seeds
-from nanogpt.batches import batch
-from nanogpt.checkpoint import Checkpoints, load_weights, restore
-from nanogpt.determinism import autocast
-from nanogpt.distributed import Ranks
+from nanogpt.batches import batch, micro_batches
+from nanogpt.checkpoint import Checkpoints
 from nanogpt.evaluate import Score, score, spread, windows
 from nanogpt.generate import Sampling, generate
 from nanogpt.optimizer import make_optimizer
 from nanogpt.params import TrainParams
 from nanogpt.schedule import lr_at
-from nanogpt.train import DATA, WEIGHTS, Diverged, Intervals, Report, Stopped, micro_batches, train
-from nanogpt.train_state import Progress
+from nanogpt.seeds import WEIGHTS
+from nanogpt.train import Diverged, Observer, Step, Stopped, train
+from nanogpt.train_state import TrainState, new_state
 from tests.nanogpt import tiny
 from tracking.journal import Journal
+from tracking.observers import JournalWriter, SpeedRecorder
 
 TOKENS = tiny.tokens(200)
 ITERS = 7
@@ -32,6 +32,32 @@ CPU = torch.device("cpu")
 
 class Killed(BaseException):
     """SIGKILL, as far as the loop can see: nothing more is saved or written."""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    log: int
+    checkpoint: int
+
+
+@dataclass
+class Watcher(Observer):
+    """What a test wants to see, and when the training is to be stopped or killed."""
+
+    run: "Run"
+    stop_at: int | None = None
+    kill_at: int | None = None
+
+    def on_steps(self, state, steps):
+        self.run.reports.append(steps)
+
+    def on_evaluation(self, state, train, val):
+        self.run.on_evaluation(state.model, state.progress)
+
+    def should_stop(self):
+        if self.run.progress.step == self.kill_at:
+            raise Killed
+        return "Ctrl-C" if self.run.progress.step == self.stop_at else None
 
 
 @dataclass
@@ -47,7 +73,7 @@ class Run:
     val_losses: dict[int, float] | None = None  # instead of evaluations
     on_evaluation: Any = lambda model, progress: None
     poison: Any = lambda model, loss, step: loss
-    reports: list[Report] = field(default_factory=list)
+    reports: list[list[Step]] = field(default_factory=list)
 
     def __post_init__(self):
         self.checkpoints = Checkpoints(self.directory / "checkpoints", "run")
@@ -56,45 +82,31 @@ class Run:
         """Trains from the newest checkpoint on, until the end, a wish to stop, or a kill at a step."""
         torch.manual_seed(seeds.derived_seed(self.params.seed, WEIGHTS))
         model = self.model = tiny.gpt(**self.config)
-        params, scaler = self.params, torch.amp.GradScaler("cpu", enabled=self.dtype == "float16")
-        optimizer = make_optimizer(model, params, "cpu", self.dtype)
+        state = new_state(model, self.params, tiny.numerics(dtype=self.dtype))
         checkpoint = self.checkpoints.newest(lambda message: None)
-        progress = self.progress = checkpoint.progress if checkpoint else Progress()
         if checkpoint:
-            restore(checkpoint, model, optimizer, scaler)
-        precision = autocast(CPU, self.dtype)
+            checkpoint.restore(state)
+        progress = self.progress = state.progress
+        state.forward = lambda x, y: self.poison(model, model(x, y), progress.step)
+        intervals = {"log_interval": self.intervals.log, "checkpoint_interval": self.intervals.checkpoint}
+        params = tiny.params(self.params, **intervals)
+        micros = range(self.params.gradient_accumulation_steps)
+        batches = micro_batches(self.tokens, self.params, model.config.block_size, progress.step, micros, CPU)
 
-        def evaluate():
+        def evaluate(state):
             if self.val_losses is not None:
                 return Score(1.0, 1), Score(self.val_losses[progress.step], 1)
             chosen = spread(windows(len(TOKENS) - 1, model.config.block_size, model.config.block_size), 4)
-            return (score(model, TOKENS, chosen, 3, None, precision),) * 2
-
-        def stop():
-            if progress.step == kill_at:
-                raise Killed
-            return "Ctrl-C" if progress.step == stop_at else None
+            return (score(model, TOKENS, chosen, 3, None, state.precision),) * 2
 
         with closing(Journal(self.directory / "journal.jsonl")) as journal:
-            assert checkpoint is None or journal.has_position(checkpoint.journal)
-            train(
-                model,
-                lambda x, y: self.poison(model, model(x, y), progress.step),
-                optimizer,
-                scaler,
-                precision,
-                params,
-                self.tokens,
-                evaluate,
-                progress,
-                self.checkpoints,
-                journal,
-                self.intervals,
-                Ranks(),
-                lambda progress, report: self.reports.append(report),
-                lambda progress: self.on_evaluation(model, progress),
-                stop,
-            )
+            assert checkpoint is None or journal.has_position(checkpoint.extra["journal"])
+            observers = [
+                JournalWriter(journal, self.params),
+                SpeedRecorder(journal, self.params, None),
+                Watcher(self, stop_at, kill_at),
+            ]
+            train(state, batches, params, evaluate, observers, self.checkpoints)
         return self
 
     def interrupted(self, **when):
@@ -172,7 +184,7 @@ def test_a_finished_run_that_is_started_again_does_nothing(undisturbed, tmp_path
 
 def test_a_checkpoint_counts_on_the_records_of_all_its_steps(tmp_path):
     run = Run(tmp_path, intervals=Intervals(log=100, checkpoint=100)).interrupted(stop_at=5)
-    position = run.checkpoints.newest(print).journal
+    position = run.checkpoints.newest(print).extra["journal"]
     lines = (tmp_path / "journal.jsonl").read_bytes()[: position["bytes"]].splitlines()
     assert [record["step"] for record in map(json.loads, lines) if record["kind"] == "step"] == [1, 2, 3, 4, 5]
 
@@ -212,7 +224,7 @@ def reference(params, steps):
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, params.learning_rate, params.min_lr, params.warmup_iters, params.max_iters)
-        x, y = batch(TOKENS, "random", seeds.derived_seed(params.seed, DATA), step, 3, range(params.batch_size), 8)
+        x, y = batch(TOKENS, params, step, range(params.batch_size), 8)
         model(torch.from_numpy(x), torch.from_numpy(y)).backward()
         if params.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
@@ -375,36 +387,24 @@ def test_no_value_is_asked_for_between_two_reports(grad_clip, tmp_path):
 
 
 @pytest.mark.parametrize("settings", ["float32", "dropout", "accumulation", "muon"])
-def test_a_device_whose_values_cannot_be_asked_for_can_train(settings, tmp_path):
+def test_a_device_whose_values_cannot_be_asked_for_can_train(settings):
     """On the meta device, where each such question raises."""
     given = SETTINGS[settings]
     params, model = given.get("params", tiny.train_params()), tiny.gpt(**given.get("config", {})).to("meta")
-    progress = Progress(evaluated=0)
+    optimizer, scaler = make_optimizer(model, params, "meta", "float32"), torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(model, optimizer, scaler)
 
-    def stop():
-        if progress.step == 5:
-            raise Killed
+    class Kill(Observer):
+        def should_stop(self):
+            if state.progress.step == 5:
+                raise Killed
 
-    with closing(Journal(tmp_path / "journal.jsonl")) as journal, pytest.raises(Killed):
-        train(
-            model,
-            model,
-            make_optimizer(model, params, "meta", "float32"),
-            torch.amp.GradScaler("cpu", enabled=False),
-            autocast(CPU, "float32"),
-            params.model_copy(update={"eval_interval": 100}),
-            TOKENS,
-            lambda: None,
-            progress,
-            Checkpoints(tmp_path / "checkpoints", "run"),
-            journal,
-            Intervals(log=100, checkpoint=100),
-            Ranks(),
-            lambda progress, report: None,
-            lambda progress: None,
-            stop,
-        )
-    assert progress.step == 5
+    micros = range(params.gradient_accumulation_steps)
+    batches = micro_batches(TOKENS, params, model.config.block_size, 0, micros, torch.device("meta"))
+    never = tiny.params(params, log_interval=100, checkpoint_interval=100)
+    with pytest.raises(Killed):
+        train(state, batches, never, None, [Kill()])
+    assert state.progress.step == 5
 
 
 def test_the_seconds_of_a_report_end_when_its_values_have_arrived(tmp_path, monkeypatch):
@@ -418,7 +418,7 @@ def test_the_seconds_of_a_report_end_when_its_values_have_arrived(tmp_path, monk
     monkeypatch.setattr(torch.Tensor, "tolist", arrives)
     run = Run(tmp_path, params=tiny.train_params(max_iters=4, eval_interval=4), intervals=Intervals(2, 4))
     run.val_losses = {0: 1.0, 4: 1.0}
-    assert [report.seconds for report in run.go().reports] == [3.5, 3.5]
+    assert [steps[-1].seconds for steps in run.go().reports] == [3.5, 3.5]
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -429,10 +429,9 @@ def test_the_seconds_of_a_report_end_when_its_values_have_arrived(tmp_path, monk
 def test_batches_come_one_after_the_other_and_are_those_of_their_step(order, first):
     params = tiny.train_params(gradient_accumulation_steps=4, data_order=order)
     found = micro_batches(TOKENS, params, 8, first, range(2, 4), CPU)
-    seed = seeds.derived_seed(params.seed, DATA)
     for step in range(first, first + 3):
         for micro in (2, 3):
-            expected = batch(TOKENS, order, seed, step, 12, range(micro * 3, micro * 3 + 3), 8)
+            expected = batch(TOKENS, params, step, range(micro * 3, micro * 3 + 3), 8)
             for tensor, array in zip(next(found), expected, strict=True):
                 assert torch.equal(tensor, torch.from_numpy(array))
 
@@ -441,7 +440,7 @@ def test_the_next_batch_is_gathered_before_the_backward_pass_of_this_one(tmp_pat
     events = []
 
     def gather(*arguments):
-        events.append(f"batch {arguments[3]}")
+        events.append(f"batch {arguments[2]}")
         return batch(*arguments)
 
     def forward(model, loss, step):
@@ -449,7 +448,7 @@ def test_the_next_batch_is_gathered_before_the_backward_pass_of_this_one(tmp_pat
         loss.register_hook(lambda grad: events.append(f"backward {step}"))
         return loss
 
-    monkeypatch.setattr("nanogpt.train.batch", gather)
+    monkeypatch.setattr("nanogpt.batches.batch", gather)
     Run(tmp_path, params=tiny.train_params(max_iters=3), poison=forward).go()
     assert events == ["batch 0"] + [
         event for step in range(3) for event in (f"forward {step}", f"batch {step + 1}", f"backward {step}")
@@ -523,14 +522,14 @@ def test_interrupted_at_any_step_it_ends_early_all_the_same(how, step, tmp_path)
 
 def test_a_report_tells_the_share_of_steps_whose_gradient_was_clipped(tmp_path):
     reference = Run(tmp_path / "a", params=tiny.train_params(grad_clip=0.0)).go()
-    assert [report.clip_rate for report in reference.reports] == [None] * 5
+    assert [record.get("clip_rate") for record in reference.records("speed")] == [None] * 5
     # Nothing is learnt, so that clipping changes no later norm.
     still = {"learning_rate": 1e-30, "min_lr": 0.0}
     norms = [r["grad_norm"] for r in Run(tmp_path / "b", params=tiny.train_params(**still)).go().records("step")]
     run = Run(tmp_path / "c", params=tiny.train_params(grad_clip=sorted(norms)[3], **still)).go()
     above = [norm > sorted(norms)[3] for norm in norms]
     reports = [above[0:2], above[2:3], above[3:4], above[4:6], above[6:7]]  # at steps 2, 3, 4, 6 and 7
-    assert [report.clip_rate for report in run.reports] == [sum(steps) / len(steps) for steps in reports]
+    assert [record["clip_rate"] for record in run.records("speed")] == [sum(steps) / len(steps) for steps in reports]
 
 
 # --- divergence -------------------------------------------------------------------------------------------------------
@@ -541,7 +540,7 @@ def diverged(run, match=None):
         run.go()
     for path in run.checkpoints.directory.glob("step-*"):
         model = copy.deepcopy(run.model)
-        load_weights(run.checkpoints.read(int(path.name[5:])), model)
+        run.checkpoints.read(int(path.name[5:])).load_weights(model)
         assert all(torch.isfinite(weight).all() for weight in model.parameters()), path
     return caught.value.step
 

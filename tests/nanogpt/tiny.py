@@ -5,6 +5,7 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from nanogpt.corpus.tokenizer import CharTokenizer
+from nanogpt.determinism import Numerics
 from nanogpt.files import sha256_json
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.params import TrainParams
+from nanogpt.gpt_config import GPTConfig
+from nanogpt.model import GPT
+from nanogpt.params import Params, TrainParams, load_params
 
 # Two workers of pytest share two cores; for models of this size a second thread is only overhead.
 torch.set_num_threads(1)
@@ -74,6 +77,18 @@ def train_params(**changes: Any) -> TrainParams:
         "publish": "best",
     }
     return TrainParams(**{**defaults, **changes})
+
+
+def params(train: TrainParams, **runtime: Any) -> Params:
+    """The repository's params.yaml with that training and those settings of runtime."""
+    ours = load_params(Path(__file__).parents[2] / "params.yaml")
+    return ours.model_copy(update={"train": train, "runtime": ours.runtime.model_copy(update=runtime)})
+
+
+def numerics(**changes: Any) -> Numerics:
+    """Plain settings on the CPU, with nothing pinned."""
+    plain = Numerics("off", 1, "float32", False, "fused", "cpu", "", "", "")
+    return replace(plain, **changes)
 
 
 def gpt(seed: int = 0, std: float | None = None, attention: str = "fused", **changes: Any) -> GPT:

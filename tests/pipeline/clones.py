@@ -21,7 +21,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from nanogpt.checkpoint import Checkpoints
-from tracking.journal import attempts, end_of, read_records
+from tracking.run import Run, runs_in
 
 REPOSITORY = Path(__file__).parents[2]
 HOOKS = Path(__file__).with_name("hooks")
@@ -59,18 +59,22 @@ def environment() -> dict[str, str]:
 
 
 class Clone:
-    """A clone of the repository: a git repository with a commit, and what `dvc repro` has left in it."""
+    """A clone of the repository: a git repository with a commit, and what `dvc repro` has left in it.
 
-    def __init__(self, path: Path):
+    Without `mlflow` its commands leave MLflow out, which takes most of a stage's time (hooks/sitecustomize.py).
+    """
+
+    def __init__(self, path: Path, mlflow: bool = True):
         self.path = path
+        self.variables = {} if mlflow else {"WITHOUT_MLFLOW": "1"}
 
-    def copy(self, path: Path, runs: bool = True) -> "Clone":
-        """A copy that lives by itself; without `runs` it has neither run directories nor MLflow's database."""
-        left_out = shutil.ignore_patterns(*(() if runs else (".runs", "mlflow.db*", "mlartifacts")))
+    def copy(self, path: Path, runs: bool = True, mlflow: bool = True) -> "Clone":
+        """A copy that lives by itself; without `runs` it has no run directories, and MLflow's database is empty."""
+        left_out = shutil.ignore_patterns(*(() if runs else (".runs", "mlartifacts")))
         shutil.copytree(self.path, path, symlinks=True, ignore=left_out)
-        if runs and (path / "mlflow.db").exists():
-            _move_runs(path, self.path)
-        return Clone(path)
+        if (path / "mlflow.db").exists():
+            _move_runs(path, self.path) if runs else _forget_runs(path / "mlflow.db")
+        return Clone(path, mlflow)
 
     # --- commands
 
@@ -79,7 +83,7 @@ class Clone:
         return subprocess.Popen(
             ["bash", "-c", command],  # bash runs a single command in its own place
             cwd=self.path,
-            env=environment() | {"DVC_SITE_CACHE_DIR": str(self.path / ".dvc/tmp/site")} | variables,
+            env=environment() | {"DVC_SITE_CACHE_DIR": str(self.path / ".dvc/tmp/site")} | self.variables | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -181,13 +185,12 @@ class Clone:
 
     def attempts(self) -> list[Path]:
         """All trainings, in the order in which they were begun."""
-        return attempts(self.path / ".runs")
+        return [run.directory for run in runs_in(self.path)]
 
     def records(self, kind: str, attempt: int = -1) -> list[dict[str, Any]]:
         """The records of a kind in an attempt's journal, by default the newest's."""
-        path = self.attempts()[attempt] / "journal.jsonl"
-        found = [record for record, _ in read_records(path)] if path.exists() else []
-        return [record for record in found if record["kind"] == kind]
+        run = Run(self.attempts()[attempt])
+        return list(run.records(kind)) if run.journal.exists() else []
 
     def steps(self, attempt: int = -1) -> list[int]:
         """The trained steps that the journal holds."""
@@ -195,15 +198,14 @@ class Clone:
 
     def end(self, attempt: int = -1) -> dict[str, Any]:
         """How an attempt has ended."""
-        end = end_of(record for record, _ in read_records(self.attempts()[attempt] / "journal.jsonl"))
-        assert end is not None, self.logs()
-        return end
+        run = Run(self.attempts()[attempt])
+        assert run.end is not None, self.logs()
+        return run.end
 
     def checkpoints(self, attempt: int = -1) -> Checkpoints:
         """Those of an attempt, by default the newest's."""
-        directory = self.attempts()[attempt]
-        run = json.loads((directory / "run.json").read_bytes())
-        return Checkpoints(directory / "checkpoints", run["tags"]["fingerprint"])
+        run = Run(self.attempts()[attempt])
+        return Checkpoints(run.checkpoints, run.info["tags"]["fingerprint"])
 
     def client(self) -> Any:
         from mlflow import MlflowClient
@@ -274,6 +276,16 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _forget_runs(path: Path) -> None:
+    """Leaves the tables alone: MLflow makes a new database by two seconds of migrations."""
+    database = sqlite3.connect(path)
+    with database:
+        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            if table != "alembic_version":
+                database.execute(f"DELETE FROM {table}")
+    database.close()
 
 
 def _move_runs(path: Path, origin: Path) -> None:

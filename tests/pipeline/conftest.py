@@ -60,11 +60,11 @@ def _once(path: Path, make: Callable[[Path], object]) -> Clone:
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Iterator[Callable[..., Clone]]:
-    """`copy_of(seed, runs=False)`: a copy for this test alone; whatever still runs in it is ended with the test."""
+    """`copy_of(seed, runs=False, mlflow=False)`: a copy for this test alone; what runs in it ends with the test."""
     made: list[Clone] = []
 
-    def copy(origin: Clone, name: str = "clone", runs: bool = True) -> Clone:
-        made.append(origin.copy(tmp_path / name, runs))
+    def copy(origin: Clone, name: str = "clone", **options: bool) -> Clone:
+        made.append(origin.copy(tmp_path / name, **options))
         return made[-1]
 
     yield copy

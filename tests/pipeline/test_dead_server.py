@@ -18,13 +18,13 @@ def test_without_a_server_the_pipeline_succeeds_and_sync_brings_everything_later
     clone.set_params(**{"tracking.wait_seconds": 1})
     clone.forget("train", "evaluate", "sample")
     output = clone.repro(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{closed_port()}")
-    assert output.count("`python -m tools.sync` sends it later") == 3, output
+    assert output.count("`python -m tools sync` sends it later") == 3, output
     assert clone.lock() == seed.lock()
     assert clone.outs() == seed.outs()
     assert not (clone.path / "mlflow.db").exists()
     assert clone.processes() == []
 
-    output = clone.run("python -m tools.sync")
+    output = clone.run("python -m tools sync")
     assert "is complete in MLflow" in output
     (run,), (reference,) = clone.runs(), seed.runs()
     assert run.info.status == "FINISHED"
@@ -39,4 +39,4 @@ def test_without_a_server_the_pipeline_succeeds_and_sync_brings_everything_later
         for each, of in ((clone, run), (seed, reference))
     )
     assert models == expected
-    assert "has everything" in clone.run("python -m tools.sync")
+    assert "has everything" in clone.run("python -m tools sync")

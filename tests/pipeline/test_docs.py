@@ -12,7 +12,7 @@ from tests.pipeline.clones import REPOSITORY, Clone, wait_until
 
 pytestmark = pytest.mark.pipeline
 
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = " -S train.max_iters=20 -S train.warmup_iters=2 -S train.eval_interval=10 -S train.eval_iters=1"
 BY_CI = {"make test", "make test-pipeline", "make lint"}

@@ -17,7 +17,7 @@ def test_transformers_continues_as_the_pipelines_model_does(seed: Clone, copy_of
     from transformers import pipeline
 
     clone = copy_of(seed)
-    clone.run("python -m tools.export --format huggingface build/exported")
+    clone.run("python -m tools export --format huggingface build/exported")
     generate = pipeline("text-generation", str(clone.path / "build/exported"))
     (answer,) = generate("One sunny", do_sample=False, max_new_tokens=20)
     assert answer["generated_text"] == complete(load_model(clone.path / "model"), "One sunny", 20, temperature=0)
@@ -26,13 +26,13 @@ def test_transformers_continues_as_the_pipelines_model_does(seed: Clone, copy_of
 
 def test_the_card_has_the_metrics_and_leads_back(seed: Clone, copy_of: Callable[..., Clone]) -> None:
     clone = copy_of(seed)
-    clone.run("python -m tools.export --format huggingface build/exported")
+    clone.run("python -m tools export --format huggingface build/exported")
     card = clone.read("build/exported/README.md")
     for name, value in clone.scores().items():
         assert f"| evaluation: {name.removeprefix('evaluate/')} | {value} |" in card
     commit = clone.run("git rev-parse HEAD").strip()
     assert f"| commit | {commit} |" in card
-    for command in re.findall(r"^python -m tools\.lineage \w+$", card, re.MULTILINE):
+    for command in re.findall(r"^python -m tools lineage \w+$", card, re.MULTILINE):
         assert commit in clone.run(command)
     for secret in (str(clone.path), os.uname().nodename):
         assert secret not in card

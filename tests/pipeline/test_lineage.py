@@ -1,4 +1,4 @@
-"""`python -m tools.lineage`: what it prints, followed in a new clone, ends with the same model."""
+"""`python -m tools lineage`: what it prints, followed in a new clone, ends with the same model."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def run_named(clone: Clone, beginning: str) -> Any:
 
 
 def told(clone: Clone, argument: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(clone.run(f"python -m tools.lineage --json {shlex.quote(argument)}"))
+    found: dict[str, Any] = json.loads(clone.run(f"python -m tools lineage --json {shlex.quote(argument)}"))
     return found
 
 
@@ -53,7 +53,7 @@ def follow(clone: Clone, argument: str) -> Path:
 
     `make setup` finds an environment that is there already, and would install one otherwise.
     """
-    output = clone.run(f"python -m tools.lineage {shlex.quote(argument)}")
+    output = clone.run(f"python -m tools lineage {shlex.quote(argument)}")
     block = re.search(r"^the commands that bring it back:\n((?:    .*\n)+)", output, re.MULTILINE)
     assert block, output
     commands = [line.strip() for line in block[1].splitlines()]

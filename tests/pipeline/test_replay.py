@@ -32,7 +32,7 @@ def test_a_step_far_from_any_checkpoint_and_one_beside_it(trained, copy_of):
     records = {record["step"]: record for record in clone.records("step")}
     name = clone.attempts()[0].relative_to(clone.path)
     for step, origin, computed in ((7, "the initial weights", 7), (28, "checkpoint step-00000025", 3)):
-        output = clone.run(f"python -m tools.replay --step {step}" + (f" --attempt {name}" if step == 7 else ""))
+        output = clone.run(f"python -m tools replay --step {step}" + (f" --attempt {name}" if step == 7 else ""))
         assert f"step {step} of 30, recomputed from {origin} ({computed} steps)" in output
         for name in ("loss", "grad_norm", "lr"):
             value = re.escape(repr(records[step][name]))
@@ -46,7 +46,7 @@ def test_a_step_far_from_any_checkpoint_and_one_beside_it(trained, copy_of):
 
 def test_the_text_is_that_of_the_batch(trained, copy_of):
     clone = copy_of(trained)
-    output = clone.run("python -m tools.replay --step 30")
+    output = clone.run("python -m tools replay --step 30")
     samples = re.split(r"\n--- sample \d: loss [\d.]+ before the step\n", output)[1:]
     text = "".join(json.loads(line)["text"] for line in clone.read("data/raw/documents-00000.jsonl").splitlines())
     inside = [sample.rstrip("\n").split("<|endoftext|>")[0] for sample in samples]
@@ -56,23 +56,23 @@ def test_the_text_is_that_of_the_batch(trained, copy_of):
 
 def test_a_step_that_comes_out_otherwise_is_told_with_the_first_that_did(trained, copy_of):
     clone = copy_of(trained)
-    source = clone.read("nanogpt/optimizer.py")
+    source = clone.read("nanogpt/schedule.py")
     assert source.count("return min_lr + share") == 1
     # The loop's step 4 is the journal's step 5; its loss is computed before the rate is used.
     changed = source.replace("return min_lr + share", "return min_lr + 1e-9 * (step >= 4) + share")
-    clone.write("nanogpt/optimizer.py", changed)
-    output = clone.run("python -m tools.replay --step 7 --no-text", check=1)
+    clone.write("nanogpt/schedule.py", changed)
+    output = clone.run("python -m tools replay --step 7 --no-text", check=1)
     assert "the code of train is not what it was in this run" in output
     assert re.search(r"NOT as in the journal: lr of step 5 is the first that differs", output), output
 
 
 def test_what_cannot_be_replayed_is_refused(trained, copy_of):
     clone = copy_of(trained)
-    output = clone.run("python -m tools.replay --step 31", check=1)
+    output = clone.run("python -m tools replay --step 31", check=1)
     assert re.search(r"--step 31 is not in .*journal.jsonl, which has 1 to 30", output)
     clone.set_params(**{"tokenize.vocab_size": 290})
     clone.repro("tokenize")
-    output = clone.run("python -m tools.replay --step 3", check=1)
+    output = clone.run("python -m tools replay --step 3", check=1)
     assert "data/tokens is not what this run was trained on" in output
     clone.run("rm -r .runs")
-    assert "holds no run" in clone.run("python -m tools.replay --step 3", check=1)
+    assert "holds no run" in clone.run("python -m tools replay --step 3", check=1)

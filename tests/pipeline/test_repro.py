@@ -70,6 +70,31 @@ def test_a_change_of_generate_py_wants_new_samples_and_one_of_model_py_a_new_mod
     ]
 
 
+def test_a_comment_costs_no_training_step_and_a_constant_does(seed, copy_of):
+    clone = copy_of(seed)
+    clone.append("nanogpt/model.py", "\n# A comment.\n")
+    output = clone.repro("train")
+    assert ran(output) == ["train"]
+    assert "train: changed, but not in what they compute: nanogpt/model.py" in output
+    assert "this training is done already" in output
+    assert len(clone.attempts()) == 1
+    assert clone.outs() == seed.outs()
+
+    clone.write("nanogpt/model.py", clone.read("nanogpt/model.py").replace("eps=1e-5", "eps=1e-4"))
+    assert "this training is done already" not in clone.repro("train")
+    assert len(clone.attempts()) == 2
+
+
+def test_forced_it_trains_afresh(seed, copy_of):
+    clone = copy_of(seed)
+    clone.append("nanogpt/model.py", "\n# A comment.\n")
+    clone.repro("train")
+    output = clone.repro("-f -s train")
+    assert "dvc.lock holds this model already: training it afresh" in output
+    assert len(clone.attempts()) == 2
+    assert clone.outs() == seed.outs()
+
+
 def test_an_earlier_training_comes_back_from_the_cache_without_a_run_in_mlflow(seed, copy_of):
     clone = copy_of(seed)
     clone.set_params(**{"train.seed": 2})

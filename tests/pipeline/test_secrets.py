@@ -58,17 +58,18 @@ def test_the_search_finds_a_secret_where_there_is_one(clone: Clone):
     [
         "http://user:{secret}@127.0.0.1:{port}",
         "http://user:p@{secret}@127.0.0.1:{port}",
+        "http://user:p/{secret}@127.0.0.1:{port}",
         "http://127.0.0.1:{port}/?token={secret}",
     ],
-    ids=["password", "password with an @", "query"],
+    ids=["password", "password with an @", "password with a slash", "query"],
 )
 def test_of_a_server_that_is_gone(clone: Clone, address: str):
     uri = address.format(secret=IN_ADDRESS, port=closed_port())
     output = clone.repro(MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-    assert output.count("`python -m tools.sync` sends it later") == 3, output
-    output += clone.run("python -m tools.sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
+    assert output.count("`python -m tools sync` sends it later") == 3, output
+    output += clone.run("python -m tools sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
     assert "failed: MLflow at " in output
-    output += clone.run("python -m tools.sync", **ENVIRONMENT)
+    output += clone.run("python -m tools sync", **ENVIRONMENT)
     assert "is complete in MLflow" in output
     assert leaks(clone, output) == []
 
@@ -105,7 +106,7 @@ def test_of_a_server_that_repeats_them(clone: Clone, status: int):
     with server(status) as port:
         uri = f"http://user:{IN_ADDRESS}@127.0.0.1:{port}"
         output = clone.repro("evaluate", MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-        assert output.count("`python -m tools.sync` sends it later") == 2, output
-        output += clone.run("python -m tools.sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-    output += clone.run("python -m tools.sync", **ENVIRONMENT)
+        assert output.count("`python -m tools sync` sends it later") == 2, output
+        output += clone.run("python -m tools sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
+    output += clone.run("python -m tools sync", **ENVIRONMENT)
     assert leaks(clone, output) == []

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.pipeline
 
 
 def test_the_summary_has_the_result_and_knows_the_committed_lock(seed):
-    output = seed.run("python -m tools.summary")
+    output = seed.run("python -m tools summary")
     scores = json.loads(seed.read("metrics/evaluate.json"))
     assert f"{scores['val_loss']:.4f} nats per token" in output
     assert f"{scores['bits_per_byte']:.4f} bits per byte" in output
@@ -37,7 +37,7 @@ def test_the_summary_tells_a_lock_that_differs_from_new_params_and_from_one_that
 
 
 def summary(clone) -> str:
-    return clone.run("python -m tools.summary").splitlines()[-1]
+    return clone.run("python -m tools summary").splitlines()[-1]
 
 
 def test_make_repro_runs_what_is_missing_and_sums_up(seed, copy_of):

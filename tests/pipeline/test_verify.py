@@ -25,7 +25,7 @@ def golden(seed: Clone, once) -> Clone:
         (clone.path / ".venv/.ready").touch()  # make's set-up is done
         clone.set_params(**{"numerics.threads": 2, "model.n_embd": 64, "train.batch_size": 16})
         clone.repro()
-        clone.run("python -m tools.golden")
+        clone.run("python -m tools golden")
         clone.commit("Golden")
 
     return once("golden", make)
@@ -33,7 +33,7 @@ def golden(seed: Clone, once) -> Clone:
 
 def verify(clone: Clone, arguments: str = "", check: int = 0) -> tuple[str, dict]:
     """What it printed, and its newest entry in verify.json."""
-    output = clone.run(f"python -m tools.verify --out reports {arguments}", check=check)
+    output = clone.run(f"python -m tools verify --out reports {arguments}", check=check)
     suite = ElementTree.fromstring(clone.read("reports/junit.xml"))
     report = json.loads(clone.read("reports/verify.json"))[-1]
     assert int(suite.get("tests")) == max(1, len(report["findings"]))
@@ -44,13 +44,13 @@ def verify(clone: Clone, arguments: str = "", check: int = 0) -> tuple[str, dict
 
 def change_training(clone: Clone) -> None:
     """From the fifth step on the learning rate is another; dvc.lock is made to believe that nothing has changed."""
-    source = clone.read("nanogpt/optimizer.py")
+    source = clone.read("nanogpt/schedule.py")
     assert source.count(COSINE) == 1
-    old = clone.run("md5sum nanogpt/optimizer.py").split()[0]
-    clone.write("nanogpt/optimizer.py", source.replace(COSINE, "return min_lr + 1e-4 * (step >= 4) + share"))
+    old = clone.run("md5sum nanogpt/schedule.py").split()[0]
+    clone.write("nanogpt/schedule.py", source.replace(COSINE, "return min_lr + 1e-4 * (step >= 4) + share"))
     new, size = (
-        clone.run("md5sum nanogpt/optimizer.py").split()[0],
-        (clone.path / "nanogpt/optimizer.py").stat().st_size,
+        clone.run("md5sum nanogpt/schedule.py").split()[0],
+        (clone.path / "nanogpt/schedule.py").stat().st_size,
     )
     lock = re.sub(rf"{old}\n( +)size: \d+", rf"{new}\n\1size: {size}", clone.read("dvc.lock"))
     assert lock != clone.read("dvc.lock")
@@ -117,30 +117,31 @@ def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(gold
 
 def test_a_change_that_changes_nothing_is_identical(golden, copy_of):
     clone = copy_of(golden)
-    clone.append("nanogpt/optimizer.py", "\n# A comment.\n")
+    clone.append("nanogpt/schedule.py", "\n# A comment.\n")
     clone.commit("A refactoring")
     _, report = verify(clone, "--layer base --base HEAD~1")
     assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
     _, report = verify(clone, "--layer steps")
     assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
     output, report = verify(clone, "--layer lock", check=1)  # but dvc.lock is of other code
-    assert "nanogpt/optimizer.py modified" in json.dumps(report["findings"])
+    assert "nanogpt/schedule.py modified" in json.dumps(report["findings"])
     assert "`dvc repro` and commit dvc.lock with the change" in output
 
 
 def elsewhere(clone: Clone) -> None:
     """The golden file is of an older torch."""
-    (path,) = (clone.path / "golden").iterdir()
+    (path,) = (clone.path / "golden").glob("*.json")
     content = json.loads(path.read_bytes())
     content["environment"]["torch"] = "2.0.0"
     path.unlink()
     clone.write(
         "rename.py",
-        "import json, sys\nfrom tools.golden import key\nprint(key(json.load(open(sys.argv[1]))['environment']))\n",
+        "import json, sys\nfrom tracking.golden import file_name\n"
+        "print(file_name(json.load(open(sys.argv[1]))['environment']))\n",
     )
     clone.write("new.json", json.dumps(content))
     name = clone.run("PYTHONPATH=. python rename.py new.json").strip()
-    clone.run(f"mv new.json golden/{name}.json && rm rename.py")
+    clone.run(f"mv new.json golden/{name} && rm rename.py")
 
 
 def test_in_another_environment_metrics_may_differ_a_little_and_nothing_is_called_diverged_lightly(golden, copy_of):
@@ -159,8 +160,8 @@ def test_in_another_environment_metrics_may_differ_a_little_and_nothing_is_calle
     assert verdicts["model"] == verdicts["samples"] == "within tolerance"
     assert re.search(r"val_loss [\d.]+ -> [\d.]+ \(limit 0.02\)", output)
 
-    source = clone.read("nanogpt/optimizer.py")
-    clone.write("nanogpt/optimizer.py", source.replace("1e-4 * (step >= 4)", "0.3 * (step >= 4)"))
+    source = clone.read("nanogpt/schedule.py")
+    clone.write("nanogpt/schedule.py", source.replace("1e-4 * (step >= 4)", "0.3 * (step >= 4)"))
     clone.commit("Far from it")
     output, report = verify(clone, "--layer steps", check=2)
     assert [finding["verdict"] for finding in report["findings"]] == ["environment changed"]

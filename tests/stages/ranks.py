@@ -40,10 +40,10 @@ def main() -> None:
                     raise ValueError(what)
 
     def spy_on_batches() -> None:
-        from nanogpt import train
+        from nanogpt import recipe
 
-        real.append(train.micro_batches)
-        patch.object(train, "micro_batches", spy).start()
+        real.append(recipe.micro_batches)
+        patch.object(recipe, "micro_batches", spy).start()
 
     with (
         patch("tracking.mlflow_process.start"),
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _pin_and(then: Any) -> Any:
-    """numerics.pin comes before torch is imported, and what follows needs torch."""
+    """determinism.pin comes before torch is imported, and what follows needs torch."""
     from nanogpt.determinism import pin
 
     def pin_and_then(*arguments: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from nanogpt.params import Params
+from tools.deps import deps_of
 from tracking.fingerprint import PLUMBING, import_closure
 
 REPOSITORY = Path(__file__).parents[2]
@@ -18,8 +19,8 @@ UNTRACKED = {"runtime", "tracking"}
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deps_are_the_import_closure(stage: str) -> None:
-    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
-    assert declared == set(import_closure(REPOSITORY, f"stages.{stage}")), f"correct deps of {stage} in dvc.yaml"
+    deps = STAGES[stage]["deps"]
+    assert deps == deps_of(REPOSITORY, stage, deps), f"deps of {stage} in dvc.yaml are outdated: run `make deps`"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -52,7 +53,7 @@ def test_every_stage_is_a_module_with_the_command_that_dvc_runs() -> None:
 
 
 def test_plumbing_exists() -> None:
-    assert [path for path in PLUMBING if not (REPOSITORY / path).is_file()] == []
+    assert [path for path in PLUMBING if not (REPOSITORY / path).exists()] == []
 
 
 def test_editing_generation_does_not_train_again_and_editing_the_model_does() -> None:

@@ -23,17 +23,20 @@ from nanogpt.generate import Sampling, generate
 from nanogpt.nanogpt_checkpoint import load_nanogpt
 from nanogpt.saved_model import load_model, save_model
 from tests.nanogpt import tiny
-from tools.export import export, main, tokenizer_files
+from tools.__main__ import main
+from tools.export import export, tokenizer_files
 from tracking.dvc_files import directory_md5
 
 CORPUS = ["Once upon a time it's 1234 o'clock,\n\n  and the café's cat sat.\n"] * 3
 CHARACTERS = "".join(sorted(set("\n\t  .,!?'\"<|>abcdefghijklmnopqrstuvwxyzÄéß中文🙂\u0301")))
+LETTERS = CharTokenizer("\n abcdefgh", True)
 INFO = {"params": {"train.seed": 7, "model.activation": "gelu"}, "step": 40, "train_loss": 1.25, "val_loss": 1.5}
 
 
-def published(folder: Path, tokenizer: Tokenizer, **changes) -> Path:
+def published(folder: Path, tokenizer: Tokenizer = LETTERS, **changes) -> Path:
     """A model directory with random weights."""
     gpt = tiny.gpt(**{"std": 0.3, "vocab_size": tokenizer.vocab_size, "block_size": 32, **changes})
+    folder.mkdir(exist_ok=True)
     tokenizer.save(folder / "saved.json")
     save_model(folder / "model", gpt.config, tiny.weights(gpt), folder / "saved.json", INFO)
     return folder / "model"
@@ -63,6 +66,12 @@ def char(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gpt2(gpt2_files, tmp_path_factory):
     return Gpt2Tokenizer(), auto(Gpt2Tokenizer(), tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture
+def here(project):
+    """A working directory with our params.yaml."""
+    return project()
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -208,8 +217,7 @@ def test_the_pipeline_continues_as_we_do(tmp_path, request, name):
 
 @pytest.mark.parametrize("format_name", ["huggingface", "nanogpt"])
 def test_the_same_model_gives_the_same_bytes_and_no_path(tmp_path, format_name):
-    tokenizer = CharTokenizer("\n abcdefgh", True)
-    models = [published(tmp_path / name, tokenizer) for name in ("first", "second")]
+    models = [published(tmp_path / name) for name in ("first", "second")]
     for model in models:
         export(model, format_name, model.parent / "out")
     assert tiny.contents(models[0].parent / "out") == tiny.contents(models[1].parent / "out")
@@ -218,7 +226,7 @@ def test_the_same_model_gives_the_same_bytes_and_no_path(tmp_path, format_name):
 
 
 def test_the_weights_carry_the_one_mark_that_transformers_needs(tmp_path):
-    export(published(tmp_path, CharTokenizer("\n abcdefgh", True)), "huggingface", tmp_path / "out")
+    export(published(tmp_path), "huggingface", tmp_path / "out")
     data = (tmp_path / "out" / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header["__metadata__"] == {"format": "pt"}
@@ -255,9 +263,8 @@ def test_gpt2s_tokens_are_what_the_sampler_takes_without_characters(tmp_path):
     assert "config" not in torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
 
 
-def test_of_tokens_that_the_sampler_does_not_know_the_command_warns(tmp_path, project, bpe):
-    project()
-    published(tmp_path, bpe[0])
+def test_of_tokens_that_the_sampler_does_not_know_the_command_warns(here, bpe):
+    published(here, bpe[0])
     result = run("--format", "nanogpt", "out")
     assert result.exit_code == 0
     assert "warning: nanoGPT's sample.py cannot read or write this model's tokens (bpe)" in result.stderr
@@ -269,12 +276,11 @@ def test_of_tokens_that_the_sampler_does_not_know_the_command_warns(tmp_path, pr
 
 
 def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
-def test_the_card_tells_what_the_model_is_and_where_from(tmp_path, project):
-    project()
-    model = published(tmp_path, CharTokenizer("\n abcdefgh", True))
+def test_the_card_tells_what_the_model_is_and_where_from(here):
+    model = published(here)
     result = run("--format", "huggingface", "out")
     assert result.exit_code == 0, result.output
     card = Path("out/README.md").read_text()
@@ -283,7 +289,7 @@ def test_the_card_tells_what_the_model_is_and_where_from(tmp_path, project):
         "| steps | 40 |",
         "| validation loss at that step | 1.5 |",
         f"| model, sha256 | {sha256_tree(model)} |",
-        f"python -m tools.lineage {sha256_tree(model)}",
+        f"python -m tools lineage {sha256_tree(model)}",
         "train.seed: 7",
     ):
         assert line in card
@@ -291,10 +297,9 @@ def test_the_card_tells_what_the_model_is_and_where_from(tmp_path, project):
     assert "| commit | unknown: no dvc.lock in git's history holds this model |" in card
 
 
-def test_metrics_of_another_model_are_not_told(tmp_path, project):
-    project()
-    model = published(tmp_path, CharTokenizer("\n abcdefgh", True))
-    metrics = tmp_path / "metrics" / "evaluate.json"
+def test_metrics_of_another_model_are_not_told(here):
+    model = published(here)
+    metrics = here / "metrics" / "evaluate.json"
     metrics.parent.mkdir()
     metrics.write_text('{"perplexity": 4.5}')
     for md5, data, told in (
@@ -306,15 +311,14 @@ def test_metrics_of_another_model_are_not_told(tmp_path, project):
         stage = {"deps": [{"path": "model", "md5": md5}], "outs": outs}
         with Path("dvc.lock").open("w") as file:
             YAML().dump({"stages": {"evaluate": stage}}, file)
-        out = tmp_path / f"out-{md5[:4]}-{len(data)}"
+        out = here / f"out-{md5[:4]}-{len(data)}"
         assert run("--format", "huggingface", out).exit_code == 0
         assert ("| evaluation: perplexity | 4.5 |" in (out / "README.md").read_text()) is told
 
 
-def test_nothing_is_overwritten(tmp_path, project):
-    project()
-    published(tmp_path, CharTokenizer("\n abcdefgh", True))
-    out = tmp_path / "out"
+def test_nothing_is_overwritten(here):
+    published(here)
+    out = here / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
     for path in (out, out / "mine"):
@@ -326,20 +330,18 @@ def test_nothing_is_overwritten(tmp_path, project):
     assert run("--format", "nanogpt", out).exit_code == 0
 
 
-def test_what_nanogpt_cannot_express_is_refused_and_nothing_is_left(tmp_path, project):
-    project()
-    published(tmp_path, CharTokenizer("\n abcdefgh", True), activation="gelu_tanh")
-    before = tiny.contents(tmp_path)
+def test_what_nanogpt_cannot_express_is_refused_and_nothing_is_left(here):
+    published(here, activation="gelu_tanh")
+    before = tiny.contents(here)
     result = run("--format", "nanogpt", "out")
     assert result.exit_code == 1
     assert "nanoGPT has no model.activation = gelu_tanh" in result.output
     assert "Traceback" not in result.output
-    assert tiny.contents(tmp_path) == before
+    assert tiny.contents(here) == before
     assert run("--format", "huggingface", "out").exit_code == 0
 
 
-def test_a_model_that_is_not_there_is_told(tmp_path, project):
-    project()
+def test_a_model_that_is_not_there_is_told(here):
     result = run("--format", "huggingface", "out")
     assert result.exit_code == 1
     assert "is missing; `dvc checkout` or `dvc repro` brings it back" in result.output

@@ -14,7 +14,8 @@ from nanogpt import timing
 from nanogpt.params import load_params
 from tests.conftest import REPOSITORY
 from tools import fastest
-from tools.fastest import CHARACTERS, Row, Timed, candidates, in_a_process, main, training_seconds
+from tools.__main__ import main
+from tools.fastest import CHARACTERS, Row, Timed, candidates, in_a_process, training_seconds
 
 TINY = {
     "model.n_layer": 1,
@@ -49,7 +50,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[Any, ...], Timed | str]
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
+    return CliRunner().invoke(main, ["fastest", *arguments])
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_if_nothing_can_be_timed_nothing_is_written(off: Path, times: dict[Any, 
         times[tuple(settings.values())] = "failed: out of memory"
     result = run("--write")
     assert result.exit_code == 1
-    assert result.output.splitlines()[-1] == "Error: no candidate could be timed (failed: out of memory)"
+    assert result.output.splitlines()[-1] == "Error: fastest: no candidate could be timed (failed: out of memory)"
     assert Path("params.yaml").read_bytes() == before
 
 
@@ -165,7 +166,7 @@ def test_portable_is_not_written_over(project: Callable[..., Path], times: dict[
     project(**TINY)
     result = run("--write")
     assert result.exit_code == 1
-    assert result.output.startswith("Error: numerics.determinism = portable keeps")
+    assert result.output.startswith("Error: fastest: numerics.determinism = portable keeps")
     assert len(result.output.splitlines()) == 1
     assert times["limits"] == []
     assert run().exit_code == 0
@@ -234,18 +235,16 @@ def test_it_gives_up_at_the_first_step_that_is_too_slow(
 ) -> None:
     clock = [0.0]
 
-    def steps(*arguments: Any, on_step: Callable[[int], None], **options: Any) -> list[float]:
-        assert arguments[1].gradient_accumulation_steps == 1
-        try:
-            for done, seconds in enumerate(stamps, start=1):
-                clock[0] += seconds
-                on_step(done)
-        except timing.Stopped:
-            return stamps[timing.WARM_UP : done]
-        return stamps[timing.WARM_UP :]
+    def train(state: Any, batches: Any, params: Any, evaluator: Any, observers: Any) -> None:
+        assert params.train.gradient_accumulation_steps == 1
+        for seconds in stamps:
+            observers[0].should_stop()
+            clock[0] += seconds
+            observers[0].on_steps(state, [])
 
-    monkeypatch.setattr(timing, "step_seconds", steps)
-    monkeypatch.setattr(fastest.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(fastest, "STEPS", len(stamps) - timing.WARM_UP)
+    monkeypatch.setattr(timing, "train", train)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     assert fastest.measure(load_params(), limit) == expected
 
 

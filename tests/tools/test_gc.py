@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -7,22 +8,32 @@ import pytest
 from click.testing import CliRunner
 
 from tests.runs import finished_attempt
-from tools.gc import main
+from tools.__main__ import main
 from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri
+from tracking.run import Run
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with an object in DVC's cache that nothing uses."""
+    root = tmp_path_factory.mktemp("committed")
+    (root / "unused").write_text("unused")
+    commands = ("git init -q", "dvc init -q", "git -c user.name=a -c user.email=b commit -qm 1", "dvc add -q unused")
+    for command in commands:
+        subprocess.run(command.split(), cwd=root, check=True)
+    (root / "unused.dvc").unlink()
+    return root
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with an old finished run that MLflow holds, and an object in DVC's cache that nothing uses."""
+def repository(committed: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it with an old finished run that MLflow holds."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    for command in ("git init -q", "dvc init -q", "git -c user.name=a -c user.email=b commit -qm 1"):
-        subprocess.run(command.split(), check=True)
-    (tmp_path / "unused").write_text("unused")
-    subprocess.run(["dvc", "add", "--quiet", "unused"], check=True)
-    (tmp_path / "unused.dvc").unlink()
+    shutil.copytree(committed, tmp_path, dirs_exist_ok=True)
+    shutil.copy(empty_database, tmp_path)
     attempt = finished_attempt(tmp_path, "0123456789abcdef")
     old = 1_700_000_000
     os.utime(attempt / "journal.jsonl", (old, old))
@@ -42,7 +53,7 @@ def objects(repository: Path) -> list[Path]:
 
 
 def run(*arguments: str, answer: str = "") -> str:
-    result = CliRunner().invoke(main, arguments, input=answer, catch_exceptions=False)
+    result = CliRunner().invoke(main, ["gc", *arguments], input=answer, catch_exceptions=False)
     return result.output
 
 
@@ -74,7 +85,7 @@ def test_artifacts_of_a_run_that_was_deleted_in_mlflow_are_freed(repository: Pat
     attempt = repository / ".runs/0123456789abcdef/attempt-1"
     (attempt / "mlflow.json").unlink()
     uri = resolve_uri(repository)
-    replica = Replica(attempt, uri)
+    replica = Replica(Run(attempt), uri)
     replica.finish()
     client = connect(uri, repository)
     client.delete_run(replica.run_id)

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,13 @@ from ruamel.yaml import YAML
 
 from nanogpt.files import sha256_tree
 from tests.runs import end, make_attempt, start, write_report
-from tools.lineage import main
+from tools.__main__ import main
 from tracking.dvc_files import directory_md5
 from tracking.history import holders
 from tracking.journal import Journal
 from tracking.mlflow_run import Replica, deliver_report
 from tracking.mlflow_server import resolve_uri
+from tracking.run import Run
 
 A, B = "a" * 7, "b" * 7  # beginnings of hashes
 
@@ -44,11 +46,12 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("DVC_ROOT", str(root))
     monkeypatch.chdir(root)
-    files = {"dvc.yaml": "stages: {}\n", "code.py": "1\n", "inputs/texts/a.txt": "A\n", "inputs/texts/b.txt": "B\n"}
     (root / "inputs/texts").mkdir(parents=True)
-    for name, text in {**files, ".gitignore": "/.runs/\n/model/\n"}.items():
+    files = {"dvc.yaml": "stages: {}\n", "code.py": "1\n", "inputs/texts/a.txt": "A\n", "inputs/texts/b.txt": "B\n"}
+    files |= {".gitignore": "/.runs/\n/model/\n"}
+    files |= {"params.yaml": "download:\n  source: grammar\ntrain:\n  seed: 1\nruntime:\n  device: auto\n"}
+    for name, text in files.items():
         (root / name).write_text(text)
-    (root / "params.yaml").write_text("download:\n  source: grammar\ntrain:\n  seed: 1\nruntime:\n  device: auto\n")
     git("init", "--quiet", "--initial-branch", "main")
     commit("Code")
     return root
@@ -66,7 +69,6 @@ def commit(message: str) -> str:
 
 def write_lock(model: str, other: str = md5("e")) -> None:
     """dvc.lock as if the pipeline had just run: `model` is train's, `other` an out of evaluate."""
-    digests = {name: hashlib.md5(Path(name).read_bytes()).hexdigest() for name in ("code.py",)}
     params = YAML(typ="safe").load(Path("params.yaml").read_text())
     raw, tokens = {"path": "data/raw", "md5": md5("d")}, {"path": "data/tokens", "md5": md5("c")}
     lock = {
@@ -77,7 +79,7 @@ def write_lock(model: str, other: str = md5("e")) -> None:
         },
         "tokenize": {"deps": [raw], "outs": [tokens]},
         "train": {
-            "deps": [tokens, {"path": "code.py", "md5": digests["code.py"]}],
+            "deps": [tokens, {"path": "code.py", "md5": hashlib.md5(Path("code.py").read_bytes()).hexdigest()}],
             "params": {"params.yaml": {"train": params["train"]}},
             "outs": [{"path": "model", "md5": model}],
         },
@@ -85,6 +87,11 @@ def write_lock(model: str, other: str = md5("e")) -> None:
     }
     with Path("dvc.lock").open("w") as file:
         YAML(typ="safe").dump({"schema": "2.0", "stages": lock}, file)
+
+
+def commit_result(model: str, message: str = "Result") -> str:
+    write_lock(model)
+    return commit(message)
 
 
 def train(name: str, prefix: str, status: str = "FINISHED", started: int = 1, **tags: str) -> Path:
@@ -99,7 +106,7 @@ def train(name: str, prefix: str, status: str = "FINISHED", started: int = 1, **
 
 
 def lineage(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+    return CliRunner().invoke(main, ["lineage", *arguments], catch_exceptions=False)
 
 
 def told(*arguments: str) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def told(*arguments: str) -> dict[str, Any]:
 def fails(argument: str) -> str:
     done = lineage(argument)
     assert done.exit_code == 1
-    assert done.output.startswith("Error: ")
+    assert done.output.startswith("Error: lineage: ")
     assert len(done.output.splitlines()) == 1
     return done.output
 
@@ -125,8 +132,7 @@ def test_a_hash_or_its_beginning_or_a_name_leads_to_run_and_commit(repository: P
     trained_at = git("rev-parse", "HEAD")
     train("the run", A)
     train("another", B)
-    write_lock(md5(A))
-    kept = commit("Result")
+    kept = commit_result(md5(A))
     found = told(argument)
     assert found["model"] == {"sha256": sha256(A), "md5": md5(A)}
     assert (found["run"]["name"], found["run"]["git.commit"]) == ("the run", trained_at)
@@ -194,8 +200,7 @@ def test_a_hash_elsewhere_in_dvc_lock_is_no_model(repository: Path) -> None:
 
 
 def test_a_commit_is_preferred_to_an_experiment_and_the_oldest_commit_to_later_ones(repository: Path) -> None:
-    write_lock(md5(A))
-    experiment = commit("dvc: commit experiment")
+    experiment = commit_result(md5(A), "dvc: commit experiment")
     name = f"refs/exps/{'1' * 2}/{'2' * 38}/tried"
     git("update-ref", name, experiment)
     git("reset", "--quiet", "--hard", "HEAD~1")
@@ -204,12 +209,9 @@ def test_a_commit_is_preferred_to_an_experiment_and_the_oldest_commit_to_later_o
     assert f"git fetch --quiet origin {name}:{name}" in found["commands"]
 
     (repository / "notes").write_text("before")
-    write_lock(md5(A))
-    first = commit("Result")
-    write_lock(md5(B))
-    commit("Another")
-    write_lock(md5(A))
-    again = commit("Back")
+    first = commit_result(md5(A))
+    commit_result(md5(B), "Another")
+    again = commit_result(md5(A), "Back")
     found = told(md5(A))
     assert found["commit"]["id"] == first
     assert found["also"] == [f"{again[:7]} main", f"{experiment[:7]} experiment tried"]
@@ -219,14 +221,11 @@ def test_a_commit_is_preferred_to_an_experiment_and_the_oldest_commit_to_later_o
 
 def test_a_model_that_only_a_merge_holds_is_found(repository: Path) -> None:
     git("checkout", "--quiet", "-b", "side")
-    write_lock(md5("c"))
-    commit("Side")
+    commit_result(md5("c"), "Side")
     git("checkout", "--quiet", "main")
-    write_lock(md5("d"))
-    commit("Main")
+    commit_result(md5("d"), "Main")
     subprocess.run(["git", "merge", "--no-edit", "side"], capture_output=True, check=False)
-    write_lock(md5(A))
-    merge = commit("Merge")
+    merge = commit_result(md5(A), "Merge")
     assert len(git("rev-list", "--parents", "-n1", merge).split()) == 3
     commit("Later")
     assert [holder.commit for holder in holders(repository, md5(A))] == [merge]
@@ -251,15 +250,13 @@ def test_a_commit_whose_dvc_lock_was_made_by_something_else_is_not_believed(
     assert f"the commit has other {named} than its dvc.lock: expect another model" in found["notes"]
 
     git("reset", "--quiet", "--hard", "HEAD~1")
-    write_lock(md5(A))
-    fits = commit("The true one")
+    fits = commit_result(md5(A), "The true one")
     git("branch", "stale", stale)
     assert [holder.commit for holder in holders(repository, md5(A))] == [fits, stale]
 
 
 def test_a_commit_that_no_clone_brings_is_fetched_by_its_hash(repository: Path, tmp_path: Path) -> None:
-    write_lock(md5(A))
-    lost = commit("Taken back")
+    lost = commit_result(md5(A), "Taken back")
     git("reset", "--quiet", "--hard", "HEAD~1")
     train("run", A, **{"git.commit": lost})
     found = told(sha256(A))
@@ -315,8 +312,7 @@ def test_a_run_that_has_not_finished_says_so(repository: Path) -> None:
 
 
 def test_without_a_run_dvc_lock_tells_what_it_knows(repository: Path) -> None:
-    write_lock(md5(A))
-    commit("Result")
+    commit_result(md5(A))
     done = lineage(md5(A))
     assert "run            unknown: neither MLflow nor .runs has a run of this model" in done.output
     assert "sha256 unknown: no run tells it" in done.output
@@ -334,6 +330,8 @@ def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(reposi
     assert any("files that git did not track then are kept nowhere" in note for note in found["notes"])
     diff.write_text(diff.read_text() + "\n[cut: 2,000,000 characters in all]\n")
     assert told("dirty")["commands"] == []
+    diff.write_text("# not kept, since it is no part of the experiment: .dvc/config\n")
+    assert not any("git apply" in command for command in told("dirty")["commands"])
     diff.write_text("Binary files a/x and b/x differ\n")
     assert any("binary files had changed" in note for note in told("dirty")["notes"])
 
@@ -356,8 +354,7 @@ def test_what_the_commands_cannot_promise_is_noted(repository: Path, params: dic
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"params": {"download.source": "grammar"} | params}))
     assert [line for line in told("run")["notes"] if note in line]
-    write_lock(md5(A))
-    commit("Result")
+    commit_result(md5(A))
     of_git = params.get("download.source", "").startswith("file:")  # its hash is in dvc.lock, and was compared
     assert bool([line for line in told("run")["notes"] if note in line]) is not of_git
 
@@ -397,10 +394,11 @@ def test_no_database_is_made_by_looking(repository: Path) -> None:
     assert not (repository / "mlflow.db").exists()
 
 
-def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path) -> None:
+def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, repository)
     attempt = train("run", A, **{"git.dirty": "true"})
     (attempt / "artifacts" / "uncommitted.diff").write_text("diff\n")
-    replica = Replica(attempt, resolve_uri(repository))
+    replica = Replica(Run(attempt), resolve_uri(repository))
     replica.finish()
     both = told(replica.run_id)
     assert both["run"]["source"] == [f"MLflow at sqlite:///{repository}/mlflow.db", "journal .runs/run/attempt-1"]
@@ -414,11 +412,11 @@ def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path) -> None:
     assert "nothing is known" in fails("0" * 32)
 
 
-def test_a_run_that_only_scored_a_pulled_model_leads_to_its_commit(repository: Path) -> None:
+def test_a_run_that_only_scored_a_pulled_model_leads_to_its_commit(repository: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, repository)
     (repository / "model").mkdir()
     (repository / "model/model.json").write_text("{}")
-    write_lock(directory_md5(Path("model")))
-    kept = commit("Result")
+    kept = commit_result(directory_md5(Path("model")))
     report = write_report(repository, model=sha256_tree(Path("model")))
     run_id = deliver_report(report, resolve_uri(repository), repository)
     for argument in (run_id, "model"):

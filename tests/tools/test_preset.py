@@ -1,6 +1,8 @@
 import itertools
 import shutil
 import subprocess
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ from ruamel.yaml import YAML
 
 from nanogpt.params import Params, check_combinations, flatten, load_params
 from tools import preset
-from tools.preset import main, overlaid
+from tools.__main__ import main
+from tools.preset import overlaid
 
 REPOSITORY = Path(__file__).parents[2]
 COMMITTED = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
 NAMES = sorted(path.stem for path in (REPOSITORY / "presets").glob("*.yaml"))
 PARAMS = Path("params.yaml")
-TRAIN = YAML(typ="safe").load(COMMITTED)["train"]
+DEFAULT = YAML(typ="safe").load(COMMITTED)
+TRAIN = DEFAULT["train"]
 
 
 def git(*arguments: str) -> None:
@@ -24,20 +28,30 @@ def git(*arguments: str) -> None:
     subprocess.run(["git", *person, *arguments], check=True, capture_output=True)
 
 
-@pytest.fixture(autouse=True)
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with params.yaml and the presets, committed."""
+    root = tmp_path_factory.mktemp("committed")
+    shutil.copy(REPOSITORY / "params.yaml", root)
+    shutil.copytree(REPOSITORY / "presets", root / "presets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        git("init", "--quiet", "--template=")
+        git("add", "--all")
+        git("commit", "--quiet", "--message", "first")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def repository(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in."""
+    shutil.copytree(committed, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    shutil.copytree(REPOSITORY / "presets", tmp_path / "presets")
-    git("init", "--quiet")
-    git("add", "--all")
-    git("commit", "--quiet", "--message", "first")
     return tmp_path
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
+    return CliRunner().invoke(main, ["preset", *arguments])
 
 
 def refused(*arguments: str) -> str:
@@ -55,8 +69,13 @@ def write(name: str, text: str) -> None:
     Path(f"presets/{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def values(path: Path) -> dict[str, dict[str, Any]]:
-    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+def layers(name: str) -> list[dict[str, Any]]:
+    """What each preset sets that this one extends, and itself last."""
+    return [preset.flat(sections) for _, sections in preset.layers(Path(f"presets/{name}.yaml"))]
+
+
+def resolved(name: str) -> dict[str, Any]:
+    return reduce(or_, layers(name))
 
 
 # --- the presets ------------------------------------------------------------------------------------------------------
@@ -66,9 +85,7 @@ def values(path: Path) -> dict[str, dict[str, Any]]:
 def test_a_preset_makes_valid_params_of_which_nothing_but_values_is_changed(name: str) -> None:
     result = run(name)
     assert result.exit_code == 0, result.output
-    params = flatten(load_params())
-    for section, keys in values(Path(f"presets/{name}.yaml")).items():
-        assert {key: params[f"{section}.{key}"] for key in keys} == keys
+    assert resolved(name).items() <= flatten(load_params()).items()
     before, after = COMMITTED.splitlines(), PARAMS.read_text(encoding="utf-8").splitlines()
     for old, new in zip(before, after, strict=True):
         assert new.partition("#")[2] == old.partition("#")[2]
@@ -78,30 +95,36 @@ def test_a_preset_makes_valid_params_of_which_nothing_but_values_is_changed(name
 
 
 def test_what_the_committed_preset_has_set_no_other_leaves_behind() -> None:
-    default = YAML(typ="safe").load(COMMITTED)
+    values = {name: resolved(name) for name in NAMES}
     for first, second in itertools.permutations(NAMES, 2):
-        both = [values(Path(f"presets/{name}.yaml")) for name in (first, second)]
-        alone, after = (flatten(checked(default, *laid)) for laid in (both[1:], both))
+        alone, after = checked(values[second]), checked(values[first] | values[second])
         for key in without_effect(alone):
             after[key] = alone[key]
         assert after == alone, f"{second} on a committed {first}"
 
 
 def test_each_preset_names_every_key_that_another_one_sets_and_its_result_depends_on() -> None:
-    default, all_of = YAML(typ="safe").load(COMMITTED), {name: values(Path(f"presets/{name}.yaml")) for name in NAMES}
-    keys = {name: {f"{s}.{key}" for s, section in all_of[name].items() for key in section} for name in NAMES}
+    values = {name: resolved(name) for name in NAMES}
     for name in NAMES:
-        unused = without_effect(flatten(checked(default, all_of[name])))
-        assert set.union(*keys.values()) - unused - keys[name] == set(), name
+        unused = without_effect(checked(values[name]))
+        assert set().union(*values.values()) - unused - values[name].keys() == set(), name
 
 
-def checked(*layers: dict[str, dict[str, Any]]) -> Params:
-    sections = {name: dict(section) for name, section in layers[0].items()}
-    for name, section in itertools.chain.from_iterable(layer.items() for layer in layers[1:]):
-        sections[name] |= section
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_repeats_nothing_of_what_it_extends(name: str) -> None:
+    *below, own = layers(name)
+    assert own.items() & reduce(or_, below, {}).items() == set()
+
+
+def checked(values: dict[str, Any]) -> dict[str, Any]:
+    """All parameters, with these values on the committed ones; they are possible together."""
+    sections = {name: dict(section) for name, section in DEFAULT.items()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = value
     params = Params.model_validate(sections)
     check_combinations(params, PARAMS)
-    return params
+    return flatten(params)
 
 
 def without_effect(params: dict[str, Any]) -> set[str]:
@@ -173,6 +196,20 @@ def test_it_is_laid_on_what_is_committed() -> None:
     assert (params.train.max_iters, params.train.learning_rate) == (90, 4e-2)
 
 
+def test_what_it_extends_is_laid_below_it() -> None:
+    write("lowest", "train:\n  max_iters: 7\n  seed: 7\n  eval_iters: 7\n")
+    write("middle", "extends: lowest\ntrain:\n  seed: 8\n  eval_iters: 8\n")
+    write("upper", "# Most of it from below\nextends: middle\ntrain:\n  eval_iters: 9\n")
+    assert [line.partition(":")[0] for line in run("upper").output.splitlines()[1:]] == [
+        "  train.seed",
+        "  train.max_iters",
+        "  train.eval_iters",
+    ]
+    train = load_params().train
+    assert (train.max_iters, train.seed, train.eval_iters) == (7, 8, 9)
+    assert "upper                   Most of it from below" in run().output.splitlines()
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -224,40 +261,51 @@ def test_a_name_that_is_none_is_told_with_the_nearest_and_all() -> None:
     assert run().output == "\n"
 
 
+UNKNOWN = "which the commit's params.yaml does not have;"
+MAX_ITERS = f"train.max_iters = {TRAIN['max_iters']}"
+CIRCLE = "; remove extends from one of them\n"
+
+
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("name", "text", "told"),
     [
+        ("bad", "train: {max_iter: 9}", f" sets train.max_iter, {UNKNOWN} did you mean train.max_iters?\n"),
+        ("bad", "trian: {max_iters: 9}", f" sets trian, {UNKNOWN} did you mean train?\n"),
+        ("bad", "zzz: {max_iters: 9}", f" sets zzz, {UNKNOWN} known here: download, tokenize, model,"),
+        ("bad", "train: {max_iters: many}", " on it: train.max_iters = 'many' is refused"),
+        ("bad", "train: {warmup_iters: 70000}", f" on it: train.warmup_iters = 70000 is not below {MAX_ITERS}"),
+        ("bad", "train: [1", " is not valid YAML ("),
+        ("bad", "train: 5", " is not made of sections with keys"),
+        ("bad", "# nothing else", " is not made of sections with keys"),
+        ("bad", "train:\n  seed: 1\n  seed: 2", " is not valid YAML ("),
+        ("bad", "extends: bad", f" extends bad, a circle (bad -> bad){CIRCLE}"),
+        ("base", "train: {max_iter: 9}", f" sets train.max_iter, {UNKNOWN} did you mean train.max_iters?\n"),
+        ("base", "train: {seed: many}", "\n"),  # seed is set in presets/base.yaml
+        ("base", "train: {warmup_iters: 50}", "; train.max_iters is set in presets/bad.yaml\n"),
+        ("base", "train: [1", " is not valid YAML ("),
         (
-            "train:\n  max_iter: 9\n",
-            "presets/bad.yaml sets train.max_iter, which the commit's params.yaml has not; did ",
+            "base",
+            "extends: train_gpt",
+            " extends train_gpt: there is no preset train_gpt; did you mean train_gpt2? known: ",
         ),
-        (
-            "trian:\n  max_iters: 9\n",
-            "presets/bad.yaml sets trian, which the commit's params.yaml has not; did you mea",
-        ),
-        ("zzz:\n  max_iters: 9\n", "has not; known here: download, tokenize, model,"),
-        ("train:\n  max_iters: many\n", "params.yaml with presets/bad.yaml on it: train.max_iters = 'many' is refused"),
-        (
-            "train:\n  warmup_iters: 70000\n",
-            f"on it: train.warmup_iters = 70000 is not below train.max_iters = {TRAIN['max_iters']}",
-        ),
-        ("train: [1\n", "presets/bad.yaml is not valid YAML ("),
-        ("train: 5\n", "presets/bad.yaml is not made of sections with keys"),
-        ("# nothing else\n", "presets/bad.yaml is not made of sections with keys"),
-        ("train:\n  seed: 1\n  seed: 2\n", "presets/bad.yaml is not valid YAML ("),
+        ("base", "extends:", " extends None: there is no preset None; known: bad, base, debug_one_step, "),
+        ("base", "extends: [a]", " extends ['a']: there is no preset ['a']; known: bad, base, debug_one_step, "),
+        ("base", "extends: bad", f" extends bad, a circle (bad -> base -> bad){CIRCLE}"),
     ],
 )
-def test_a_bad_preset_is_refused_in_one_line_and_nothing_is_changed(text: str, told: str) -> None:
-    write("bad", text)
-    assert told in refused("bad")
+def test_a_bad_preset_is_refused_in_one_line_and_nothing_is_changed(name: str, text: str, told: str) -> None:
+    write("bad", "extends: base\ntrain: {max_iters: 9}")
+    write("base", "train: {}")
+    write(name, text)
+    assert f"presets/{name}.yaml{told}" in refused("bad")
     assert run("debug_one_step").exit_code == 0  # it is no hindrance to others
     assert run("debug_profile").exit_code == 0
 
 
 def test_a_write_that_fails_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> Params:
-        assert path != PARAMS
+    def fail(source: Path, target: Path) -> Path:
+        assert target == PARAMS
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(preset, "load_params", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     assert "the disk is gone" in refused("debug_one_step")

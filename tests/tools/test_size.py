@@ -7,10 +7,10 @@ import pytest
 from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
-from nanogpt import timing
+from nanogpt import flops, timing
 from tests.conftest import GPT2, REPOSITORY
-from tools import size
-from tools.size import main, time_line
+from tools.__main__ import main
+from tools.size import time_line
 
 META = {
     "corpus": {"documents": 2, "source": "grammar"},
@@ -50,7 +50,7 @@ def tokenized(**changes: object) -> None:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
+    return CliRunner().invoke(main, ["size", *arguments])
 
 
 def figures(*arguments: str) -> dict:
@@ -168,7 +168,7 @@ def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
 def test_a_measured_run_needs_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     change(numerics__determinism="off")  # so that pin comes after torch
     monkeypatch.setattr(timing, "median_seconds", lambda *_: 0.5)
-    monkeypatch.setattr(size, "measured_peak", lambda _: None)
+    monkeypatch.setattr(flops, "device_peak", lambda _: None)
     found = figures("--measure")["time"]
     expected = {"measured": True, "peak_flops": None, "mfu": None, "seconds_per_step": 0.5, "seconds": 350.0}
     assert found == expected

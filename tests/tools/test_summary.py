@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tools.summary import main
+from tools.__main__ import main
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def lock(model: str, code: str = "0") -> str:
+def lock(model: str, code: str = "c0") -> str:
     return f"stages: {{train: {{deps: [{{path: a.py, md5: {code}}}], outs: [{{path: model, md5: {model}}}]}}}}\n"
 
 
@@ -33,7 +33,7 @@ def git(*arguments: str) -> None:
 
 
 def summary() -> str:
-    return CliRunner().invoke(main, [], catch_exceptions=False).output
+    return CliRunner().invoke(main, ["summary"], catch_exceptions=False).output
 
 
 def test_it_tells_the_loss_the_excess_and_where_to_look(repository: Path) -> None:
@@ -52,7 +52,7 @@ def test_other_bits_from_the_same_code_and_params_are_told_as_such(repository: P
 
 
 def test_the_same_bits_of_other_code_are_told_as_such(repository: Path) -> None:
-    (repository / "dvc.lock").write_text(lock("a", code="1"))
+    (repository / "dvc.lock").write_text(lock("a", code="c1"))
     assert "this result is bit for bit the committed one: commit it" in summary()
 
 
@@ -70,6 +70,6 @@ def test_a_lock_that_was_never_committed_is_told(repository: Path) -> None:
 
 def test_without_a_result_one_line_says_what_is_missing_and_what_makes_it(repository: Path) -> None:
     (repository / "metrics/evaluate.json").unlink()
-    result = CliRunner().invoke(main)
+    result = CliRunner().invoke(main, ["summary"])
     assert result.exit_code == 1
-    assert result.output == "Error: metrics/evaluate.json is missing; `dvc repro` or `dvc checkout` makes it\n"
+    assert result.output == "Error: summary: metrics/evaluate.json is missing; `dvc repro` or `dvc checkout` makes it\n"

@@ -14,19 +14,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.runs import contents, end, finished_attempt, make_attempt, start, train, write_report
-from tools.sync import main
+from tools.__main__ import main
 from tracking import mlflow_process, mlflow_sync
 from tracking.journal import Journal, RunLock, read_records
-from tracking.mlflow_run import LOCK, Replica
+from tracking.mlflow_run import Replica
 from tracking.mlflow_server import TrackingError, connect, resolve_uri
 from tracking.mlflow_sync import SystemMetrics, Trainer, follow
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("database")
-    connect(f"sqlite:///{folder}/mlflow.db", folder)
-    return folder
+from tracking.run import Run
 
 
 @pytest.fixture
@@ -42,12 +36,11 @@ def repository(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyP
 def new_database(repository: Path, empty_database: Path) -> None:
     for old in repository.glob("mlflow.db*"):
         old.unlink()
-    for file in empty_database.glob("mlflow.db*"):
-        shutil.copyfile(file, repository / file.name)
+    shutil.copyfile(empty_database, repository / "mlflow.db")
 
 
 def sync(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+    return CliRunner().invoke(main, ["sync", *arguments], catch_exceptions=False)
 
 
 def only_run(repository: Path) -> dict[str, Any]:
@@ -64,7 +57,7 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-# --- python -m tools.sync
+# --- python -m tools sync
 
 
 def test_everything_that_lacks_is_sent_with_a_line_each(repository: Path, empty_database: Path) -> None:
@@ -87,7 +80,7 @@ def test_everything_that_lacks_is_sent_with_a_line_each(repository: Path, empty_
     assert [contents(client, run.info.run_id) for run in client.search_runs([experiment])] == before
     # a new database is filled without being asked to
     new_database(repository, empty_database)
-    command = [sys.executable, "-m", "tools.sync"]  # MLflow in this process still has the old file open
+    command = [sys.executable, "-m", "tools", "sync"]  # MLflow in this process still has the old file open
     filled = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert len(filled.splitlines()) == 3
 
@@ -122,7 +115,7 @@ def test_a_killed_run_is_marked_and_a_living_one_is_not(repository: Path) -> Non
         assert only_run(repository)["info"][1] == "RUNNING"
     assert "run 'run' was killed, and is marked so in MLflow" in sync(str(attempt)).output
     assert only_run(repository)["info"][1] == "KILLED"
-    with RunLock(attempt, name=LOCK):
+    with Run(attempt).sending_lock():
         assert f"process {os.getpid()} is sending it" in sync().output
 
 
@@ -133,7 +126,7 @@ def test_a_training_is_followed_to_its_end(repository: Path) -> None:
     attempt = make_attempt(repository)
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)
-        follower = mlflow_process.start(attempt, repository, 60)
+        follower = mlflow_process.start(Run(attempt), repository, 60)
         train(journal, 0, 20)
         wait_until(lambda: (attempt / "mlflow.json").exists())
         assert follower.process.poll() is None
@@ -155,7 +148,7 @@ def test_a_trainer_that_is_killed_leaves_a_run_that_is_killed(repository: Path) 
         start(journal)
         train(journal, 0, 12)
     trainer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    command = [sys.executable, "-m", "tools.sync", str(attempt), "--follow", str(trainer.pid)]
+    command = [sys.executable, "-m", "tools", "sync", str(attempt), "--follow", str(trainer.pid)]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_until(lambda: (attempt / "mlflow.json").exists())
     trainer.send_signal(signal.SIGKILL)
@@ -168,8 +161,8 @@ def test_a_trainer_that_is_killed_leaves_a_run_that_is_killed(repository: Path) 
 
 def test_a_second_follower_waits_for_the_first(repository: Path) -> None:
     attempt = finished_attempt(repository)
-    with RunLock(attempt, name=LOCK):
-        follower = mlflow_process.start(attempt, repository, 60)
+    with Run(attempt).sending_lock():
+        follower = mlflow_process.start(Run(attempt), repository, 60)
         wait_until(lambda: "still sends this run; waiting for it" in follower.log.read_text())
         assert not (attempt / "mlflow.json").exists()
     assert "is complete in MLflow" in mlflow_process.wait(follower, 120)
@@ -196,7 +189,7 @@ def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypat
     monkeypatch.setattr(Replica, "push", push)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(mlflow_sync, "PUSH_SECONDS", 0.01)
-    assert follow(attempt, resolve_uri(repository), os.getpid(), 60, said.append)
+    assert follow(Run(attempt), resolve_uri(repository), os.getpid(), 60, said.append)
     journal.close()
     refused = "will try again: no server at http://***@host"
     assert said[:4] == [refused, refused, "MLflow takes the run again", refused]
@@ -209,15 +202,15 @@ def test_the_wait_for_a_dead_server_is_bounded_and_told(repository: Path, monkey
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        line = mlflow_process.wait(mlflow_process.start(attempt, repository, 0), 120)
+        line = mlflow_process.wait(mlflow_process.start(Run(attempt), repository, 0), 120)
     assert re.match(
         r"MLflow lacks a part of the run \(.*failed: MLflow at http://127.0.0.1:\d+ cannot be reached", line
     )
-    assert "`python -m tools.sync` sends it later" in line
+    assert "`python -m tools sync` sends it later" in line
     monkeypatch.setattr(mlflow_process, "_GRACE", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     line = mlflow_process.wait(mlflow_process.Follower(process, attempt / "tracking.log"), 0)
-    assert line == "MLflow has not taken all of the run within 0 s; `python -m tools.sync` sends the rest"
+    assert line == "MLflow has not taken all of the run within 0 s; `python -m tools sync` sends the rest"
     assert process.returncode == -signal.SIGTERM
 
 
@@ -247,7 +240,7 @@ def test_a_long_run_has_a_bounded_number_of_system_metrics(tmp_path: Path, monke
     monkeypatch.setattr(mlflow_sync, "_monitors", lambda: [Monitor()])
     monkeypatch.setattr(time, "time", lambda: now[0])
     for _ in range(2):  # a follower of a resumed training goes on where the first one was
-        metrics = SystemMetrics(tmp_path)
+        metrics = SystemMetrics(Run(tmp_path))
         for _ in range(15 * 24 * 60):
             metrics.sample_if_due()
             now[0] += 60

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from tracking.dvc_files import directory_md5, dvc_process, experiment_name, locked_md5
+from tracking.dvc_files import DvcLock, cached, directory_md5, dvc_process, experiment_name, is_cached, stage_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # within DVC
 
@@ -47,7 +47,9 @@ def test_the_hash_of_a_directory_is_dvcs(repository):
 def test_the_lock_that_dvc_writes_holds_that_hash(repository):
     Path("dvc.yaml").write_text("stages:\n  train:\n    cmd: mkdir model && echo 1 > model/a\n    outs: [model]\n")
     repository.reproduce()
-    assert locked_md5("train", "model") == directory_md5(Path("model"))
+    lock = DvcLock.parse(Path("dvc.lock").read_text())
+    assert lock.out_md5("train", "model") == directory_md5(Path("model"))
+    assert lock == DvcLock.of_workspace(Path())
 
 
 # --- dvc.lock ---------------------------------------------------------------------------------------------------------
@@ -83,59 +85,107 @@ stages:
 """
 
 
-@pytest.fixture
-def lock(tmp_path):
-    path = tmp_path / "dvc.lock"
-
-    def write(text):
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return write
+def found(text):
+    return DvcLock.parse_or_empty(text).out_md5("train", "model")
 
 
-def test_a_lock_says_the_hash_of_each_out(lock):
-    path = lock(LOCK)
-    assert locked_md5("train", "model", path) == MODEL
-    assert locked_md5("train", "metrics/train.json", path) == METRICS
+def test_a_lock_says_the_hash_of_each_out():
+    lock = DvcLock.parse(LOCK)
+    assert lock.out_md5("train", "model") == MODEL
+    assert lock.out_md5("train", "metrics/train.json") == METRICS
+    assert lock.outs() == {
+        "tokenize": {"data/tokens": "a" * 32 + ".dir"},
+        "train": {"metrics/train.json": METRICS, "model": MODEL},
+    }
+    assert lock.stages["train"].deps == {"model": "b" * 32 + ".dir"}
+    assert lock.stages["train"].params == {"params.yaml": {"train.learning_rate": 3e-3}}
+    assert DvcLock.parse_or_empty(LOCK) == lock
 
 
 @pytest.mark.parametrize(("stage", "out"), [("train", "data/tokens"), ("train", "mode"), ("evaluate", "model")])
-def test_what_it_does_not_hold_is_none(lock, stage, out):
-    assert locked_md5(stage, out, lock(LOCK)) is None
+def test_what_it_does_not_hold_is_none(stage, out):
+    assert DvcLock.parse(LOCK).out_md5(stage, out) is None
 
 
 def test_without_a_lock_there_is_none(tmp_path):
-    assert locked_md5("train", "model", tmp_path / "dvc.lock") is None
-    assert locked_md5("train", "model", tmp_path) is None  # a directory
+    assert DvcLock.of_workspace(tmp_path) == DvcLock.parse_or_empty(None) == DvcLock()
+    (tmp_path / "dvc.lock").mkdir()
+    assert DvcLock.of_workspace(tmp_path) == DvcLock()
 
 
-def test_a_lock_that_was_cut_anywhere_gives_the_hash_a_part_of_it_or_none(lock):
+def test_a_lock_that_was_cut_anywhere_gives_the_hash_a_part_of_it_or_none():
     # DVC writes it in place, so a kill leaves any beginning of it.
     for length in range(len(LOCK)):
-        found = locked_md5("train", "model", lock(LOCK[:length]))
-        assert found is None or MODEL.startswith(found), LOCK[:length][-40:]
+        md5 = found(LOCK[:length])
+        assert md5 is None or MODEL.startswith(md5), LOCK[:length][-40:]
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "hello",
-        "- 1",
-        "stages: 3",
-        "stages: {train: null}",
-        "stages: {train: {outs: null}}",
-        "stages: {train: {outs: [model]}}",
-        "stages: {train: {outs: [{path: model}]}}",
-        "stages: {train: {outs: [{md5: aa}]}}",
-        "<<<<<<< HEAD\nstages:\n=======\n",
+        b"",
+        b"hello",
+        b"- 1",
+        b"[1]",
+        b"}{",
+        b"schema: '2.0'\n",
+        b"stages: 3",
+        b"stages: {train: null}",
+        b"stages: {train: {outs: null}}",
+        b"stages: {train: {outs: [model]}}",
+        b"stages: {train: {outs: [{path: model}]}}",
+        b"stages: {train: {outs: [{md5: aa}]}}",
+        b"stages: {train: {outs: [{path: model, md5: 11}]}}",
+        b"stages: {train: {params: {params.yaml: 1}}}",
+        b"<<<<<<< HEAD\nstages:\n=======\n",
         b"\xff\xfe\x00binary",
         b"a: \x00",
     ],
 )
-def test_what_is_no_lock_gives_none(lock, content):
-    assert locked_md5("train", "model", lock(content)) is None
+def test_what_is_no_lock_is_refused_or_gives_none(tmp_path, content):
+    (tmp_path / "dvc.lock").write_bytes(content)
+    assert DvcLock.of_workspace(tmp_path) == DvcLock()
+    text = content.decode(errors="replace")
+    assert found(text) is None
+    with pytest.raises(ValueError, match=r"dvc\.lock .*`git checkout dvc\.lock`") as caught:
+        DvcLock.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_stages_of_a_dvc_yaml_come_in_its_order():
+    assert stage_names("stages:\n  b: {cmd: x}\n  a: {cmd: y}\n") == ["b", "a"]
+    with pytest.raises(ValueError, match=r"dvc\.yaml is empty"):
+        stage_names("")
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files", [[], ["global"], ["repo"], ["local"], ["global", "repo", "local"]])
+@pytest.mark.parametrize("place", ["{tmp}/{level}", "../{level}"])
+def test_an_object_is_found_wherever_dvc_keeps_its_cache(repository, tmp_path, monkeypatch, files, place):
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "settings"))
+    paths = {"global": "settings/config", "repo": ".dvc/config", "local": ".dvc/config.local"}
+    (tmp_path / "settings").mkdir()
+    for level in files:
+        with (tmp_path / paths[level]).open("a") as file:
+            file.write(f"[cache]\n    dir = {place.format(tmp=tmp_path, level=level)}\n")
+    fill(Path("model"), FILES)
+    with Repo() as repo:
+        (stage,) = repo.add("model")
+        odb = Path(repo.cache.repo.path)
+    md5 = stage.outs[0].hash_info.value
+    assert odb.is_relative_to(tmp_path)
+    assert odb.parts[-3] == (files[-1] if files else "cache")
+    assert cached(tmp_path, md5) == odb / md5[:2] / md5[2:]
+    assert is_cached(tmp_path, md5)
+    assert not is_cached(tmp_path, "0" * 32)
+
+
+def test_a_damaged_configuration_is_told_with_the_remedy(repository, tmp_path):
+    (tmp_path / ".dvc/config").write_text("[cache\n")
+    with pytest.raises(ValueError, match=r"DVC's configuration is damaged .*`dvc config --list` shows it"):
+        is_cached(tmp_path, "0" * 32)
 
 
 # --- what DVC says in the environment ---------------------------------------------------------------------------------

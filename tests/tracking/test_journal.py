@@ -16,14 +16,9 @@ from tracking.journal import (
     START,
     Journal,
     JournalDamaged,
-    NoJournal,
     RunLock,
-    attempts,
-    end_of,
     holder,
-    last_record,
     read_records,
-    state,
 )
 
 
@@ -207,15 +202,6 @@ def test_a_reader_gets_whole_lines_and_goes_on_where_it_was(path: Path) -> None:
         list(read_records(path, {"bytes": position["bytes"], "crc": "00000000"}))
 
 
-def test_in_its_place_a_process_that_only_trains_along_writes_nothing(path: Path) -> None:
-    with NoJournal() as journal:
-        assert journal.append("step", step=1, loss=2.0) == []
-        journal.sync()
-        assert (journal.position(), list(journal.records())) == (START, [])
-        assert list(journal.records_of("eval")) == []
-    assert not path.exists()
-
-
 def test_a_full_disk_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = filled(path)
     real = os.write
@@ -251,42 +237,10 @@ def test_ctrl_c_in_the_middle_of_an_append_does_not_break_the_chain(
         assert [r["kind"] for r in journal.records()][-2:] == ["step", "end"]
 
 
-def test_state_and_end(path: Path) -> None:
-    assert state(path) == "new"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"")
-    assert (state(path), last_record(path)) == ("new", None)
-    with Journal(path) as journal:
-        journal.append("start", step=0)
-        assert state(path) == "open"
-        journal.append("sample", step=0, prompt="p", text="x" * 200_000)  # longer than one read from the end
-        assert state(path) == "open"
-        for status in ("KILLED", "FAILED", "FINISHED"):
-            journal.append("end", status=status, message="", step=0, result={})
-            assert state(path) == status.lower()
-        assert (end_of(journal.records()) or {})["status"] == "FINISHED"
-        with path.open("ab") as file:
-            file.write(b'{"kind":"sta')
-        assert state(path) == "finished"
-    with Journal(path) as journal:
-        journal.append("start", step=0)
-        assert state(path) == "open"
-        assert end_of(journal.records()) is None
-
-
-def test_attempts_are_those_that_tracking_can_replay(tmp_path: Path) -> None:
-    for name in ("b/attempt-1", "a/attempt-2", "a/attempt-10"):
-        (tmp_path / name).mkdir(parents=True)
-    for index, name in enumerate(("b/attempt-1", "a/attempt-2")):
-        (tmp_path / name / "run.json").write_text("{}")
-        os.utime(tmp_path / name / "run.json", (index, index))
-    assert [str(p.relative_to(tmp_path)) for p in attempts(tmp_path)] == ["b/attempt-1", "a/attempt-2"]
-
-
 HOLD = r"""
 import os, sys, time
 from pathlib import Path
-from nanogpt.journal import RunLock
+from tracking.journal import RunLock
 with RunLock(Path(sys.argv[1])):
     if sys.argv[2:] and os.fork() == 0:
         os.write(1, b"child\n")

@@ -18,17 +18,9 @@ from tracking import mlflow_models, mlflow_page, mlflow_server
 from tracking.journal import Journal
 from tracking.mlflow_page import Page
 from tracking.mlflow_run import NOTE, Replica, deliver_report
-from tracking.mlflow_server import TrackingError, connect, redact, resolve_uri
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new database costs seconds, a copy of it nothing."""
-    folder = tmp_path_factory.mktemp("database")
-    connect(f"sqlite:///{folder}/mlflow.db", folder)
-    with sqlite3.connect(folder / "mlflow.db") as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return folder / "mlflow.db"
+from tracking.mlflow_server import TrackingError, connect, resolve_uri
+from tracking.redaction import redact
+from tracking.run import Run
 
 
 @pytest.fixture
@@ -43,7 +35,7 @@ def repository(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyP
 
 
 def finish(attempt: Path, repository: Path, killed: bool = False) -> tuple[Replica, dict[str, Any]]:
-    replica = Replica(attempt, resolve_uri(repository))
+    replica = Replica(Run(attempt), resolve_uri(repository))
     replica.finish(killed)
     return replica, contents(replica._client, replica.run_id)
 
@@ -156,7 +148,7 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
         attempt = finished_attempt(repository)
         begin = time.monotonic()
         with pytest.raises(TrackingError, match=r"cannot be reached .*refused") as caught:
-            Replica(attempt, uri).push()
+            Replica(Run(attempt), uri).push()
         assert time.monotonic() - begin < 120  # MLflow's own setting: 247 s
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -167,8 +159,9 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
 CREATE = """
 import os, sys
 from pathlib import Path
-from nanogpt.mlflow_server import prepare_environment
-from nanogpt.tracking import Replica, resolve_uri
+from tracking.mlflow_server import prepare_environment, resolve_uri
+from tracking.mlflow_run import Replica
+from tracking.run import Run
 prepare_environment()
 import mlflow.store.tracking.sqlalchemy_store
 repository = Path(sys.argv[1])
@@ -180,7 +173,7 @@ for name in sys.argv[2:]:
         continue
     os.close(write)
     os.read(read, 1)  # until the parent closes it: all at once
-    Replica(repository / ".runs" / name / "attempt-1", resolve_uri(repository)).push()
+    Replica(Run(repository / ".runs" / name / "attempt-1"), resolve_uri(repository)).push()
     os._exit(0)
 os.close(write)
 print([os.waitpid(pid, 0)[1] for pid in children])
@@ -211,10 +204,10 @@ def test_a_damaged_database_is_named_with_its_remedy(repository: Path, content: 
         (repository / name).unlink(missing_ok=True)
     other = repository / "other.db"
     other.write_bytes(content)
-    with pytest.raises(TrackingError, match=r"other.db is damaged .*move it away .*tools.sync"):
-        Replica(attempt, f"sqlite:///{other}").push()
+    with pytest.raises(TrackingError, match=r"other.db is damaged .*move it away .*tools sync"):
+        Replica(Run(attempt), f"sqlite:///{other}").push()
     other.unlink()
-    replica = Replica(attempt, f"sqlite:///{other}")
+    replica = Replica(Run(attempt), f"sqlite:///{other}")
     replica.finish()
     assert contents(replica._client, replica.run_id) == expected
 
@@ -270,7 +263,7 @@ def test_replaying_changes_nothing_and_fills_another_database_alike(repository: 
     for name in ("mlflow.db", "mlflow.db-wal", "mlflow.db-shm"):
         (repository / name).unlink(missing_ok=True)
     shutil.copyfile(empty_database, repository / "other.db")
-    other = Replica(attempt, f"sqlite:///{repository}/other.db")
+    other = Replica(Run(attempt), f"sqlite:///{repository}/other.db")
     other.finish()
     assert other.run_id != replica.run_id
     assert contents(other._client, other.run_id) == first
@@ -282,7 +275,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(repository: Path) -
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)
         train(journal, 0, 17)
-    replica = Replica(attempt, resolve_uri(repository))
+    replica = Replica(Run(attempt), resolve_uri(repository))
     replica.push()
     assert replica._client.get_run(replica.run_id).info.status == "RUNNING"
     with Journal(attempt / "journal.jsonl") as journal:
@@ -290,13 +283,13 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(repository: Path) -
     _, killed = finish(attempt, repository, killed=True)  # SIGKILL: no end record
     assert killed["info"] == ("run", "KILLED", T0, T0 + 230)
     assert "**KILLED** at step 23" in killed["tags"][NOTE]
-    replica = Replica(attempt, resolve_uri(repository))
+    replica = Replica(Run(attempt), resolve_uri(repository))
     replica.push()
     assert replica._client.get_run(replica.run_id).info.status == "KILLED"  # a replay does not revive it
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal, 20)
         train(journal, 21, 33)  # 21 to 23 for the second time
-    again = Replica(attempt, resolve_uri(repository))
+    again = Replica(Run(attempt), resolve_uri(repository))
     again.push()
     assert again._client.get_run(again.run_id).info.status == "RUNNING"
     with Journal(attempt / "journal.jsonl") as journal:
@@ -325,7 +318,7 @@ def test_a_failure_in_the_middle_is_made_good(repository: Path, monkeypatch: pyt
     attempt = finished_attempt(repository)
     real = mlflow_models.save_pyfunc
     monkeypatch.setattr(mlflow_models, "save_pyfunc", lambda *_: 1 / 0)
-    replica = Replica(attempt, resolve_uri(repository))
+    replica = Replica(Run(attempt), resolve_uri(repository))
     with pytest.raises(TrackingError, match="ZeroDivisionError"):
         replica.finish()
     assert replica._client.get_run(replica.run_id or _run_id(attempt)).info.status == "RUNNING"
@@ -396,7 +389,7 @@ def test_what_the_user_deleted_stays_deleted(repository: Path) -> None:
     replica, _ = finish(attempt, repository)
     replica._client.delete_run(replica.run_id)
     (attempt / "mlflow.json").unlink()
-    again = Replica(attempt, resolve_uri(repository))
+    again = Replica(Run(attempt), resolve_uri(repository))
     again.finish()
     assert again.deleted
     assert again.run_id == replica.run_id
@@ -405,7 +398,7 @@ def test_what_the_user_deleted_stays_deleted(repository: Path) -> None:
 def test_two_runs_that_add_the_same_dataset_at_once_both_succeed(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replica = Replica(finished_attempt(repository, "first"), resolve_uri(repository))
+    replica = Replica(Run(finished_attempt(repository, "first")), resolve_uri(repository))
     replica._client = connect(replica.uri, repository)
     real = replica._client.log_inputs
 
@@ -429,7 +422,7 @@ def test_best_model_loads_and_generates_in_another_directory(repository: Path, t
     package = tmp_path / "stub" / "nanogpt"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    (package / "published.py").write_text(
+    (package / "saved_model.py").write_text(
         "from pathlib import Path\n"
         "class Stub:\n"
         "    def __init__(self, path): self.text = (Path(path) / 'weights.safetensors').read_text()\n"

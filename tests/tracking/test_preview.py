@@ -1,7 +1,7 @@
 import pytest
 
 from nanogpt.corpus.tokenizer import CharTokenizer
-from tracking.preview import check_prompts
+from tracking.observers import check_prompts
 
 
 def test_prompts_that_can_be_continued_pass():

@@ -5,23 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from tracking.profiler import WARM_UP, profiled
+from tracking.observers import Profiler
+
+WARM_UP = Profiler.WARM_UP
 
 
 @pytest.fixture
 def loop(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
     """`loop(iters, steps)` asks, as the training loop does, before each step; gives steps done, lines told."""
 
-    def run(iters: int, steps: int, stop_at: int | None = None) -> tuple[int, list[str]]:
-        told: list[str] = []
+    def run(iters: int, steps: int) -> tuple[int, list[str]]:
+        said: list[str] = []
         done = 0
-        with profiled(
-            lambda: "Ctrl-C" if done == stop_at else None, steps, tmp_path / "trace.json", told.append
-        ) as stop:
-            while stop() is None and done < iters:
+        with Profiler(steps, tmp_path / "trace.json", said.append) as profiler:
+            while profiler.should_stop() is None and done < iters:
                 torch.ones(2, 3) @ torch.ones(3, 4)
                 done += 1
-        return done, told
+        return done, said
 
     return run
 
@@ -47,23 +47,8 @@ def test_a_training_that_ends_before_has_a_trace_of_what_there_was(tmp_path: Pat
     assert [line.split(",")[0] for line in told] == ["2 steps traced"]
 
 
-def test_a_wish_to_stop_comes_through(tmp_path: Path, loop):
-    done, told = loop(WARM_UP + 9, 3, stop_at=WARM_UP + 1)
-    assert done == WARM_UP + 1
-    assert told[0].startswith("1 steps traced")
-
-
 @pytest.mark.parametrize("iters", [0, 1, WARM_UP])
 def test_a_training_that_ends_in_the_warm_up_has_none(tmp_path: Path, loop, iters: int):
     _, told = loop(iters, 3)
     assert told == ["no step was traced, as no more than the 5 for warm-up were taken"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_it_the_question_is_the_given_one(tmp_path: Path):
-    def stop() -> str | None:
-        return None
-
-    with profiled(stop, 0, tmp_path / "trace.json", print) as asked:
-        assert asked is stop
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import pytest
 from nanogpt.corpus.sources import write_corpus
 from nanogpt.files import Damaged, Missing
 from nanogpt.params import DownloadParams, load_params
-from tracking.console import explain
+from tracking.errors import explain
 from tracking.remedies import remedy
 
 REPOSITORY = Path(__file__).parents[2]

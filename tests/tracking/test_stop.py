@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tracking.stop import StopRequest
+from tracking.observers import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def alone(number):
 
 
 def test_without_a_signal_there_is_no_reason():
-    assert StopRequest(alone).reason() is None
+    assert StopRequest(alone).should_stop() is None
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_without_a_signal_there_is_no_reason():
 def test_a_signal_is_a_reason_and_interrupts_nothing(number, reason, code):
     stop = StopRequest(alone)
     signal.raise_signal(number)
-    assert stop.reason() == stop.reason() == reason
+    assert stop.should_stop() == stop.should_stop() == reason
     assert stop.exit_code == code
 
 
@@ -48,7 +48,7 @@ def test_of_several_signals_the_first_is_the_reason(first):
     stop = StopRequest(alone)
     signal.raise_signal(first)
     signal.raise_signal(signal.SIGTERM)
-    assert stop.reason() is not None
+    assert stop.should_stop() is not None
     assert stop.exit_code == 128 + first
 
 
@@ -56,21 +56,22 @@ def test_what_all_agree_on_is_the_reason_and_the_exit_code():
     agreed = iter([0, signal.SIGTERM])
     stop = StopRequest(lambda number: next(agreed))
     signal.raise_signal(signal.SIGINT)
-    assert stop.reason() is None  # the others have not heard of it yet
-    assert (stop.reason(), stop.exit_code) == ("SIGTERM", 143)
+    assert stop.should_stop() is None  # the others have not heard of it yet
+    assert (stop.should_stop(), stop.exit_code) == ("SIGTERM", 143)
 
 
 # The parent starts the stage, which is ready when it has said so, and dies of a signal.
 STAGE = """
 import sys
-from stages.stop import StopRequest, end_with
+from tracking.observers import StopRequest
+from tracking.stop import end_with
 stop = StopRequest(lambda number: number) if sys.argv[3] == "asks" else None
 end_with(int(sys.argv[2]), "dvc", lambda line: print(line, flush=True))
 with open(int(sys.argv[1]), "w") as ready:
     ready.write("ready")
-while stop is None or stop.reason() is None:
+while stop is None or stop.should_stop() is None:
     pass
-print(stop.reason(), stop.exit_code)
+print(stop.should_stop(), stop.exit_code)
 """
 PARENT = """
 import os, signal, subprocess, sys

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from tools.golden import key
 from tracking import verification
+from tracking.golden import file_name
 
 
 def first_steps(determinism: str, torch: str = "2", apart: float = 0.0) -> dict[str, Any]:
     steps = [{"step": step, "loss": 5.0 + apart * (step > 4), "grad_norm": 1.0, "lr": 1e-3} for step in range(1, 21)]
-    environment = {"torch": torch, "numerics.determinism": determinism}
+    environment = {"python": "3.11", "torch": torch, "numerics.determinism": determinism, "numerics.threads": "2"}
     return {"environment": environment, "made_of": {"code": "a"}, "steps": steps}
 
 
@@ -24,7 +24,7 @@ def commit(tmp_path: Path):
     def make(golden: dict[str, Any]) -> Path:
         (tmp_path / "golden").mkdir()
         content = {**golden, "model": "m", "metrics": {"val_loss": 1.0}}
-        (tmp_path / "golden" / f"{key(golden['environment'])}.json").write_text(json.dumps(content))
+        (tmp_path / "golden" / file_name(golden["environment"])).write_text(json.dumps(content))
         (tmp_path / "dvc.lock").write_text("stages: {train: {outs: [{path: model, md5: m}]}}\n")
         identity = ("-c", "user.name=a", "-c", "user.email=b")
         for command in (["init", "-q"], ["add", "."], *[["commit", "-q", "--allow-empty", "-m", "x"]] * 2):
@@ -68,3 +68,17 @@ def test_the_first_steps_of_two_commits(commit, monkeypatch, determinism, apart,
     monkeypatch.setattr(verification, "_first_steps", lambda clone, say: next(results))
     report = verification.check_base(root, "HEAD~1", print)
     assert [finding.verdict for finding in report.findings] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        (["always changed"], ["always changed"]),
+        ([{"changed deps": {"a.py": "modified", "data/raw": "deleted"}}], ["a.py modified"]),
+        ([{"changed outs": {"model": "not in cache"}}], []),
+        ([{"changed deps": {"params.yaml": {"train.seed": "modified", "b": "new"}}}], ["train.seed modified", "b new"]),
+        (["changed command", {"changed outs": {"model": "deleted"}}], ["changed command"]),
+    ],
+)
+def test_what_dvc_status_reports_is_named(changes, stale):
+    assert verification._stale(changes) == stale

@@ -7,6 +7,9 @@ FAULT is JSON: in a process whose command line holds `in`, the `count`-th audit 
 `path` sends `signal` to `target` (self, parent or group), after touching the file `mark`. With `stage` only what comes
 after the start of that stage counts, with `writing` only a file that is opened to be written, and with `cut` that file
 is emptied first, as it is when its writer is killed right after opening it.
+
+WITHOUT_MLFLOW leaves MLflow out, whose import and database take more of the processor than the pipeline itself: a
+stage cannot import it, and the process beside a training ends at once.
 """
 
 import json
@@ -26,6 +29,16 @@ if "PAUSE_AT" in os.environ:
         return written
 
     os.write = _pausing_write
+
+if "WITHOUT_MLFLOW" in os.environ:
+
+    class _WithoutMlflow:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "mlflow":
+                raise SystemExit if "sync" in sys.orig_argv else ImportError("MLflow is left out")
+
+    sys.meta_path.insert(0, _WithoutMlflow)
 
 if "FAULT" in os.environ:
     _fault = json.loads(os.environ["FAULT"])

@@ -1,0 +1,47 @@
+"""The command line of all that is no stage: `python -m tools COMMAND` runs `main` of tools/COMMAND.py."""
+
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import click
+
+from tracking.errors import errors_in_one_line, warn
+
+# The first line of each command's docstring (a test compares them), so that --help imports none of them.
+COMMANDS = {
+    "deps": "Writes each stage's deps into dvc.yaml, from its imports.",
+    "export": "Writes a trained model for transformers or nanoGPT.",
+    "fastest": "Times the training with each dtype, compile and attention.",
+    "first-steps": "Writes loss and gradient norm of the first 20 training steps.",
+    "gc": "Frees what old runs and caches take, after showing it.",
+    "golden": "Writes the golden file of this environment.",
+    "lineage": "Shows where a model comes from and how to make it again.",
+    "preset": "Makes params.yaml that of a preset, or lists the presets.",
+    "replay": "Recomputes one training step and compares it with the journal.",
+    "size": "Shows what the training that params.yaml describes will cost.",
+    "summary": "Sums up the newest result and compares dvc.lock with HEAD's.",
+    "sync": "Sends to MLflow what has not reached it.",
+    "verify": "Reproduces the committed dvc.lock in a clean clone of HEAD.",
+}
+
+
+class Tool(click.Command):
+    """A command whose module is imported when it is called."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> click.Context:
+        """The context of the module's own command, `main`, with the error handling that all commands share."""
+        assert self.name
+        command: click.Command = import_module(f"tools.{self.name.replace('-', '_')}").main
+        context = command.make_context(info_name, args, parent, **extra)
+        context.with_resource(errors_in_one_line(self.name, partial(warn, self.name)))
+        return context
+
+
+@click.group(commands=[Tool(name, short_help=line) for name, line in COMMANDS.items()])
+def main() -> None:
+    """Commands for what stands around the pipeline; each one explains itself with --help."""
+
+
+if __name__ == "__main__":
+    main()

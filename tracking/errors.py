@@ -1,0 +1,59 @@
+"""What an error prints, of stages and tools alike: one line for what a user can mend, the traceback for a defect."""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from tracking.redaction import redact, without_secrets
+from tracking.remedies import remedy
+
+
+def warn(name: str, line: str) -> None:
+    """Prints a warning of the command `name` to stderr."""
+    click.secho(f"{name}: warning: {line}", fg="yellow", err=True)
+
+
+def explain(error: Exception) -> str:
+    """The message of a ValueError or OSError on one line, with the remedy that who raised it cannot know.
+
+    It is shown and logged, so it is without secrets.
+    """
+    text = redact(str(error))
+    advice = remedy(error)
+    return f"{text}; {advice}" if advice and "start again" not in text else text
+
+
+def check_made(*paths: Path) -> None:
+    """Raises ValueError for the first of the pipeline's artifacts that is missing."""
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} is missing; `dvc repro` or `dvc checkout` makes it")
+
+
+@contextmanager
+def errors_in_one_line(
+    name: str, warn: Callable[[str], None], record: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
+    """Turns the errors of the command `name` into what its user sees; `record` gets their tracebacks.
+
+    ValueError and OSError become one line and exit code 1, Ctrl-C a warning and exit code 130. Click's own errors keep
+    their exit codes. Anything else is a defect and shows its traceback.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort):  # click's prompts turn one into the other
+        warn("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # nobody reads the output any more; click ends the command without a word
+        record(without_secrets(traceback.format_exc()))
+        raise
+    except (ValueError, OSError) as error:
+        record(without_secrets(traceback.format_exc()))
+        raise click.ClickException(f"{name}: {explain(error)}") from error
+    except Exception:
+        record(without_secrets(traceback.format_exc()))
+        raise
