@@ -46,7 +46,7 @@ def pin(params: NumericsParams, device: str) -> Numerics:
     """
     if params.determinism != "off":
         if "torch" in sys.modules:
-            raise RuntimeError("numerics.pin must come before the first import of torch")
+            raise RuntimeError("determinism.pin must come before the first import of torch")
         _check_machine(params.determinism)
         _pin_environment(params)
     import torch

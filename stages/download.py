@@ -1,6 +1,6 @@
 """The first stage: raw text to data/raw/."""
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.download`, in the root of the repository")
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Scores the model on the whole validation split: metrics/evaluate.json."""
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.evaluate`, in the root of the repository")
 
 import json

@@ -1,6 +1,6 @@
 """Writes text with the model: samples/samples.md and samples/samples.json."""
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.sample`, in the root of the repository")
 
 import json

@@ -1,6 +1,6 @@
 """The second stage: data/raw/ to token files in data/tokens/."""
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.tokenize`, in the root of the repository")
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.train`, in the root of the repository")
 
 import json

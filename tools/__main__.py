@@ -1,6 +1,6 @@
 """The command line of all that is no stage: `python -m tools COMMAND` runs `main` of tools/COMMAND.py."""
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this with `python -m tools`, in the root of the repository")
 
 from functools import partial

@@ -13,6 +13,7 @@ from tools.command import command
 from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri
+from tracking.redaction import redact
 from tracking.run import attempts_of
 
 DAY = 86_400
@@ -123,5 +124,5 @@ def dvc_gc(mode: str) -> str:
     command = ["dvc", "gc", "--workspace", "--all-commits", "--all-experiments", mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+        raise ValueError(f"`{' '.join(command)}` failed: {redact(done.stderr)}")
     return done.stdout

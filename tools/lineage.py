@@ -18,7 +18,8 @@ from tracking.dvc_files import DvcLock, directory_md5, is_cached
 from tracking.fingerprint import environment
 from tracking.git import git
 from tracking.history import Holder, KnownRun, KnownRuns, experiment_models, fetch_command, holders, known_commit
-from tracking.mlflow_server import as_text, redact, resolve_uri
+from tracking.mlflow_server import as_text, resolve_uri
+from tracking.redaction import redact
 
 UNKNOWN = "unknown"
 _HASH = re.compile(r"[0-9a-f]{7,64}")
@@ -177,13 +178,17 @@ def _patch(root: Path, run: KnownRun, notes: list[str]) -> list[str] | None:
     """The commands that bring back a run's uncommitted changes; None, with a note, where these are not whole."""
     if not run.dirty:
         return []
+    left_out = run.tags.get("git.left_out")
+    if left_out:
+        notes.append(f"not kept, since they are no part of the experiment: the changes of {left_out}")
     if run.diff is None and run.diff_in_mlflow:
         uri = redact(resolve_uri(root))
         if uri != resolve_uri(root):
             notes.append("the password of MLflow's server belongs in place of ***")
         download = f"mlflow artifacts download --run-id {run.id} --artifact-path uncommitted.diff --dst-path .."
+        empty = "--allow-empty " if left_out else ""  # it may hold names alone
         download = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} {download}"
-        return ["make setup", "source .venv/bin/activate", download, "git apply ../uncommitted.diff"]
+        return ["make setup", "source .venv/bin/activate", download, f"git apply {empty}../uncommitted.diff"]
     text = run.diff.read_text(encoding="utf-8") if run.diff else ""
     if not text:
         notes.append(f"{UNKNOWN}: there were uncommitted changes, and their uncommitted.diff is nowhere")
@@ -192,7 +197,7 @@ def _patch(root: Path, run: KnownRun, notes: list[str]) -> list[str] | None:
     elif re.search(r"^Binary files .* differ$", text, re.MULTILINE):
         notes.append(f"{UNKNOWN}: binary files had changed, which {run.diff} does not hold")
     else:
-        return [f"git apply {shlex.quote(str(run.diff))}"]
+        return [f"git apply {shlex.quote(str(run.diff))}"] if "diff --git " in text else []
     return None
 
 

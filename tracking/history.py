@@ -12,7 +12,8 @@ from typing import Any
 
 from tracking.dvc_files import DvcLock, listing_md5, read_yaml
 from tracking.git import git, git_bytes, git_or_none
-from tracking.mlflow_server import TrackingError, as_text, connect, has_run, redact, resolve_uri
+from tracking.mlflow_server import TrackingError, as_text, connect, has_run, resolve_uri
+from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
 NOT_FINISHED = "not finished"

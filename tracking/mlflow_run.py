@@ -17,7 +17,8 @@ from nanogpt.files import write_text
 from tracking import mlflow_models, mlflow_page
 from tracking.journal import START, JournalDamaged, Position, RunLock, read_records
 from tracking.mlflow_page import Page, Point
-from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run, redact
+from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run
+from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
 SAMPLES = "samples.json"
@@ -187,8 +188,10 @@ class Replica:
         """The table of samples and the description, when they have changed."""
         page = self.page
         samples = len(page.sample_rows()), page.last.get("sample", {}).get("step", -1)
+        from tracking.mlflow_client import encode
+
         if samples[0] and self._state.get("samples") != list(samples):
-            self._upload(SAMPLES, mlflow_page.table(page).encode())
+            self._upload(SAMPLES, encode(mlflow_page.table(page)))
             # With this tag MLflow's page shows the file as a table. Its own log_table would append to what is there.
             self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES, "type": "table"}])})
             self._save(samples=list(samples))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tracking.journal import JournalDamaged, RunLock
+from tracking.redaction import redact
 
 # A dead server must be noticed in seconds, not in MLflow's four minutes; and nothing is to be told to anybody.
 _ENVIRONMENT = {
@@ -46,29 +47,21 @@ def resolve_uri(repository: Path) -> str:
     return f"{scheme}{separator}{path}"
 
 
-def redact(text: str) -> str:
-    """Text on one line, without what is secret in the URLs in it (user, password, query) and in headers."""
-    text = re.sub(r"://[^/\s'\"]*@", "://***@", text)
-    text = re.sub(r"\?[^\s'\")]*=[^\s'\")]*", "?***", text)
-    text = re.sub(r"\b(Basic|Bearer) [\w.~+/=-]+", r"\1 ***", text)
-    return " ".join(text.split())
-
-
 def as_text(value: Any) -> str:
     """A value of a param or tag as MLflow keeps it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def connect(uri: str, repository: Path) -> Any:
-    """An MlflowClient. A new sqlite database is created whole, by one process at a time. Raises TrackingError."""
+    """A StoreClient. A new sqlite database is created whole, by one process at a time. Raises TrackingError."""
     prepare_environment()
     with explained(uri):
         if path := _sqlite_path(uri):
             with RunLock(repository / ".runs", name="mlflow.lock"):
                 _prepare_sqlite(path)
-        from mlflow import MlflowClient
+        from tracking.mlflow_client import StoreClient
 
-        client = MlflowClient(tracking_uri=uri)
+        client = StoreClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
         return client
 
@@ -131,7 +124,7 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
                 raise TrackingError(f"the MLflow experiment {name!r} is deleted: restore it or set tracking.experiment")
             return str(experiment.experiment_id)
         # Not quoted: MLflow takes a % in a path for an escape when it loads a model. Each run has its own folder below.
-        folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+        folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:100]  # the location has a limit too
         # A server knows where its artifacts belong; a database without one would take the working directory.
         local = uri.startswith(("sqlite:", "file:"))
         location = (repository / "mlartifacts" / folder).as_uri() if local else None

@@ -58,9 +58,10 @@ def test_the_search_finds_a_secret_where_there_is_one(clone: Clone):
     [
         "http://user:{secret}@127.0.0.1:{port}",
         "http://user:p@{secret}@127.0.0.1:{port}",
+        "http://user:p/{secret}@127.0.0.1:{port}",
         "http://127.0.0.1:{port}/?token={secret}",
     ],
-    ids=["password", "password with an @", "query"],
+    ids=["password", "password with an @", "password with a slash", "query"],
 )
 def test_of_a_server_that_is_gone(clone: Clone, address: str):
     uri = address.format(secret=IN_ADDRESS, port=closed_port())

@@ -104,7 +104,7 @@ def test_split(folder: Path, dtype: str) -> None:
             assert found.tokens.max() < 7
             assert first_context in (0, 6, None)
             if len(found.tokens) > 1:
-                assert batch(found.tokens, "random", 1, 2, 3, range(3), 1)[0].max() < 7
+                assert batch(found.tokens, tiny.train_params(), 2, range(3), 1)[0].max() < 7
 
     with harmless("load_split", folder):
         holds()

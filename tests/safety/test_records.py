@@ -10,7 +10,7 @@ from hypothesis import given
 from nanogpt.checkpoint import Checkpoints
 from nanogpt.files import sha256_json
 from nanogpt.optimizer import make_optimizer
-from nanogpt.train_state import Progress
+from nanogpt.train_state import Progress, TrainState
 from tests.nanogpt import tiny
 from tests.safety.hostile import TRIED, dumped, harmless, limits, mutants, parsed, swapped
 from tracking.dvc_files import DvcLock
@@ -71,9 +71,8 @@ def saved(folder: Path) -> Path:
     model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
     optimizer.step()
     position = {"bytes": 0, "crc": "00000000"}
-    Checkpoints(folder, "a run").save(
-        model, optimizer, torch.amp.GradScaler("cpu", enabled=False), Progress(5), position
-    )
+    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), Progress(5))
+    Checkpoints(folder, "a run").save(state, {"journal": position})
     return folder / "step-00000005"
 
 

@@ -351,6 +351,8 @@ def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(reposi
     assert any("files that git did not track then are kept nowhere" in note for note in found["notes"])
     diff.write_text(diff.read_text() + "\n[cut: 2,000,000 characters in all]\n")
     assert told("dirty")["commands"] == []
+    diff.write_text("# not kept, since it is no part of the experiment: .dvc/config\n")
+    assert not any("git apply" in command for command in told("dirty")["commands"])
     diff.write_text("Binary files a/x and b/x differ\n")
     assert any("binary files had changed" in note for note in told("dirty")["notes"])
 

@@ -18,7 +18,8 @@ from tracking import mlflow_models, mlflow_page, mlflow_server
 from tracking.journal import Journal
 from tracking.mlflow_page import Page
 from tracking.mlflow_run import NOTE, Replica, deliver_report
-from tracking.mlflow_server import TrackingError, connect, redact, resolve_uri
+from tracking.mlflow_server import TrackingError, connect, resolve_uri
+from tracking.redaction import redact
 from tracking.run import Run
 
 
