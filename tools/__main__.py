@@ -25,6 +25,7 @@ COMMANDS = {
     "size": "Shows what the training that params.yaml describes will cost.",
     "summary": "Sums up the newest result and compares dvc.lock with HEAD's.",
     "sync": "Sends to MLflow what has not reached it.",
+    "ui": "Shows MLflow's page, or says where its server has one.",
     "verify": "Reproduces the committed dvc.lock in a clean clone of HEAD.",
 }
 
