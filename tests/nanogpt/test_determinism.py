@@ -147,6 +147,7 @@ def test_portable_is_refused_on_a_cpu_without_its_instructions_whatever_torch_wa
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian: qemu-user) is not installed")
 @pytest.mark.parametrize("cpu", ["SandyBridge", "Haswell,-fma"])
 def test_an_older_cpu_refuses_portable_in_one_line_and_computes_under_the_mode_that_it_names(cpu):
+    """Slow; only it catches what a real CPU does with instructions that it lacks: SIGILL in torch's kernels."""
     run = ["qemu-x86_64", "-cpu", cpu, sys.executable, "-c", OLD_CPU]
     refused, computed = (
         subprocess.run([*run, mode], capture_output=True, text=True, timeout=300) for mode in ("portable", "machine")
