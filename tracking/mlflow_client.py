@@ -8,18 +8,16 @@ import math
 import re
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
-
 _NAME, _KEY, _PARAM, _TAG, _DATASET = 250, 250, 6000, 8000, 500  # characters
-_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}  # NUL is ␀
-_VISIBLE = _SURROGATES | _CONTROLS | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_UNKNOWN = re.compile(r"[\x80-\x9f\ud800-\udfff]")  # controls without a picture, and lone surrogates
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def fit_text(text: str, limit: int) -> str:
     """Text with control characters visible, one for one, and cut at `limit` characters."""
-    return text.translate(_VISIBLE)[:limit]
+    text = _CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), text[:limit])  # NUL becomes ␀
+    return _UNKNOWN.sub("\ufffd", text.replace("\x7f", "␡"))
 
 
 def fit_key(key: str) -> str:
@@ -28,56 +26,70 @@ def fit_key(key: str) -> str:
     return "/".join(part for part in parts if part not in {"", ".", ".."})[:_KEY] or "_"
 
 
-def encode(text: str) -> bytes:
-    """A file's content in UTF-8, to the character but for lone surrogates, which have no UTF-8."""
-    return text.translate(_SURROGATES).encode()
+def fit_file(text: str) -> str:
+    """A file's content, to the character but for lone surrogates, which have no UTF-8."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
-class StoreClient(MlflowClient):  # type: ignore[misc]
-    """An MlflowClient that fits what it is given; of the methods that write text or numbers, those used here."""
+class StoreClient:
+    """An MlflowClient that fits what it is given; of its methods that write text or numbers, those used here."""
+
+    def __init__(self, uri: str):
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
 
     def get_experiment_by_name(self, name: str) -> Any:
-        return super().get_experiment_by_name(fit_text(name, _NAME))
+        return self._client.get_experiment_by_name(fit_text(name, _NAME))
 
     def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> Any:
-        return super().create_experiment(fit_text(name, _NAME), artifact_location, tags)
+        return self._client.create_experiment(fit_text(name, _NAME), artifact_location, tags)
 
     def create_run(
         self, experiment_id: str, start_time: int | None = None, tags: Any = None, run_name: str | None = None
     ) -> Any:
         name = run_name and fit_text(run_name, _NAME)
-        return super().create_run(experiment_id, start_time, _fit(tags or {}), run_name=name)
+        return self._client.create_run(experiment_id, start_time, _fit(tags or {}), run_name=name)
 
     def set_tag(self, run_id: str, key: str, value: Any, synchronous: bool | None = None) -> Any:
-        return super().set_tag(run_id, fit_key(key), fit_text(value, _TAG), synchronous)
+        return self._client.set_tag(run_id, fit_key(key), fit_text(value, _TAG), synchronous)
 
     def log_batch(
         self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = (), synchronous: bool | None = None
     ) -> Any:
+        from mlflow.entities import Param, RunTag
+
         metrics = [_fit_metric(metric) for metric in metrics if math.isfinite(metric.value)]
         params = [Param(fit_key(param.key), fit_text(param.value, _PARAM)) for param in params]
         tags = [RunTag(fit_key(tag.key), fit_text(tag.value, _TAG)) for tag in tags]
-        return super().log_batch(run_id, metrics, params, tags, synchronous)
+        return self._client.log_batch(run_id, metrics, params, tags, synchronous)
 
     def log_inputs(self, run_id: str, datasets: Any = None, models: Any = None) -> None:
-        super().log_inputs(run_id, [_fit_dataset(one) for one in datasets or []], models)
+        self._client.log_inputs(run_id, [_fit_dataset(one) for one in datasets or []], models)
 
     def log_text(self, run_id: str, text: str, artifact_file: str) -> None:
-        super().log_text(run_id, text.translate(_SURROGATES), artifact_file)
+        self._client.log_text(run_id, fit_file(text), artifact_file)
 
 
 def _fit(tags: dict[str, str]) -> dict[str, str]:
     return {fit_key(key): fit_text(value, _TAG) for key, value in tags.items()}
 
 
-def _fit_metric(metric: Metric) -> Metric:
+def _fit_metric(metric: Any) -> Any:
+    from mlflow.entities import Metric
+
     key = fit_key(metric.key)
     if key == metric.key:
         return metric
     return Metric(key, metric.value, metric.timestamp, metric.step, metric.model_id, run_id=metric.run_id)
 
 
-def _fit_dataset(given: DatasetInput) -> DatasetInput:
+def _fit_dataset(given: Any) -> Any:
+    from mlflow.entities import Dataset, DatasetInput
+
     data = given.dataset
     fitted = Dataset(
         fit_text(data.name, _DATASET),

@@ -16,6 +16,7 @@ from typing import Any
 from nanogpt.files import write_text
 from tracking import mlflow_models, mlflow_page
 from tracking.journal import START, JournalDamaged, Position, RunLock, read_records
+from tracking.mlflow_client import fit_file
 from tracking.mlflow_page import Page, Point
 from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run
 from tracking.redaction import redact
@@ -188,10 +189,8 @@ class Replica:
         """The table of samples and the description, when they have changed."""
         page = self.page
         samples = len(page.sample_rows()), page.last.get("sample", {}).get("step", -1)
-        from tracking.mlflow_client import encode
-
         if samples[0] and self._state.get("samples") != list(samples):
-            self._upload(SAMPLES, encode(mlflow_page.table(page)))
+            self._upload(SAMPLES, fit_file(mlflow_page.table(page)).encode())
             # With this tag MLflow's page shows the file as a table. Its own log_table would append to what is there.
             self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES, "type": "table"}])})
             self._save(samples=list(samples))

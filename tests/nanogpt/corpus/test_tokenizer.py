@@ -322,3 +322,12 @@ def test_a_missing_file_and_a_foreign_one_are_told_apart(tmp_path: Path):
     CharTokenizer("ab", False).save(path)
     with refuses("is another tokenizer", Damaged):
         load_tokenizer(path, "0" * 64)
+
+
+def test_a_file_of_hugging_faces_tokenizers_is_named_as_what_it_is(tmp_path: Path):
+    from tokenizers import Tokenizer as Theirs
+    from tokenizers import models
+
+    Theirs(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(Damaged, match=r"is of Hugging Face's tokenizers, and only a tokenizer\.json that the tokenize"):
+        load_tokenizer(tmp_path / "tokenizer.json")
