@@ -25,8 +25,8 @@ from nanogpt.files import sha256_file
 from nanogpt.params import DownloadParams, load_params
 from nanogpt.saved_model import load_model, save_model
 from tests.nanogpt import tiny
-from tests.nanogpt.corpus.test_token_files import write as write_tokens
-from tests.safety.test_parsers import SOURCE, TOKENIZE, write_raw
+from tests.nanogpt.corpus.made import write_raw, write_tokens
+from tests.safety.test_parsers import SOURCE, TOKENIZE
 
 REPOSITORY = Path(__file__).parents[2]
 MEMORY = 200 * 2**20  # bytes beyond what the imports take

@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 from nanogpt.batches import batch
 from nanogpt.corpus.meta_pickle import characters
 from nanogpt.corpus.prepare import prepare
-from nanogpt.corpus.raw_text import Writer, load_info, read_documents, read_text
+from nanogpt.corpus.raw_text import load_info, read_documents, read_text
 from nanogpt.corpus.sources import write_corpus
 from nanogpt.corpus.token_files import load_meta, load_split
 from nanogpt.corpus.tokenizer import CharTokenizer, TrainedTokenizer, load_tokenizer
@@ -31,7 +31,7 @@ from nanogpt.model import KVCache
 from nanogpt.params import DownloadParams, TokenizeParams, load_params
 from nanogpt.saved_model import load_model, save_model
 from tests.nanogpt import tiny
-from tests.nanogpt.corpus.test_token_files import write as write_tokens
+from tests.nanogpt.corpus.made import write_raw, write_tokens
 from tests.safety.hostile import changed_json, dumped, harmless, inputs, mutant, parsed, swapped
 
 REPOSITORY = Path(__file__).parents[2]
@@ -97,21 +97,12 @@ def test_split(folder: Path, dtype: str) -> None:
 # --- data/raw ---------------------------------------------------------------------------------------------------------
 
 
-def write_raw(raw: Path, documents: list[str]) -> Path:
-    writer = Writer(raw, 1.0, lambda done: None)
-    for document in documents:
-        writer.add([document])
-    writer.close("grammar")
-    [text] = [path for path in raw.iterdir() if path.name != "corpus.json"]
-    return text
-
-
 DOCUMENTS = ["one\n", "zwölf 🙂", '"three" \\']
 
 
 @pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[1:2]])
 def test_info(folder: Path, documents: list[str]) -> None:
-    write_raw(raw := folder / "raw", documents)
+    write_raw(raw := folder / "raw", documents, source="grammar")
     whole = (raw / "corpus.json").read_bytes()
     with harmless("load_info", folder):
         for data, _ in inputs(400, whole, changed_json(json.loads(whole))):
@@ -124,7 +115,8 @@ def test_info(folder: Path, documents: list[str]) -> None:
 
 @pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[1:2]])
 def test_documents(folder: Path, documents: list[str]) -> None:
-    path = write_raw(raw := folder / "raw", documents)
+    [name] = write_raw(raw := folder / "raw", documents, source="grammar").files
+    path = raw / name
     whole, info = path.read_bytes(), json.loads((raw / "corpus.json").read_bytes())
     read: Callable[[Path], Any] = read_documents if len(documents) > 1 else read_text
     parser = "read_documents" if len(documents) > 1 else "read_text"
