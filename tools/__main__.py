@@ -1,5 +1,8 @@
 """The command line of all that is no stage: `python -m tools COMMAND` runs `main` of tools/COMMAND.py."""
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Error: start this with `python -m tools`, in the root of the repository")
+
 from functools import partial
 from importlib import import_module
 from typing import Any

@@ -84,6 +84,17 @@ def holders(root: Path, md5: str) -> list[Holder]:
     return sorted(found, key=lambda holder: (bool(holder.differs), order.index(holder.kind)))
 
 
+def experiment_models(root: Path, name: str) -> set[str]:
+    """The md5 of the model in dvc.lock, for each DVC experiment of that name.
+
+    One whose stages all came from the cache has no run of its own, and its dvc.lock may have been another commit's.
+    """
+    refs = git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    named = [ref for ref in refs if (match := _EXPERIMENT.fullmatch(ref)) and match["name"] == name]
+    locks = [DvcLock.parse_or_empty(git_or_none(root, "show", f"{ref}:./dvc.lock")) for ref in named]
+    return {md5 for lock in locks if (md5 := lock.out_md5("train", "model"))}
+
+
 def known_commit(root: Path, commit: str) -> bool:
     return git_or_none(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is not None
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,8 +14,12 @@ from nanogpt.corpus.token_files import load_meta, load_split
 from nanogpt.corpus.tokenizer import load_tokenizer
 from nanogpt.saved_model import load_model
 from tests.pipeline.clones import Clone
+from tests.pipeline.test_bad_input import refused
+from tracking.console import Console
 from tracking.journal import Journal
-from tracking.resume import check_journal
+from tracking.mlflow_server import TrackingError, connect, resolve_uri
+from tracking.resume import check_journal, choose, restore_newest
+from tracking.run import Run
 
 pytestmark = pytest.mark.pipeline
 
@@ -24,9 +29,9 @@ def other(seed: Clone, once) -> Clone:
     """Another run: of another text, tokenizer and model, of the same sizes where that can be."""
 
     def make(path):
-        clone = seed.copy(path, runs=False)
+        clone = seed.copy(path, runs=False, mlflow=False)
         clone.set_params(**{"download.seed": 2, "train.seed": 2})
-        clone.repro()
+        clone.repro("train")
         clone.commit("Another run")
 
     return once("other", make)
@@ -35,7 +40,7 @@ def other(seed: Clone, once) -> Clone:
 @pytest.fixture
 def unfinished(seed: Clone, copy_of: Callable[..., Clone]) -> Clone:
     """The seed, killed after its last checkpoint: DVC has no model, the run directory has checkpoints and a journal."""
-    clone = copy_of(seed)
+    clone = copy_of(seed, mlflow=False)
     clone.forget("train")
     path = clone.attempts()[0] / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -125,15 +130,28 @@ def test_a_checkpoint(unfinished: Clone, other: Clone, name: str, damage: Damage
     assert str(mine) in told[0]
 
 
-def test_without_damage_the_training_goes_on_from_there(seed: Clone, unfinished: Clone) -> None:
-    assert "resuming at step 30 of 30" in unfinished.repro("train")
-    assert unfinished.lock()["train"] == seed.lock()["train"]
+def resume(clone: Clone) -> None:
+    """What the train stage does with a run directory before it trains."""
+    checkpoints = clone.checkpoints()
+    run = choose(Console("train"), clone.attempts()[0].parent, checkpoints.run)
+    with Journal(run.journal) as journal:
+        restore_newest(Console("train"), Mock(progress=Mock(step=30)), checkpoints, journal, 30)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_journal(seed: Clone, unfinished: Clone, other: Clone, damage: Damage) -> None:
+def test_a_journal(unfinished: Clone, other: Clone, monkeypatch: pytest.MonkeyPatch, damage: Damage) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(unfinished.path))
+    resume(unfinished)
     path = unfinished.attempts()[0] / "journal.jsonl"
     damage(path, other.attempts()[0] / "journal.jsonl")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .* to train afresh"):
+        resume(unfinished)
+
+
+def test_the_remedy_for_a_journal_works(seed: Clone, unfinished: Clone, other: Clone) -> None:
+    """The only test that finds a training that cannot be begun afresh after its journal was damaged."""
+    path = unfinished.attempts()[0] / "journal.jsonl"
+    exchanged(path, other.attempts()[0] / "journal.jsonl")
     output = unfinished.repro("train", check=None)
     (remedy,) = re.findall(
         rf"Error: train: {re.escape(str(path))} .*(?:delete the run directory|remove) (\S+) to train afresh", output
@@ -144,8 +162,14 @@ def test_a_journal(seed: Clone, unfinished: Clone, other: Clone, damage: Damage)
     assert unfinished.lock()["train"] == seed.lock()["train"]
 
 
+def test_without_damage_the_training_goes_on_from_there(seed: Clone, unfinished: Clone) -> None:
+    """The only test that finds a killed training whose last checkpoint is of its last step trained once more."""
+    assert "resuming at step 30 of 30" in unfinished.repro("train")
+    assert unfinished.lock()["train"] == seed.lock()["train"]
+
+
 def test_a_finished_model_that_was_damaged_is_not_published(seed: Clone, copy_of: Callable[..., Clone]) -> None:
-    clone = copy_of(seed)
+    clone = copy_of(seed, mlflow=False)
     clone.forget("train")
     attempt = clone.attempts()[0]
     flipped(attempt / "models/best/weights.safetensors", Path())
@@ -162,49 +186,59 @@ def test_a_journal_that_lost_what_mlflow_has(seed: Clone, copy_of: Callable[...,
     shutil.rmtree(path.parent / "checkpoints")
     fingerprint = clone.records("start")[0]["fingerprint"]
     with Journal(path) as journal, pytest.raises(ValueError, match="it lacks records that it had"):
-        check_journal(path.parent, journal, fingerprint)
+        check_journal(Run(path.parent), journal, fingerprint)
 
 
 # --- with DVC and MLflow ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "stage"),
-    [("data/raw/documents-00000.jsonl", "tokenize"), ("data/tokens/train.bin", "train"),
-     ("model/weights.safetensors", "evaluate"), ("model/tokenizer.json", "sample")],
-)  # fmt: skip
-def test_a_stage_refuses_what_dvc_takes_for_good_and_the_remedy_works(seed, copy_of, name: str, stage: str) -> None:
-    clone = copy_of(seed)
+def test_a_stage_refuses_what_dvc_takes_for_good_and_the_remedy_works(seed, copy_of) -> None:
+    """The only test that finds a stage that takes a changed input, of whose change `dvc repro` sees nothing."""
+    clone = copy_of(seed, mlflow=False)
     clone.run("dvc status")  # now DVC knows the files by their size and time
-    flipped(clone.path / name, Path())
-    clone.forget(stage)
-    output = clone.repro(check=255)
-    assert f"Error: {stage}: {name}" in output, output
-    assert "Traceback" not in output
-    clone.run(f"rm -r {Path(name).parent} && dvc checkout --force", check=None)
+    for stage, name in (  # the last one first, so that what follows a stage is not made anew
+        ("sample", "model/tokenizer.json"),
+        ("evaluate", "model/weights.safetensors"),
+        ("train", "data/tokens/train.bin"),
+        ("tokenize", "data/raw/documents-00000.jsonl"),
+    ):
+        flipped(clone.path / name, Path())
+        clone.forget(stage)
+        refused(clone, f"dvc repro {stage}", stage, re.escape(name))
+        clone.run(f"rm -r {Path(name).parent} && dvc checkout --force", check=None)
     clone.repro()
     assert clone.outs() == seed.outs()
     assert clone.lock() == seed.lock()
 
 
-@pytest.mark.parametrize("damage", [truncated, flipped, emptied], ids=lambda damage: damage.__name__)
-def test_a_damaged_database_is_told_and_the_journals_fill_a_new_one(seed, copy_of, damage) -> None:
+def without_header(path: Path, others: Path) -> None:
+    """A bit somewhere in the data may be anybody's; this is one that counts."""
+    path.write_bytes(b"SQLite format 0\0" + path.read_bytes()[16:])
+
+
+@pytest.mark.parametrize("damage", [truncated, without_header, emptied], ids=lambda damage: damage.__name__)
+def test_a_damaged_database(seed: Clone, tmp_path: Path, damage: Damage) -> None:
+    shutil.copy(seed.path / "mlflow.db", tmp_path)
+    damage(tmp_path / "mlflow.db", Path())
+    uri = resolve_uri(tmp_path)
+    if damage is emptied:  # that is a new one
+        assert connect(uri, tmp_path).get_experiment_by_name("nanogpt") is None
+    else:
+        with pytest.raises(TrackingError, match=r"mlflow\.db is damaged .* `python -m tools sync` fills a new one"):
+            connect(uri, tmp_path)
+
+
+def test_the_journals_fill_a_new_database(seed, copy_of) -> None:
+    """The only test that finds a stage that a damaged database of MLflow ends, or a remedy that does not bring all."""
     clone = copy_of(seed)
     clone.forget("evaluate")
-    path = clone.path / "mlflow.db"
-    if damage is flipped:  # a bit somewhere in the data may be anybody's; this is one that counts
-        data = bytearray(path.read_bytes())
-        data[:16] = b"SQLite format 0\0"
-        path.write_bytes(data)
-    else:
-        damage(path, Path())
+    without_header(clone.path / "mlflow.db", Path())
     output = clone.repro()  # the result does not depend on it
     assert clone.outs() == seed.outs()
-    if damage is not emptied:  # an empty one is a new one
-        assert re.search(r"warning: MLflow did not take the report \(.*mlflow\.db is damaged", output), output
-        told = clone.run("python -m tools sync", check=1)
-        assert "move it away (with its -wal and -shm), then `python -m tools sync` fills a new one" in told
-        clone.run("mkdir away && mv mlflow.db* away/")
+    assert re.search(r"warning: MLflow did not take the report \(.*mlflow\.db is damaged", output), output
+    told = clone.run("python -m tools sync", check=1)
+    assert "move it away (with its -wal and -shm), then `python -m tools sync` fills a new one" in told
+    clone.run("mkdir away && mv mlflow.db* away/")
     clone.run("python -m tools sync")
     (run,), (reference,) = clone.runs(), seed.runs()
     assert run.info.status == "FINISHED"
@@ -212,15 +246,14 @@ def test_a_damaged_database_is_told_and_the_journals_fill_a_new_one(seed, copy_o
     assert clone.scores().items() <= run.data.metrics.items()
 
 
-@pytest.mark.parametrize("content", ["", "schema: '2.0'\nstages:\n  download:\n    cmd: ex", "}{"])
-def test_a_damaged_dvc_lock_is_told_by_our_tools_and_git_has_the_whole_one(seed, copy_of, content: str) -> None:
+def test_a_damaged_dvc_lock_is_told_by_our_tools_and_git_has_the_whole_one(seed, copy_of) -> None:
+    """The only test that finds a tool, or DVC, that takes half a dvc.lock for a whole one."""
     clone = copy_of(seed)
-    clone.write("dvc.lock", content)
-    for tool in ("summary", "golden"):
-        output = clone.run(f"python -m tools {tool}", check=None)
-        assert "dvc.lock" in output
-        assert "Traceback" not in output
-    output = clone.repro(check=None)
-    assert "dvc.lock" in output
+    for content in ("", "schema: '2.0'\nstages:\n  download:\n    cmd: ex", "}{"):
+        clone.write("dvc.lock", content)
+        for command in ("python -m tools summary", "python -m tools golden", "dvc repro"):
+            output = clone.run(command, check=None)
+            assert "dvc.lock" in output, (command, content)
+            assert "Traceback" not in output, (command, content)
     clone.run("git checkout --quiet dvc.lock")
     assert "Data and pipelines are up to date." in clone.repro()

@@ -16,6 +16,7 @@ def test_a_candidate_is_timed_and_leaves_nothing_behind(
     candidate: str, seed: Clone, copy_of: Callable[..., Clone]
 ) -> None:
     clone = copy_of(seed, runs=False)
+    (clone.path / "mlflow.db").unlink()
     work = json.dumps({"steps": 20, "candidate": candidate})
     output = clone.run(f"python -m benchmarks.common benchmarks.tracking_overhead measure {shlex.quote(work)}")
     figures = json.loads(output.splitlines()[-1])
