@@ -37,13 +37,6 @@ def clone(seed, copy_of) -> Clone:
         ),
         ({"train.learning_rate": "abc"}, "train.learning_rate = 'abc' is refused: .*number"),
         ({"model.n_embd": 33}, "model.n_embd = 33 is not divisible by model.n_head = 2; set model.n_embd to 32"),
-        (
-            {"numerics.dtype": "bfloat16"},
-            "numerics.dtype = bfloat16 cannot be portable; set it to float32, or numerics",
-        ),
-        ({"numerics.compile": True}, "numerics.compile = true cannot be portable; set it to false"),
-        ({"train.warmup_iters": 30}, "train.warmup_iters = 30 is not below train.max_iters = 30"),
-        ({"train.min_lr": 1.0}, "train.min_lr = 1.0 is above train.learning_rate = 0.01"),
     ],
 )
 def test_a_wrong_param_is_refused_before_the_first_stage(seed, clone, values, expected):

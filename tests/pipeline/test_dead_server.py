@@ -4,6 +4,8 @@ import socket
 
 import pytest
 
+from tests.pipeline.test_secrets import ENVIRONMENT, IN_ADDRESS, leaks
+
 pytestmark = pytest.mark.pipeline
 
 
@@ -14,18 +16,24 @@ def closed_port() -> int:
 
 
 def test_without_a_server_the_pipeline_succeeds_and_sync_brings_everything_later(seed, copy_of):
+    """The only test that finds a stage that a dead server holds up, a report that is lost, or a secret that is told."""
     clone = copy_of(seed, runs=False)
+    (clone.path / "mlflow.db").unlink()
     clone.set_params(**{"tracking.wait_seconds": 1})
     clone.forget("train", "evaluate", "sample")
-    output = clone.repro(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{closed_port()}")
+    uri = f"http://user:p@{IN_ADDRESS}@127.0.0.1:{closed_port()}/?token={IN_ADDRESS}"
+    output = clone.repro(MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
     assert output.count("`python -m tools sync` sends it later") == 3, output
     assert clone.lock() == seed.lock()
     assert clone.outs() == seed.outs()
     assert not (clone.path / "mlflow.db").exists()
     assert clone.processes() == []
 
-    output = clone.run("python -m tools sync")
+    output += clone.run("python -m tools sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
+    assert "failed: MLflow at " in output
+    output += clone.run("python -m tools sync", **ENVIRONMENT)
     assert "is complete in MLflow" in output
+    assert leaks(clone, output) == []
     (run,), (reference,) = clone.runs(), seed.runs()
     assert run.info.status == "FINISHED"
     assert run.data.params == reference.data.params

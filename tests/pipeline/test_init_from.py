@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.pipeline.clones import Clone
+from tracking.run import Run
 
 pytestmark = pytest.mark.pipeline
 
@@ -16,7 +17,8 @@ TALE = "One sunny morning, the old dog was at the mill. Nobody knew why.\n" * 60
 
 
 def test_a_model_is_finetuned_on_other_text_and_judged_without_training(seed: Clone, copy_of) -> None:
-    clone = copy_of(seed, runs=False)
+    """The only test that finds a given model that is lost, or not trained on, between DVC's stages."""
+    clone = copy_of(seed, runs=False, mlflow=False)
     clone.run("cp -r model inputs/pretrained/base && git add inputs/pretrained")
     clone.write("inputs/texts/tale.txt", TALE)
     clone.set_params(**BASE, **{"download.source": "file:inputs/texts/tale.txt", "train.eval_only": True})
@@ -32,9 +34,8 @@ def test_a_model_is_finetuned_on_other_text_and_judged_without_training(seed: Cl
     after = json.loads(clone.read("metrics/evaluate.json"))
     assert json.loads(clone.read("metrics/train.json"))["steps"] == 30
     assert after["val_loss"] < before["val_loss"] - 0.3
-    runs = sorted(clone.runs(), key=lambda run: run.info.start_time)
-    assert len({run.data.tags["initial.sha256"] for run in runs}) == 1
-    assert "initial.sha256" in runs[-1].data.tags
+    assert len({Run(attempt).info["tags"]["initial.sha256"] for attempt in clone.attempts()}) == 1
+    assert len(clone.attempts()) == 2
 
     assert "up to date" in clone.run("dvc status")
     (clone.path / "inputs/pretrained/base/model.json").unlink()

@@ -41,7 +41,7 @@ def summary(clone) -> str:
 
 
 def test_make_repro_runs_what_is_missing_and_sums_up(seed, copy_of):
-    clone = copy_of(seed, runs=False)
+    clone = copy_of(seed, runs=False, mlflow=False)
     (clone.path / ".venv").mkdir()
     (clone.path / ".venv/.ready").touch()  # the set-up is done
     clone.run("rm -r samples")

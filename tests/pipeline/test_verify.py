@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.pipeline.clones import Clone
+from tests.pipeline.clones import HOOKS, Clone
 
 pytestmark = pytest.mark.pipeline
 
@@ -17,10 +17,14 @@ COSINE = "return min_lr + share"
 
 @pytest.fixture(scope="session")
 def golden(seed: Clone, once) -> Clone:
-    """The seed with a golden file of this environment, and threads enough for the surroundings to matter."""
+    """The seed with a golden file of this environment, and threads enough for the surroundings to matter.
+
+    Its code leaves MLflow out: in a clean clone nothing else of the tests takes effect.
+    """
 
     def make(path):
         clone = seed.copy(path)
+        clone.append("tracking/__init__.py", (HOOKS / "without_mlflow.py").read_text())
         (clone.path / ".venv").mkdir()
         (clone.path / ".venv/.ready").touch()  # make's set-up is done
         clone.set_params(**{"numerics.threads": 2, "model.n_embd": 64, "train.batch_size": 16})
@@ -58,6 +62,7 @@ def change_training(clone: Clone) -> None:
 
 
 def test_a_true_dvc_lock_is_confirmed_in_varied_surroundings_too(golden, copy_of: Callable[..., Clone]):
+    """The only test that finds a check that takes equal bits for others, or bits that depend on the surroundings."""
     clone = copy_of(golden)
     output = ""
     for target in ("verify", "verify-varied"):
@@ -86,6 +91,7 @@ def test_verify_json_takes_others_checks_in(golden, copy_of):
 
 
 def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(golden, copy_of):
+    """The only test that finds a check that takes other bits for equal ones, or blames the wrong place."""
     clone = copy_of(golden)
     change_training(clone)
     clone.commit("A change that dvc.lock hides")
@@ -109,13 +115,14 @@ def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(gold
     output, report = verify(clone, "--layer base --base HEAD~1", check=1)
     assert "results change and dvc.lock does not" in output
 
-    clone.repro("--force --single-item train && dvc repro")
+    clone.repro("--force --single-item train")
     clone.commit("The same change, with its dvc.lock")
     output, report = verify(clone, "--layer base --base HEAD~2")
     assert [finding["verdict"] for finding in report["findings"]] == ["changed, as dvc.lock says"]
 
 
 def test_a_change_that_changes_nothing_is_identical(golden, copy_of):
+    """The only test that finds a comment that the check takes for a change, or a dvc.lock of other code that passes."""
     clone = copy_of(golden)
     clone.append("nanogpt/schedule.py", "\n# A comment.\n")
     clone.commit("A refactoring")
@@ -145,6 +152,7 @@ def elsewhere(clone: Clone) -> None:
 
 
 def test_in_another_environment_metrics_may_differ_a_little_and_nothing_is_called_diverged_lightly(golden, copy_of):
+    """The only test that finds a check that blames a change for what another environment does, or excuses a change."""
     clone = copy_of(golden)
     elsewhere(clone)
     clone.commit("As if it were made elsewhere")

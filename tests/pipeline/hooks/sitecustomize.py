@@ -8,8 +8,7 @@ FAULT is JSON: in a process whose command line holds `in`, the `count`-th audit 
 after the start of that stage counts, with `writing` only a file that is opened to be written, and with `cut` that file
 is emptied first, as it is when its writer is killed right after opening it.
 
-WITHOUT_MLFLOW leaves MLflow out, whose import and database take more of the processor than the pipeline itself: a
-stage cannot import it, and the process beside a training ends at once.
+WITHOUT_MLFLOW leaves MLflow out (without_mlflow.py).
 """
 
 import json
@@ -31,14 +30,7 @@ if "PAUSE_AT" in os.environ:
     os.write = _pausing_write
 
 if "WITHOUT_MLFLOW" in os.environ:
-
-    class _WithoutMlflow:
-        @staticmethod
-        def find_spec(name: str, *_: object) -> None:
-            if name == "mlflow":
-                raise SystemExit if "sync" in sys.orig_argv else ImportError("MLflow is left out")
-
-    sys.meta_path.insert(0, _WithoutMlflow)
+    import without_mlflow  # noqa: F401
 
 if "FAULT" in os.environ:
     _fault = json.loads(os.environ["FAULT"])
