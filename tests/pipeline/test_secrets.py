@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.pipeline.clones import Clone
-from tests.pipeline.test_dead_server import closed_port
+from tests.pipeline.clones import Clone, closed_port
 from tracking.redaction import redact
 
 pytestmark = pytest.mark.pipeline
