@@ -39,8 +39,7 @@ smoke: $(READY)  ## the whole pipeline in seconds, as an experiment named smoke 
 	dvc exp show --only-changed --no-pager
 
 ui: $(READY)  ## MLflow's page on http://127.0.0.1:5000 (PORT=… for another port)
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
-	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}"
+	@exec python -m tools ui --port $(PORT)
 
 verify: $(READY)  ## run all of the commit anew in a clean clone, and compare with its dvc.lock
 	@python -m tools verify --out $(REPORTS)/full

@@ -83,7 +83,8 @@ class Checkpoints:
             damaged = damaged or meta.pop("meta_sha256") != sha256_json(meta)
             foreign = meta["run"] != self.run
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
+            reason = " ".join(str(error).split())[:200]  # an unknown key is quoted whole
+            raise ValueError(f"checkpoint {directory} cannot be read: {reason}") from error
         if damaged:
             raise ValueError(f"checkpoint {directory} is damaged: its content is not what was written")
         if foreign:

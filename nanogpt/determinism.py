@@ -1,7 +1,8 @@
 """What the bits of a result depend on beside code, data and parameters, pinned before torch is first imported.
 
-portable: the same bits on any x86-64 CPU with AVX2, whatever its number of cores. Threads, instruction set and
-          deterministic algorithms are pinned. Across vendors Intel promises MKL's results for MKL_CBWR=COMPATIBLE only.
+portable: the same bits on any x86-64 CPU with AVX2 and FMA, whatever its number of cores. Threads, instruction set
+          and deterministic algorithms are pinned. Across vendors Intel promises MKL's results for
+          MKL_CBWR=COMPATIBLE only.
 machine:  the same bits on the same kind of machine. Threads and deterministic algorithms are pinned.
 off:      the fastest; two runs may differ.
 """
@@ -9,6 +10,7 @@ off:      the fastest; two runs may differ.
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,8 @@ def pin(params: NumericsParams, device: str) -> Numerics:
         _pin_environment(params)
     import torch
 
+    if params.determinism == "portable":
+        _check_instructions(torch.cpu.get_capabilities())
     resolved = _resolve_device(device, params.determinism)
     if resolved.index is not None:
         torch.cuda.set_device(resolved)  # so that "cuda" is that one
@@ -64,7 +68,7 @@ def pin(params: NumericsParams, device: str) -> Numerics:
     instruction_set = torch.backends.cpu.get_cpu_capability()
     if params.determinism == "portable" and instruction_set != "AVX2":
         raise ValueError(
-            f"numerics.determinism = portable needs a CPU with AVX2, and torch reports {instruction_set}; "
+            f"numerics.determinism = portable needs a torch with kernels for AVX2, and this one has {instruction_set}; "
             "set it to machine"
         )
     name = torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else platform.machine()
@@ -101,6 +105,16 @@ def _check_machine(determinism: str) -> None:
     if determinism == "portable" and platform.machine().lower() not in {"x86_64", "amd64"}:
         raise ValueError(
             f"numerics.determinism = portable is for x86-64 CPUs, and this is {platform.machine()}; set it to machine"
+        )
+
+
+def _check_instructions(has: Mapping[str, Any]) -> None:
+    """`has` is what the CPU itself reports. torch's own choice echoes ATEN_CPU_CAPABILITY, whatever the CPU can do."""
+    lacking = [name for name, key in (("AVX2", "avx2"), ("FMA", "fma3")) if not has.get(key)]
+    if lacking:
+        raise ValueError(
+            "numerics.determinism = portable needs a CPU with AVX2 and FMA, and this one has no "
+            f"{' or '.join(lacking)}; set it to machine"
         )
 
 

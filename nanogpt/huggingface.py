@@ -13,9 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanogpt.files import read_bytes
+from nanogpt.files import check_regular, read_bytes
 from nanogpt.gpt_config import Activation, GPTConfig, checked
-from nanogpt.weights import GPT2_OPTIONS, Weights, check_options, fitted_weights, without_padding
+from nanogpt.weights import (
+    GPT2_OPTIONS,
+    OtherVocabulary,
+    Weights,
+    check_options,
+    fitted_weights,
+    padded_vocabulary,
+    without_padding,
+)
 
 # Hugging Face's GPT-2 keeps these as (in, out), a Linear as (out, in).
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -46,13 +54,19 @@ _NANOCHAT: dict[str, Collection[Any]] = {
 _LARGEST_JSON = 2**22  # bytes of config.json
 
 
-def load_huggingface(directory: Path) -> tuple[GPTConfig, Weights]:
-    """The GPT-2 in a directory with config.json and model.safetensors. Raises ValueError if there is none."""
+def load_huggingface(directory: Path, vocab_size: int | None = None) -> tuple[GPTConfig, Weights]:
+    """The GPT-2 in a directory with config.json and model.safetensors, or its shards and their index.
+
+    vocab_size: as for from_huggingface. Raises ValueError if there is no such model, OtherVocabulary if it has other
+    tokens.
+    """
     try:
         config = json.loads(read_bytes(directory / "config.json", _LARGEST_JSON))
         if not isinstance(config, dict):
             raise ValueError("config.json is no JSON object")
-        return from_huggingface(config, load_file(directory / "model.safetensors"))
+        return from_huggingface(config, _tensors(directory), vocab_size)
+    except OtherVocabulary:
+        raise
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -61,8 +75,34 @@ def load_huggingface(directory: Path) -> tuple[GPTConfig, Weights]:
         ) from error
 
 
-def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[GPTConfig, Weights]:
-    """A GPT2LMHeadModel's (or GPT2Model's) config and state dict as ours, in float32. Raises ValueError."""
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").exists() or not index.exists():
+        return load_file(directory / "model.safetensors")
+    content = json.loads(read_bytes(index, _LARGEST_JSON))
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ValueError(f"{index.name} has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index.name} names {shard!r:.80}, which is no file beside it")
+        check_regular(directory / shard)
+        tensors |= load_file(directory / shard)
+    if tensors.keys() != places.keys():
+        name = min(tensors.keys() ^ places.keys())
+        raise ValueError(f"{name[:80]} is not where {index.name} says")
+    return tensors
+
+
+def from_huggingface(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocab_size: int | None = None
+) -> tuple[GPTConfig, Weights]:
+    """A GPT2LMHeadModel's (or GPT2Model's) config and state dict as ours, in float32. Raises ValueError.
+
+    vocab_size: the tokenizer's, where the embedding has rows for more; None: see padded_vocabulary.
+    """
     for name, value in {"model_type": "gpt2", **_FIXED}.items():
         found = config.get(name, value)
         if found != value and (name, found) != ("n_inner", 4 * checked("n_embd", config.get("n_embd"))):
@@ -75,9 +115,12 @@ def from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise ValueError(
             "resid_pdrop, embd_pdrop and attn_pdrop differ, and our GPT has one dropout; set them the same"
         )
-    sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd")}
+    tokens, multiple = padded_vocabulary(checked("vocab_size", config.get("vocab_size")), vocab_size)
     ours = GPTConfig(
         **sizes,
+        vocab_size=tokens,
+        vocab_multiple=multiple,
         block_size=checked("block_size", config.get("n_positions"), "n_positions"),
         bias=True,
         activation=_GELUS[activation],

@@ -318,16 +318,17 @@ def _model_conflicts(model: ModelParams, train: TrainParams) -> Iterator[str]:
             if value is None:
                 yield f"model.{name} = null takes train.init_from's, which is scratch; set it to a value"
     if model.n_embd is not None and model.n_head is not None:
+        unit = model.n_head * (2 if model.position == "rotary" else 1)  # rotary positions turn pairs of channels
+        if train.init_from == "scratch":
+            remedy = f"set model.n_embd to {unit * max(1, round(model.n_embd / unit))}"
+        else:
+            remedy = f"set both to null, which takes those of train.init_from = {train.init_from}"
         if model.n_embd % model.n_head:
-            nearest = model.n_head * max(1, round(model.n_embd / model.n_head))
-            yield (
-                f"model.n_embd = {model.n_embd} is not divisible by model.n_head = {model.n_head}; "
-                f"set model.n_embd to {nearest}"
-            )
-        elif model.position == "rotary" and model.n_embd // model.n_head % 2:
+            yield f"model.n_embd = {model.n_embd} is not divisible by model.n_head = {model.n_head}; {remedy}"
+        elif model.n_embd % unit:
             yield (
                 f"model.position = rotary needs an even head size, and model.n_embd / model.n_head is "
-                f"{model.n_embd // model.n_head}; set model.n_embd to {2 * model.n_embd}"
+                f"{model.n_embd // model.n_head}; {remedy}"
             )
     kind, _, name = train.init_from.partition(":")
     local = kind in {"nanogpt", "model"} or (kind == "hf" and Path(name).exists())

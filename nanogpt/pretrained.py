@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from nanogpt import seeds
-from nanogpt.corpus.tokenizer import Tokenizer
+from nanogpt.corpus.tokenizer import GPT2_VOCAB_SIZE, Tokenizer
 from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.huggingface import from_huggingface, load_huggingface
 from nanogpt.model import GPT, without_weights
 from nanogpt.nanogpt_checkpoint import load_nanogpt
 from nanogpt.params import ModelParams
 from nanogpt.saved_model import load_model
-from nanogpt.weights import Weights
+from nanogpt.weights import OtherVocabulary, Weights
 
 # Commits of the hub's repositories, so that the same name always gives the same weights.
 GPT2_REVISIONS = {
@@ -66,7 +66,7 @@ def planned_config(init_from: str, params: ModelParams, vocab_size: int) -> GPTC
     elif kind == "model":
         config, weights = load_model(name).model.config, Weights()
     else:
-        config, weights = load_nanogpt(Path(name), vocab_size) if kind == "nanogpt" else load_gpt2(name)
+        config, weights = _load_foreign(init_from, vocab_size)
     return _fitted(init_from, config, weights, params)[0]
 
 
@@ -88,34 +88,51 @@ def load_initial(init_from: str, params: ModelParams, tokenizer: Tokenizer) -> I
             )
         config = published.model.config
         weights: Weights = {name: p.detach() for name, p in published.model.named_parameters()}
-    elif kind == "nanogpt":
-        config, weights = load_nanogpt(Path(name), tokenizer.vocab_size)
     else:
-        config, weights = load_gpt2(name if kind == "hf" else kind)
-    if config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"train.init_from = {init_from} has a vocabulary of {config.vocab_size:,}, the tokens one of "
-            f"{tokenizer.vocab_size:,}; set tokenize.tokenizer to the source's (GPT-2's: gpt2)"
-        )
+        config, weights = _load_foreign(init_from, tokenizer.vocab_size)
     config, weights = _fitted(init_from, config, weights, params)
     return Initial(config, weights, sha256_of(config, weights))
 
 
-def load_gpt2(name: str) -> tuple[GPTConfig, Weights]:
+def _load_foreign(init_from: str, vocab_size: int) -> tuple[GPTConfig, Weights]:
+    """A model of another program, for a tokenizer of that many tokens."""
+    kind, _, name = init_from.partition(":")
+    if kind == "nanogpt":
+        return load_nanogpt(Path(name), vocab_size)
+    try:
+        return load_gpt2(name if kind == "hf" else kind, vocab_size)
+    except OtherVocabulary as error:
+        remedy = "set tokenize.tokenizer to the source's (GPT-2's: gpt2)"
+        if error.tokens == GPT2_VOCAB_SIZE < error.rows:
+            remedy = (
+                'cut the rows that are no tokens of GPT-2: `python -c "from transformers import GPT2LMHeadModel as M; '
+                f"m = M.from_pretrained('{name}'); m.resize_token_embeddings({GPT2_VOCAB_SIZE}); "
+                f"m.save_pretrained('{name}')\"`"
+            )
+        raise ValueError(
+            f"train.init_from = {init_from} has a vocabulary of {error.rows:,}, the tokens one of {error.tokens:,}; "
+            f"{remedy}"
+        ) from error
+
+
+def load_gpt2(name: str, vocab_size: int | None = None) -> tuple[GPTConfig, Weights]:
     """A GPT-2 of Hugging Face: a directory here, one of GPT-2's four sizes, or the name of a model on the hub.
 
-    `name@revision` names a commit of the hub. Raises ValueError if there is no such model.
+    `name@revision` names a commit of the hub. vocab_size: the tokenizer's, where the embedding has rows for
+    more. Raises ValueError if there is no such model, OtherVocabulary if its tokens are others.
     """
     repository, _, revision = name.partition("@")
     if name in GPT2_REVISIONS:
         repository, revision = f"openai-community/{name}", GPT2_REVISIONS[name]
     elif Path(name).exists():
-        return load_huggingface(Path(name))
+        return load_huggingface(Path(name), vocab_size)
     from transformers import GPT2LMHeadModel
 
     try:
         model = GPT2LMHeadModel.from_pretrained(repository, revision=revision or None, use_safetensors=True)
-        return from_huggingface(model.config.to_dict(), model.state_dict())
+        return from_huggingface(model.config.to_dict(), model.state_dict(), vocab_size)
+    except OtherVocabulary:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -37,7 +37,7 @@ class Setup:
         """Whether scaled_dot_product_attention takes a kernel that keeps no T x T matrix.
 
         On a CPU that kernel knows no dropout. On CUDA, flash attention is for half precision; for float32 there is the
-        memory-efficient kernel, which determinism.pin turns off for the sake of determinism. Elsewhere the worst is taken.
+        memory-efficient kernel, which determinism.pin turns off. Elsewhere the worst is taken.
         """
         if self.device == "cpu":
             return dropout == 0

@@ -1,5 +1,6 @@
 """Weights that come from other programs or go to them: checked against a config, padded, and cut."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from nanogpt.model import without_weights
 
 Shape = tuple[int, ...]
 Weights = dict[str, Tensor]
+_WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # of torch.compile, DataParallel and DistributedDataParallel
+_GPT2_TOKENS, _PADDING = 50257, 64  # nanoGPT and others pad to a multiple of 64, or add a few tokens to GPT-2's
 _MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which older versions kept as if they were weights
 # The options of a model that others know. zero_init is none of them: it changes what a training begins with alone.
 GPT2_OPTIONS: dict[str, Collection[Any]] = {
@@ -35,6 +38,32 @@ def check_options(config: GPTConfig, known: Mapping[str, Collection[Any]], where
             )
 
 
+class OtherVocabulary(ValueError):
+    """A model's embedding has `rows` that do not fit the `tokens` of the tokenizer."""
+
+    def __init__(self, rows: int, tokens: int):
+        super().__init__(f"its vocabulary has {rows} tokens, the tokenizer {tokens}")
+        self.rows, self.tokens = rows, tokens
+
+
+def padded_vocabulary(rows: int, vocab_size: int | None) -> tuple[int, int]:
+    """vocab_size and vocab_multiple of a model whose embedding has `rows`; the rows beyond vocab_size are no tokens.
+
+    vocab_size: the tokenizer's; None takes all rows as tokens, and of GPT-2's with padding or added tokens the 50,257.
+    Raises OtherVocabulary unless the rows are the tokens, padded to a multiple of 64 at most, or GPT-2's and fewer than
+    64 more.
+    """
+    enlarged = range(_GPT2_TOKENS + 1, _GPT2_TOKENS + _PADDING)
+    wanted = vocab_size or (_GPT2_TOKENS if rows in enlarged else rows)
+    multiples = [1, _PADDING]
+    if wanted == _GPT2_TOKENS and rows in enlarged:
+        multiples += range(2, rows + 1)
+    multiple = next((m for m in multiples if -(-wanted // m) * m == rows), None)
+    if multiple is None or rows >= 2**32:
+        raise OtherVocabulary(rows, wanted)
+    return wanted, multiple
+
+
 def without_padding(config: GPTConfig, weights: Weights) -> Weights:
     """All weights, with those rows of embedding and head that belong to a token."""
     tables = [name for name in ("wte.weight", "lm_head.weight") if name in weights]
@@ -46,7 +75,10 @@ def fitted_weights(config: GPTConfig, tensors: dict[str, Tensor]) -> Weights:
 
     What is made for the check is no larger than the tensors, whatever the config claims.
     """
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    unwrapped = {_WRAPPERS.sub("", name).removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    if len(unwrapped) != len(tensors):
+        raise ValueError("two tensors have the same name but for the prefixes of torch.compile and DataParallel")
+    tensors = unwrapped
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MASKS)}
     head = tensors.pop("lm_head.weight", None)
     for name, tensor in tensors.items():

@@ -1,5 +1,8 @@
 """The first stage: raw text to data/raw/."""
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Error: start this stage with `python -m stages.download`, in the root of the repository")
+
 from pathlib import Path
 
 from tracking.console import Console, command

@@ -1,5 +1,8 @@
 """Scores the model on the whole validation split: metrics/evaluate.json."""
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Error: start this stage with `python -m stages.evaluate`, in the root of the repository")
+
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING

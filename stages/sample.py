@@ -1,5 +1,8 @@
 """Writes text with the model: samples/samples.md and samples/samples.json."""
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Error: start this stage with `python -m stages.sample`, in the root of the repository")
+
 import json
 import re
 from pathlib import Path

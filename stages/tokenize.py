@@ -1,5 +1,8 @@
 """The second stage: data/raw/ to token files in data/tokens/."""
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Error: start this stage with `python -m stages.tokenize`, in the root of the repository")
+
 from pathlib import Path
 
 from tracking.console import Console, command

@@ -1,5 +1,8 @@
 """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Error: start this stage with `python -m stages.train`, in the root of the repository")
+
 import json
 import shutil
 import sys

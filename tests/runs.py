@@ -94,7 +94,7 @@ def contents(client: Any, run_id: str) -> dict[str, Any]:
     }
     found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
     models = sorted(
-        (m.name, str(m.status), sorted((x.key, x.value, x.step, x.timestamp) for x in m.metrics)) for m in found
+        (m.name, str(m.status), sorted((x.key, x.value, x.step, x.timestamp) for x in m.metrics or [])) for m in found
     )
     return {
         "info": (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),

@@ -1,5 +1,8 @@
 """The command line of all that is no stage: `python -m tools COMMAND` runs `main` of tools/COMMAND.py."""
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Error: start this with `python -m tools`, in the root of the repository")
+
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -22,6 +25,7 @@ COMMANDS = {
     "size": "Shows what the training that params.yaml describes will cost.",
     "summary": "Sums up the newest result and compares dvc.lock with HEAD's.",
     "sync": "Sends to MLflow what has not reached it.",
+    "ui": "Shows MLflow's page, or says where its server has one.",
     "verify": "Reproduces the committed dvc.lock in a clean clone of HEAD.",
 }
 

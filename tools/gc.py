@@ -1,11 +1,13 @@
 """Frees what old runs and caches take, after showing it."""
 
 import shutil
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import click
 
@@ -13,6 +15,7 @@ from tools.command import command
 from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri
+from tracking.redaction import redact
 from tracking.run import attempts_of
 
 DAY = 86_400
@@ -54,8 +57,8 @@ def main(days: int, yes: bool) -> None:
     for item in garbage:
         if item.why != DELETED:
             shutil.rmtree(item.path)
-    if any(item.why == DELETED for item in garbage):
-        free_deleted_runs(repository, uri)
+    if folders := [item.path for item in garbage if item.why == DELETED]:
+        free_deleted_runs(repository, uri, folders)
     dvc_gc("--force")
     click.echo("freed")
 
@@ -65,6 +68,9 @@ def old_runs(repository: Path, uri: str, days: int) -> list[Garbage]:
     found = []
     for directory in sorted((repository / ".runs").glob("????????????????")):
         runs = attempts_of(directory)
+        if directory.is_symlink():
+            click.echo(f"left alone: {directory.relative_to(repository)} is a link")
+            continue
         newest = max((run.journal.stat().st_mtime for run in runs if run.journal.exists()), default=0.0)
         lock = RunLock(directory)
         if time.time() - newest < days * DAY or not lock.acquire_now():
@@ -84,20 +90,51 @@ def deleted_runs(repository: Path, uri: str) -> list[Garbage]:
     if not (repository / "mlflow.db").exists() or not uri.startswith("sqlite:"):
         return []
     client = connect(uri, repository)
-    runs = deleted(client)
-    locations = [run.info.artifact_uri.removesuffix("/artifacts") for run in runs]
-    locations += [model.artifact_location for model in models_of(client, runs)]
-    folders = [Path(location.removeprefix("file://")) for location in locations]
+    found = {location: inside(repository, location) for location in locations(client)}
+    if elsewhere := [location for location, folder in found.items() if folder is None]:
+        more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""
+        click.echo(f"left alone: artifacts of deleted runs outside of the repository ({redact(elsewhere[0])}{more})")
+    folders = [folder for folder in found.values() if folder]
     return [Garbage(folder, DELETED) for folder in folders if any(path.is_file() for path in folder.rglob("*"))]
 
 
-def free_deleted_runs(repository: Path, uri: str) -> None:
-    """Has MLflow itself remove them, which alone can take them out of its database."""
+def locations(client: Any) -> list[str]:
+    """Where the artifacts of deleted runs and of their models lie."""
+    runs = deleted(client)
+    found = [run.info.artifact_uri.removesuffix("/artifacts") for run in runs]
+    return found + [model.artifact_location for model in models_of(client, runs)]
+
+
+def inside(repository: Path, location: str) -> Path | None:
+    """The folder that an artifact location names; None if it is not in the repository, by a link for example."""
+    address = urlsplit(location)
+    folder = Path(unquote(address.path) if address.scheme else location)
+    held = address.scheme in {"", "file"} and folder.resolve().is_relative_to(repository.resolve())
+    return folder if held and folder.is_relative_to(repository) else None
+
+
+def free_deleted_runs(repository: Path, uri: str, folders: list[Path]) -> None:
+    """Has MLflow itself remove them, which alone can take them out of its database.
+
+    It would remove what lies elsewhere too; where there is such a thing, the folders alone are removed.
+    """
+    from mlflow.entities import ViewType
+
     client = connect(uri, repository)
+    experiments = client.search_experiments(view_type=ViewType.ALL)
+    places = [each.artifact_location for each in experiments if each.name != "Default"]  # which holds no run of ours
+    if not all(inside(repository, place) for place in [*places, *locations(client)]):
+        for folder in folders:
+            shutil.rmtree(folder)
+        return
     for model in models_of(client, deleted(client)):
         client.delete_logged_model(model.model_id)
     command = ["mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        killed = f"was killed ({signal.Signals(-done.returncode).name})" if done.returncode < 0 else ""
+        reason = killed or f"failed: {redact(done.stderr)[-300:]}"
+        raise ValueError(f"`mlflow gc` {reason}; run `make gc` again")
 
 
 def deleted(client: Any) -> list[Any]:
@@ -123,5 +160,5 @@ def dvc_gc(mode: str) -> str:
     command = ["dvc", "gc", "--workspace", "--all-commits", "--all-experiments", mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+        raise ValueError(f"`{' '.join(command)}` failed: {redact(done.stderr)}")
     return done.stdout

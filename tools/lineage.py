@@ -17,8 +17,9 @@ from tracking.console import repository
 from tracking.dvc_files import DvcLock, directory_md5, is_cached
 from tracking.fingerprint import environment
 from tracking.git import git
-from tracking.history import Holder, KnownRun, KnownRuns, fetch_command, holders, known_commit
-from tracking.mlflow_server import as_text, redact, resolve_uri
+from tracking.history import Holder, KnownRun, KnownRuns, experiment_models, fetch_command, holders, known_commit
+from tracking.mlflow_server import as_text, resolve_uri
+from tracking.redaction import redact
 
 UNKNOWN = "unknown"
 _HASH = re.compile(r"[0-9a-f]{7,64}")
@@ -42,7 +43,7 @@ def resolve(argument: str, root: Path, runs: KnownRuns) -> Lineage:
     path = Path(argument)
     if path.is_dir() or "/" in argument:
         if not (path / "model.json").is_file():
-            raise ValueError(f"{argument} is no model directory: it holds no model.json; `dvc checkout`?")
+            raise _no_model(argument, root)
         return _of_model(root, runs, sha256_tree(path), directory_md5(path), None)
     if _RUN_ID.fullmatch(argument) and (run := runs.by_id(argument)):
         return _of_model(root, runs, run.sha256, run.md5, run)
@@ -56,7 +57,21 @@ def resolve(argument: str, root: Path, runs: KnownRuns) -> Lineage:
         raise ValueError(f"{len(named)} runs are named {argument!r}: {_listed(named)}; give a run's id")
     if named:
         return _of_model(root, runs, named[0].sha256, named[0].md5, named[0])
-    searched = ["run ids", "run names", "hashes of models in MLflow" if runs.client else "", "journals in .runs"]
+    if in_experiments := experiment_models(root, argument):
+        if len(in_experiments) > 1:
+            raise ValueError(
+                f"experiments named {argument!r} have the models {', '.join(sorted(in_experiments))}; give one"
+            )
+        return _of_model(root, runs, "", in_experiments.pop(), None)
+    if argument == "model":
+        raise _no_model(argument, root)
+    searched = [
+        "run ids",
+        "run names",
+        "names of experiments",
+        "hashes of models in MLflow" if runs.client else "",
+        "journals in .runs",
+    ]
     searched += ["dvc.lock in all of git's history and experiments", "model/"]
     short = "" if _HASH.fullmatch(prefix) else "; a hash is told by 7 or more of its hexadecimal digits"
     warnings = "".join(f" ({line})" for line in runs.warnings)
@@ -64,6 +79,15 @@ def resolve(argument: str, root: Path, runs: KnownRuns) -> Lineage:
         f"nothing is known of {argument!r}{short}; searched: {', '.join(filter(None, searched))}{warnings}. "
         "What another clone has comes with `git fetch`, its experiments with `dvc exp pull`"
     )
+
+
+def _no_model(argument: str, root: Path) -> ValueError:
+    """Why a directory is no model, and what makes the pipeline's own."""
+    remedy = "give the directory of a published model"
+    if Path(argument).resolve() == (root / "model").resolve():
+        md5 = DvcLock.of_workspace(root).out_md5("train", "model")
+        remedy = "`dvc checkout model` brings it back" if md5 and is_cached(root, md5) else "`dvc repro train` makes it"
+    return ValueError(f"{argument} is no model directory: it holds no model.json; {remedy}")
 
 
 def _models(root: Path, runs: KnownRuns, prefix: str) -> dict[str, tuple[str, str]]:
@@ -154,13 +178,17 @@ def _patch(root: Path, run: KnownRun, notes: list[str]) -> list[str] | None:
     """The commands that bring back a run's uncommitted changes; None, with a note, where these are not whole."""
     if not run.dirty:
         return []
+    left_out = run.tags.get("git.left_out")
+    if left_out:
+        notes.append(f"not kept, since they are no part of the experiment: the changes of {left_out}")
     if run.diff is None and run.diff_in_mlflow:
         uri = redact(resolve_uri(root))
         if uri != resolve_uri(root):
             notes.append("the password of MLflow's server belongs in place of ***")
         download = f"mlflow artifacts download --run-id {run.id} --artifact-path uncommitted.diff --dst-path .."
+        empty = "--allow-empty " if left_out else ""  # it may hold names alone
         download = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} {download}"
-        return ["make setup", "source .venv/bin/activate", download, "git apply ../uncommitted.diff"]
+        return ["make setup", "source .venv/bin/activate", download, f"git apply {empty}../uncommitted.diff"]
     text = run.diff.read_text(encoding="utf-8") if run.diff else ""
     if not text:
         notes.append(f"{UNKNOWN}: there were uncommitted changes, and their uncommitted.diff is nowhere")
@@ -169,7 +197,7 @@ def _patch(root: Path, run: KnownRun, notes: list[str]) -> list[str] | None:
     elif re.search(r"^Binary files .* differ$", text, re.MULTILINE):
         notes.append(f"{UNKNOWN}: binary files had changed, which {run.diff} does not hold")
     else:
-        return [f"git apply {shlex.quote(str(run.diff))}"]
+        return [f"git apply {shlex.quote(str(run.diff))}"] if "diff --git " in text else []
     return None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from tracking.redaction import redact, without_secrets
 from tracking.remedies import remedy
 
 
@@ -17,8 +18,11 @@ def warn(name: str, line: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The message of a ValueError or OSError on one line, with the remedy that who raised it cannot know."""
-    text = " ".join(str(error).split())
+    """The message of a ValueError or OSError on one line, with the remedy that who raised it cannot know.
+
+    It is shown and logged, so it is without secrets.
+    """
+    text = redact(str(error))
     advice = remedy(error)
     return f"{text}; {advice}" if advice and "start again" not in text else text
 
@@ -45,11 +49,11 @@ def errors_in_one_line(
         warn("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # nobody reads the output any more; click ends the command without a word
-        record(traceback.format_exc())
+        record(without_secrets(traceback.format_exc()))
         raise
     except (ValueError, OSError) as error:
-        record(traceback.format_exc())
+        record(without_secrets(traceback.format_exc()))
         raise click.ClickException(f"{name}: {explain(error)}") from error
     except Exception:
-        record(traceback.format_exc())
+        record(without_secrets(traceback.format_exc()))
         raise

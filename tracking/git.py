@@ -4,6 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tracking.redaction import redact
+
 
 class GitError(ValueError):
     """git is missing or refused; the message is one line with the command and what git said."""
@@ -30,8 +32,8 @@ def git_bytes(root: Path, *arguments: str) -> bytes:
     except OSError as error:
         raise GitError(f"git cannot be run ({error})") from error
     except subprocess.CalledProcessError as error:
-        message = " ".join(error.stderr.decode(errors="replace").split())
-        raise GitError(f"`{' '.join(command)}` failed: {message}") from error
+        message = redact(error.stderr.decode(errors="replace"))
+        raise GitError(f"`{redact(' '.join(command))}` failed: {message}") from error
 
 
 def environment() -> dict[str, str]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from tracking.dvc_files import DvcLock, listing_md5, read_yaml
 from tracking.git import git, git_bytes, git_or_none
-from tracking.mlflow_server import TrackingError, as_text, connect, has_run, redact, resolve_uri
+from tracking.mlflow_server import TrackingError, as_text, connect, has_run, resolve_uri
+from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
 NOT_FINISHED = "not finished"
@@ -81,6 +82,17 @@ def holders(root: Path, md5: str) -> list[Holder]:
             found.append(Holder(root, commit, held, lock))
     order = ["commit", "experiment", "unnamed"]
     return sorted(found, key=lambda holder: (bool(holder.differs), order.index(holder.kind)))
+
+
+def experiment_models(root: Path, name: str) -> set[str]:
+    """The md5 of the model in dvc.lock, for each DVC experiment of that name.
+
+    One whose stages all came from the cache has no run of its own, and its dvc.lock may have been another commit's.
+    """
+    refs = git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    named = [ref for ref in refs if (match := _EXPERIMENT.fullmatch(ref)) and match["name"] == name]
+    locks = [DvcLock.parse_or_empty(git_or_none(root, "show", f"{ref}:./dvc.lock")) for ref in named]
+    return {md5 for lock in locks if (md5 := lock.out_md5("train", "model"))}
 
 
 def known_commit(root: Path, commit: str) -> bool:

@@ -16,8 +16,10 @@ from typing import Any
 from nanogpt.files import write_text
 from tracking import mlflow_models, mlflow_page
 from tracking.journal import START, JournalDamaged, Position, RunLock, read_records
+from tracking.mlflow_client import fit_file
 from tracking.mlflow_page import Page, Point
-from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run, redact
+from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run
+from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
 SAMPLES = "samples.json"
@@ -188,7 +190,7 @@ class Replica:
         page = self.page
         samples = len(page.sample_rows()), page.last.get("sample", {}).get("step", -1)
         if samples[0] and self._state.get("samples") != list(samples):
-            self._upload(SAMPLES, mlflow_page.table(page).encode())
+            self._upload(SAMPLES, fit_file(mlflow_page.table(page)).encode())
             # With this tag MLflow's page shows the file as a table. Its own log_table would append to what is there.
             self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES, "type": "table"}])})
             self._save(samples=list(samples))

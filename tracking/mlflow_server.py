@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tracking.journal import JournalDamaged, RunLock
+from tracking.mlflow_client import StoreClient
+from tracking.redaction import redact
 
 # A dead server must be noticed in seconds, not in MLflow's four minutes; and nothing is to be told to anybody.
 _ENVIRONMENT = {
@@ -22,6 +24,9 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a URL may hold a password
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+
+_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")  # scheme, path
 
 
 class TrackingError(ValueError):
@@ -38,20 +43,19 @@ def resolve_uri(repository: Path) -> str:
     """MLFLOW_TRACKING_URI, or a database in the original repository. What is relative is relative to that."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme, separator, path = uri.partition("://")
-    if uri.startswith("sqlite:///"):
-        # A relative path would land in the temporary workspace of `dvc exp run --temp`, which is deleted.
-        return f"sqlite:///{repository / uri.removeprefix('sqlite:///')}"
+    # A relative path would land in the temporary workspace of `dvc exp run --temp`, which is deleted.
+    if (database := _SQLITE.match(uri)) and database[2]:
+        return f"{database[1]}{repository / database[2]}"
+    if uri.startswith("file:") and not uri.startswith("file:/"):
+        return (repository / uri.removeprefix("file:")).as_uri()
     if not separator and not re.match(r"(file:|databricks)", uri):
         return (repository / uri).as_uri()
     return f"{scheme}{separator}{path}"
 
 
-def redact(text: str) -> str:
-    """Text on one line, without what is secret in the URLs in it (user, password, query) and in headers."""
-    text = re.sub(r"://[^/\s'\"]*@", "://***@", text)
-    text = re.sub(r"\?[^\s'\")]*=[^\s'\")]*", "?***", text)
-    text = re.sub(r"\b(Basic|Bearer) [\w.~+/=-]+", r"\1 ***", text)
-    return " ".join(text.split())
+def is_server(uri: str) -> bool:
+    """Whether a server answers there, which holds the artifacts too; else it is a database or a folder."""
+    return uri.startswith(("http://", "https://", "databricks", "uc:"))
 
 
 def as_text(value: Any) -> str:
@@ -60,21 +64,20 @@ def as_text(value: Any) -> str:
 
 
 def connect(uri: str, repository: Path) -> Any:
-    """An MlflowClient. A new sqlite database is created whole, by one process at a time. Raises TrackingError."""
+    """A StoreClient. A new sqlite database is created whole, by one process at a time. Raises TrackingError."""
     prepare_environment()
     with explained(uri):
         if path := _sqlite_path(uri):
             with RunLock(repository / ".runs", name="mlflow.lock"):
                 _prepare_sqlite(path)
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=uri)
+        client = StoreClient(uri)
         client.search_experiments(max_results=1)
         return client
 
 
 def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
+    database = _SQLITE.match(uri)
+    return Path(database[2].split("?")[0]) if database else None
 
 
 def _prepare_sqlite(path: Path) -> None:
@@ -131,10 +134,9 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
                 raise TrackingError(f"the MLflow experiment {name!r} is deleted: restore it or set tracking.experiment")
             return str(experiment.experiment_id)
         # Not quoted: MLflow takes a % in a path for an escape when it loads a model. Each run has its own folder below.
-        folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-        # A server knows where its artifacts belong; a database without one would take the working directory.
-        local = uri.startswith(("sqlite:", "file:"))
-        location = (repository / "mlartifacts" / folder).as_uri() if local else None
+        folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:100]  # the location has a limit too
+        # A server knows where its artifacts belong; a database would take the working directory, which DVC may delete.
+        location = None if is_server(uri) else (repository / "mlartifacts" / folder).as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException as error:

@@ -12,6 +12,7 @@ import psutil
 from tracking import mlflow_server
 from tracking.journal import Journal, holder
 from tracking.mlflow_run import Replica, deliver_report, delivered_to
+from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
 PUSH_SECONDS = 2.0
@@ -114,7 +115,7 @@ def follow(run: Run, uri: str, pid: int, wait_seconds: float, say: Say) -> bool:
                     say("MLflow takes the run again")
                 delay, failed = PUSH_SECONDS, False
             except Exception as error:  # also what nobody thought of: tracking must not end before the training
-                say(f"will try again: {mlflow_server.redact(f'{error}')}")
+                say(f"will try again: {redact(f'{error}')}")
                 delay, failed = min(2 * delay, _SLOWEST), True
             _sleep(delay, lambda: bool(run.end) or not trainer.is_alive())
         return _finish(replica, wait_seconds, say)
@@ -126,7 +127,7 @@ def _finish(replica: Replica, wait_seconds: float, say: Say) -> bool:
         try:
             line = send(replica)
         except Exception as error:
-            reason = mlflow_server.redact(f"{error}")
+            reason = redact(f"{error}")
             if time.monotonic() + delay > deadline:
                 say(f"failed: {reason}")
                 return False
@@ -178,9 +179,9 @@ def sync(repository: Path, chosen: list[Run], uri: str, again: bool, say: Say) -
             say(f"{path}: {do()}")
         except Exception as error:
             complete = False
-            say(f"{path}: failed: {mlflow_server.redact(f'{error}')}")
+            say(f"{path}: failed: {redact(f'{error}')}")
     if not work:
-        say(f"MLflow at {mlflow_server.redact(uri)} has everything")
+        say(f"MLflow at {redact(uri)} has everything")
     return complete
 
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch.profiler import profile, schedule
 
 from nanogpt import flops
 from nanogpt.complete import continuations, encode_prompt
@@ -26,6 +25,9 @@ from nanogpt.train_state import TrainState
 from tracking.console import Console, Update
 from tracking.journal import Journal
 from tracking.run import Run
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
 
 
 class JournalWriter(Observer):
@@ -159,6 +161,8 @@ class Profiler(Observer):
     WARM_UP = 5  # steps before the traced ones: memory is allocated, code is compiled, the profiler itself gets ready
 
     def __init__(self, steps: int, path: Path, say: Callable[[str], None]):
+        from torch.profiler import profile, schedule  # a hundred modules that no other run needs
+
         self.path, self.say = path, say
         # The question before the first step ends what the profiler calls its step 0, in which nothing is done yet.
         phases = schedule(wait=1, warmup=self.WARM_UP, active=steps, repeat=1)
@@ -177,7 +181,7 @@ class Profiler(Observer):
         self.profile.step()
         return None
 
-    def _write(self, profiler: profile) -> None:
+    def _write(self, profiler: "profile") -> None:
         if traced := profiler.step_num - 1 - self.WARM_UP:
             with replacing(self.path) as temporary:
                 profiler.export_chrome_trace(str(temporary))

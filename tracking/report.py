@@ -8,7 +8,8 @@ from nanogpt.files import sha256_json, write_text
 from nanogpt.params import Section, TrackingParams, flatten
 from tracking.console import Console, repository
 from tracking.mlflow_run import deliver_report
-from tracking.mlflow_server import as_text, redact, resolve_uri
+from tracking.mlflow_server import as_text, resolve_uri
+from tracking.redaction import redact
 
 
 def report(

@@ -20,6 +20,9 @@ from tracking.journal import START, Journal, damaged
 from tracking.run import Run, attempts_of
 
 DIFF_LIMIT = 1_000_000  # bytes of uncommitted changes that are kept with a run
+# What an experiment consists of, in which no password belongs; of these, hidden files (.env) are not kept either.
+EXPERIMENT = ("params.yaml", "dvc.yaml", "presets", "inputs", "nanogpt", "stages", "tracking", "tools")
+LEFT_OUT = "# not kept, since it is no part of the experiment: "  # `git apply` passes over what precedes a diff
 
 
 def choose(console: Console, directory: Path, fingerprint: str) -> Run:
@@ -106,10 +109,7 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
     if run.is_described:
         return
     commit = git_or_none(Path.cwd(), "rev-parse", "HEAD") or ""
-    # The stages before this one have just written dvc.lock: that is no change of the user's.
-    # As `git apply` takes it, whatever the user's settings are.
-    plain = ("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-color", "--binary")
-    diff = git_or_none(Path.cwd(), *plain, "HEAD", "--", ".", ":(exclude)dvc.lock") or ""
+    diff, left_out = uncommitted(Path.cwd())
     write_text(run.artifacts / "params.yaml", Path("params.yaml").read_text(encoding="utf-8"))
     if diff:
         cut = "" if len(diff) <= DIFF_LIMIT else f"\n[cut: {len(diff):,} characters in all]"
@@ -120,6 +120,7 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
         "dvc.experiment": experiment_name() or "none",
         "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV", "none"),
         "attempt": str(run.directory.relative_to(repository())),
+        **({"git.left_out": left_out} if left_out else {}),
         **hashes,
     }
     sections = ("download", "tokenize", "model", "train", "numerics")
@@ -135,6 +136,23 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
         "repository": str(repository()),
     }
     run.write_info(info)
+
+
+def uncommitted(root: Path) -> tuple[str, str]:
+    """How what the experiment consists of differs from HEAD, as `git apply` takes it, and the other files that differ.
+
+    These are named at the head of the difference and not shown in it: they may hold passwords.
+    """
+    # The stages before this one have just written dvc.lock: that is no change of the user's.
+    everything = "HEAD", "--", ".", ":(exclude)dvc.lock"
+    experiment = "HEAD", "--", *EXPERIMENT, ":(exclude,glob)**/.*", ":(exclude,glob)**/.*/**"
+    # As `git apply` takes it, whatever the user's settings are.
+    plain = ("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-color", "--binary")
+    diff = git_or_none(root, *plain, *experiment) or ""
+    names = ("diff", "--no-ext-diff", "--no-renames", "--name-only")
+    changed, recorded = ((git_or_none(root, *names, *paths) or "").splitlines() for paths in (everything, experiment))
+    left_out = ", ".join(sorted({*changed} - {*recorded}))
+    return (f"{LEFT_OUT}{left_out}\n{diff}" if left_out else diff), left_out
 
 
 def _name(commit: str, dirty: bool) -> str:

@@ -15,6 +15,7 @@ from tracking.first_steps import bits_environment
 from tracking.git import git
 from tracking.golden import Golden, differences, load_goldens, nearest, read_metrics
 from tracking.journal import Record
+from tracking.redaction import redact
 from tracking.retrace import first_difference
 from tracking.run import runs_in
 from tracking.verdict import (
@@ -93,7 +94,7 @@ def _remote(root: Path) -> Finding:
         return Finding("remote", "objects", "", "the workspace has another dvc.lock", SKIPPED)
     done = _dvc(root, "status", "--cloud", "--json")
     if done.returncode:
-        raise CouldNotRun(f"`dvc status --cloud` failed: {' '.join(done.stderr.split())}")
+        raise CouldNotRun(f"`dvc status --cloud` failed: {redact(done.stderr)}")
     lacking = [path for path, how in _json_of(done.stdout).items() if how in {"missing", "new"}]
     lacking += re.findall(r"md5: ([0-9a-f]{32}\.dir)", done.stderr)
     shown = ", ".join(lacking)

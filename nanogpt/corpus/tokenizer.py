@@ -338,11 +338,19 @@ def byte_characters() -> list[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+class ForeignTokenizer(ValueError):
+    """A tokenizer.json of another program."""
+
+
 def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
     """Reads a tokenizer.json. Raises Damaged if it is missing, damaged, or not the one with the given sha256."""
     data = read_bytes(path, _LARGEST_FILE)
     try:
         tokenizer = _from_json(data)
+    except ForeignTokenizer as error:
+        raise Damaged(
+            path, f"{error}, and only a tokenizer.json that the tokenize stage has written can be read"
+        ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(path, f"is damaged ({' '.join(str(error).split())[:200]})") from error
     if sha256 not in (None, tokenizer.sha256):
@@ -354,6 +362,8 @@ def _from_json(data: bytes) -> Tokenizer:
     content = json.loads(data.decode("utf-8"))
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
+    if isinstance(content.get("model"), dict):
+        raise ForeignTokenizer("is of Hugging Face's tokenizers")
     if not isinstance(content["vocab_size"], int) or content["vocab_size"] > _LARGEST_VOCABULARY:
         raise ValueError("vocab_size is no possible number")
     ends = content["end_of_text"] is not None

@@ -100,7 +100,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_disk_is_full(seed: Clone, small_disk: Path) -> None:
-    """The only test that finds a run that the training, or the process that fills MLflow, loses with the disk."""
+    """The only test that finds a training, or the process that fills MLflow, that loses a run with a full disk."""
     clone = seed.copy(small_disk / "clone", runs=False)
     clone.set_params(**{"tracking.wait_seconds": 1})  # the tracking process has no disk either
     clone.forget("train")

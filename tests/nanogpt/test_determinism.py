@@ -1,7 +1,9 @@
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +43,19 @@ for options, optimizer in ({}, "adamw"), (tiny.NANOCHAT, "muon"):
 strict = torch.get_deterministic_debug_mode()  # 2: what is not deterministic is an error
 tf32 = torch.backends.cuda.matmul.allow_tf32
 print(hashlib.sha256(weights).hexdigest(), resolved.threads, resolved.instruction_set, resolved.device, strict, tf32)
+"""
+
+OLD_CPU = """
+import sys
+from nanogpt import determinism
+from nanogpt.params import NumericsParams
+params = NumericsParams(determinism=sys.argv[1], threads=1, dtype="float32", compile=False, attention="fused")
+try:
+    determinism.pin(params, "cpu")
+except ValueError as error:
+    sys.exit(print(error))
+import torch
+print(float(torch.ones(64, 64).mm(torch.ones(64, 64)).sum()))
 """
 
 THREADS = {
@@ -113,6 +128,37 @@ def test_portable_is_refused_on_arm_before_anything_is_pinned(machine, monkeypat
     with pytest.raises(ValueError, match=f"portable is for x86-64 CPUs, and this is {machine}; set it to machine"):
         determinism.pin(settings(), "cpu")
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("has", "lacking"),
+    [({"avx2": False, "fma3": False}, "AVX2 or FMA"), ({"avx2": True, "fma3": False}, "FMA"), ({"fma3": True}, "AVX2")],
+)
+def test_portable_is_refused_on_a_cpu_without_its_instructions_whatever_torch_was_made_to_report(
+    has, lacking, monkeypatch
+):
+    monkeypatch.setattr(determinism, "sys", SimpleNamespace(modules={}))  # as if torch was not imported yet
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **has})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(
+        ValueError, match=f"= portable needs a CPU with AVX2 and FMA, and this one has no {lacking}; set"
+    ):
+        determinism.pin(settings(), "cpu")
+
+
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian: qemu-user) is not installed")
+@pytest.mark.parametrize("cpu", ["SandyBridge", "Haswell,-fma"])
+def test_an_older_cpu_refuses_portable_in_one_line_and_computes_under_the_mode_that_it_names(cpu):
+    """Slow; only it catches what a real CPU does with instructions that it lacks: SIGILL in torch's kernels."""
+    run = ["qemu-x86_64", "-cpu", cpu, sys.executable, "-c", OLD_CPU]
+    refused, computed = (
+        subprocess.run([*run, mode], capture_output=True, text=True, timeout=300) for mode in ("portable", "machine")
+    )
+    assert refused.returncode == 0, refused.stderr[-500:]
+    assert "this one has no " in refused.stdout
+    assert refused.stdout.endswith("; set it to machine\n")
+    assert computed.stdout == "262144.0\n", computed.stderr[-500:]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
@@ -209,4 +255,7 @@ def test_a_dtype_that_the_cpu_has_no_instructions_for_is_known(monkeypatch, dtyp
 
 def test_the_instructions_are_called_so_by_torch():
     known = torch.cpu.get_capabilities()
-    assert known["architecture"] != "x86_64" or {"amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16"} <= known.keys()
+    assert (
+        known["architecture"] != "x86_64"
+        or {"amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16", "avx2", "fma3"} <= known.keys()
+    )

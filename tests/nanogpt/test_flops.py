@@ -27,6 +27,30 @@ def test_flops_of_gpt2_124m():
         ("NVIDIA L40S", "bfloat16", 362e12),
         ("Tesla T4", "float16", 65e12),
         ("NVIDIA GeForce RTX 3090", "bfloat16", 71e12),
+        # The names that drivers give, each form of a card its own figure.
+        ("NVIDIA A100-PCIE-40GB", "bfloat16", 312e12),
+        ("NVIDIA A100 80GB PCIe", "float32", 19.5e12),
+        ("NVIDIA H100 NVL", "bfloat16", 835.5e12),
+        ("NVIDIA H100 80GB HBM2e", "bfloat16", 756e12),
+        ("NVIDIA H200 NVL", "float16", 835.5e12),
+        ("NVIDIA B200", "bfloat16", 2250e12),
+        ("NVIDIA GB200", "bfloat16", 2500e12),
+        ("NVIDIA B300 SXM6 AC", "bfloat16", 2250e12),
+        ("NVIDIA L40", "bfloat16", 181e12),
+        ("NVIDIA A10", "bfloat16", 125e12),
+        ("NVIDIA A10G", "bfloat16", 70e12),
+        ("NVIDIA A40", "float32", 37.4e12),
+        ("NVIDIA RTX A6000", "bfloat16", 154.8e12),
+        ("Tesla V100-SXM2-16GB", "float16", 125e12),
+        ("Tesla V100-PCIE-16GB", "float16", 112e12),
+        ("Tesla V100S-PCIE-32GB", "float16", 130e12),
+        ("NVIDIA GeForce RTX 3070", "float16", 40.6e12),
+        ("NVIDIA GeForce RTX 3080", "bfloat16", 59.5e12),
+        ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", 80e12),
+        ("NVIDIA GeForce RTX 4080", "bfloat16", 97.5e12),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2e12),
+        ("NVIDIA GeForce RTX 5090", "bfloat16", 209.5e12),
+        ("AMD Instinct MI300X", "bfloat16", 1307.4e12),
     ],
 )
 def test_peaks_of_known_devices(device, dtype, peak):
@@ -35,7 +59,19 @@ def test_peaks_of_known_devices(device, dtype, peak):
 
 @pytest.mark.parametrize(
     ("device", "dtype"),
-    [("x86_64", "float32"), ("", "float32"), ("NVIDIA B300", "bfloat16"), ("Tesla T4", "bfloat16")],
+    [
+        ("x86_64", "float32"),
+        ("", "float32"),
+        ("NVIDIA B400", "bfloat16"),
+        ("Tesla T4", "bfloat16"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16"),
+        ("NVIDIA A40-12Q", "bfloat16"),
+        ("NVIDIA GH200 480GB", "bfloat16"),
+        ("NVIDIA GeForce RTX 3080 Ti", "bfloat16"),
+        ("NVIDIA GeForce RTX 4080 SUPER", "bfloat16"),
+        ("NVIDIA GeForce RTX 5090 D", "bfloat16"),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", "bfloat16"),
+    ],
 )
 def test_what_is_unknown_is_none(device, dtype):
     assert flops.peak_flops(device, dtype) is None

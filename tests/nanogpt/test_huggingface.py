@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +153,71 @@ def test_a_saved_directory_is_read_as_published_ones_are(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no GPT-2 that can be read"):
         load_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_prefixes_of_torchs_wrappers_are_taken_off(tmp_path, wrapper):
+    from safetensors.torch import save_file
+
+    other = random_theirs()
+    other.save_pretrained(tmp_path)
+    weights = load_huggingface(tmp_path)[1]
+    wrapped = {wrapper + name: t.contiguous().clone() for name, t in other.state_dict().items()}
+    save_file(wrapped, tmp_path / "model.safetensors")
+    assert tiny.same(load_huggingface(tmp_path)[1], weights)
+    checkpoint = to_nanogpt(tiny.config(), tiny.weights(tiny.gpt()))
+    unwrapped = from_nanogpt(checkpoint)[1]
+    checkpoint["model"] = {wrapper + name: tensor for name, tensor in checkpoint["model"].items()}
+    assert tiny.same(from_nanogpt(checkpoint)[1], unwrapped)
+    bias = "transformer.ln_f.bias"
+    with pytest.raises(ValueError, match="two tensors have the same name"):
+        from_huggingface(other.config.to_dict(), {**wrapped, bias: torch.zeros(16)})
+
+
+def test_shards_are_read_as_one_file(tmp_path):
+    other = random_theirs()
+    other.save_pretrained(tmp_path / "whole")
+    other.save_pretrained(tmp_path / "sharded", max_shard_size="4KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    config, weights = load_huggingface(tmp_path / "sharded")
+    assert config == load_huggingface(tmp_path / "whole")[0]
+    assert tiny.same(weights, load_huggingface(tmp_path / "whole")[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda places: {**places, "transformer.wpe.weight": "../x.safetensors"}, "which is no file beside it"),
+        (lambda places: {**places, "transformer.wpe.weight": "."}, "which is no file beside it"),
+        (lambda places: {**places, "transformer.wpe.weight": "absent.safetensors"}, "No such file"),
+        (lambda places: {**places, "transformer.wpe.weight": 1}, "has no weight_map"),
+        (lambda places: {**places, "extra": places["transformer.wpe.weight"]}, "extra is not where"),
+        (lambda places: list(places), "has no weight_map"),
+    ],
+)
+def test_a_wrong_index_of_shards_is_refused(tmp_path, change, message):
+    random_theirs().save_pretrained(tmp_path, max_shard_size="4KB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "weight_map": change(content["weight_map"])}))
+    with pytest.raises(ValueError, match=message):
+        load_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [50258, 50261, 50264, 50304])
+def test_added_and_padded_rows_of_gpt2_are_kept_apart_from_its_tokens(rows):
+    """A padding token, padding to a multiple of 8 or 64: one rule for Hugging Face and nanoGPT."""
+    model = tiny.gpt(std=0.2, n_embd=2, n_layer=1, vocab_size=rows)
+    theirs = to_huggingface(model.config, tiny.weights(model), None)
+    checkpoint = to_nanogpt(model.config, tiny.weights(model))
+    for vocab_size in (None, 50257):
+        for config, weights in (from_huggingface(*theirs, vocab_size), from_nanogpt(checkpoint, vocab_size)):
+            assert (config.vocab_size, config.padded_vocab_size) == (50257, rows)
+            assert tiny.same(weights, tiny.weights(model))
+    for other in (65, 1024, 50240, rows + 1):
+        with pytest.raises(ValueError, match=f"its vocabulary has {rows} tokens, the tokenizer {other}"):
+            from_huggingface(*theirs, other)
+    assert from_huggingface(*theirs, rows)[0].vocab_multiple == 1
 
 
 def test_half_precision_becomes_float32():
@@ -313,6 +380,35 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not harm.exists()
     pickle.loads(path.read_bytes())
     assert harm.exists()  # it is harmful indeed
+
+
+def unusual(path: Path, kind: str) -> None:
+    """A ckpt.pt with a number of numpy's beside the weights, or in the format of torch before 1.6."""
+    import numpy as np
+
+    checkpoint_file(path, iter_num=3, **({"best_val_loss": np.float64(1.5)} if kind == "numpy" else {}))
+    if kind == "old":
+        torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "old"])
+def test_the_remedy_for_an_unusual_checkpoint_makes_one_that_is_read(tmp_path, kind):
+    path = tmp_path / "ckpt.pt"
+    unusual(path, kind)
+    with pytest.raises(ValueError, match="if you trust the file, save it again") as error:
+        load_nanogpt(path)
+    command = re.search("`(.*)`", str(error.value))
+    assert command
+    assert "\n" not in str(error.value)
+    subprocess.run(command[1], shell=True, check=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}"})
+    assert tiny.same(load_nanogpt(path)[1], tiny.weights(tiny.gpt(std=0.2)))
+
+
+def test_a_checkpoint_of_other_tokens_is_refused_with_where_they_come_from(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"13 tokens, the tokenizer 65\); tokenize with the tokens of its training: tok"
+    ):
+        load_nanogpt(checkpoint_file(tmp_path / "ckpt.pt"), 65)
 
 
 class Large:

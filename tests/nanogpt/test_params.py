@@ -248,9 +248,17 @@ PORTABLE = {"numerics__determinism": "portable"}
     [
         (
             SHAPE | {"model__n_head": 3},
+            "model.n_embd = 128 is not divisible by model.n_head = 3; set model.n_embd to 126",
+        ),
+        (SHAPE | {"model__n_embd": 2}, "model.n_embd = 2 is not divisible by model.n_head = 4; set model.n_embd to 8"),
+        (
+            SHAPE | {"model__n_head": 3, "model__position": "learned"},
             "model.n_embd = 128 is not divisible by model.n_head = 3; set model.n_embd to 129",
         ),
-        (SHAPE | {"model__n_embd": 2}, "model.n_embd = 2 is not divisible by model.n_head = 4; set model.n_embd to 4"),
+        (
+            SHAPE | {"model__n_head": 3, "train__init_from": "gpt2"},
+            "model.n_embd = 128 is not divisible by .*; set both to null, which takes those of train.init_from = gpt2",
+        ),
         (SCHEDULE | {"train__max_iters": 50}, "train.warmup_iters = 50 is not below train.max_iters = 50; shorten"),
         (
             SCHEDULE | {"train__lr_decay_iters": 50},
@@ -296,6 +304,19 @@ PORTABLE = {"numerics__determinism": "portable"}
 )
 def test_values_that_do_not_go_together_are_refused(changes, message, refused):
     assert re.match(message, refused(edited(**changes)))
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+@pytest.mark.parametrize("n_head", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("n_embd", [1, 2, 3, 15, 64, 96, 99, 127, 128])
+def test_the_number_that_a_refused_shape_is_told_is_accepted(n_embd, n_head, position, load):
+    shape = {"model__n_head": n_head, "model__position": position}
+    try:
+        load(edited(**shape, model__n_embd=n_embd))
+    except ParamsError as error:
+        advised = re.search(r"; set model\.n_embd to (\d+)$", str(error))
+        assert advised
+        load(edited(**shape, model__n_embd=advised[1]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from nanogpt import seeds, sizing
-from nanogpt.corpus.tokenizer import CharTokenizer
+from nanogpt.corpus.tokenizer import CharTokenizer, Gpt2Tokenizer
 from nanogpt.model import GPT
 from nanogpt.nanogpt_checkpoint import save_nanogpt, to_nanogpt
 from nanogpt.params import ModelParams
@@ -179,6 +182,30 @@ def test_another_vocabulary_is_refused(tmp_path, tokenizer):
     hugging_face(tmp_path / "gpt2", vocab_size=14)
     with pytest.raises(ValueError, match=r"has a vocabulary of 14, the tokens one of 13; set tokenize.tokenizer"):
         load_initial(f"hf:{tmp_path / 'gpt2'}", NOTHING, tokenizer)
+
+
+def test_the_remedy_for_rows_that_are_no_tokens_of_gpt2_makes_a_model_that_is_taken(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    source = f"hf:{tmp_path / 'gpt2'}"
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=2, n_positions=8, vocab_size=50400)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"a vocabulary of 50,400, the tokens one of 50,257; cut the rows") as error:
+        load_initial(source, NOTHING, Gpt2Tokenizer())
+    command = re.search("`(.*)`", str(error.value))
+    assert command
+    subprocess.run(command[1], shell=True, check=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}"})
+    assert load_initial(source, NOTHING, Gpt2Tokenizer()).config.vocab_size == 50257
+
+
+def test_rows_added_to_gpt2_are_taken_as_a_plan_says(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=2, n_positions=8, vocab_size=50258)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    initial = load_initial(f"hf:{tmp_path / 'gpt2'}", NOTHING, Gpt2Tokenizer())
+    assert (initial.config.vocab_size, initial.config.padded_vocab_size) == (50257, 50258)
+    assert planned_config(f"hf:{tmp_path / 'gpt2'}", NOTHING, 50257) == initial.config
 
 
 def test_the_hash_sees_every_bit(published):

@@ -1,5 +1,4 @@
 import itertools
-from contextlib import closing
 
 import pytest
 import torch
@@ -10,9 +9,8 @@ from nanogpt import flops, loss, model, sizing
 from nanogpt.checkpoint import Checkpoints
 from nanogpt.model import GPT
 from nanogpt.optimizer import make_optimizer
-from nanogpt.train_state import Progress
+from nanogpt.train_state import TrainState
 from tests.nanogpt.tiny import GPT2_SIZES, config, train_params
-from tracking.journal import Journal
 
 WIDE = config(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=257)
 
@@ -221,8 +219,7 @@ def test_a_checkpoint_has_the_size_that_was_told(tmp_path):
     model(tokens, tokens).backward()
     optimizer.step()
     checkpoints = Checkpoints(tmp_path / "checkpoints", "run")
-    with closing(Journal(tmp_path / "journal.jsonl")) as journal:
-        checkpoints.save(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), Progress(), journal.position())
+    checkpoints.save(TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False)), {})
     size = (tmp_path / "checkpoints/step-00000000/state.safetensors").stat().st_size
     assert sizing.checkpoint_bytes(WIDE) == pytest.approx(size, rel=0.01)
 

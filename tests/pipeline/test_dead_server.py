@@ -1,18 +1,11 @@
 """A tracking server that is gone costs nothing but the delay."""
 
-import socket
-
 import pytest
 
+from tests.pipeline.clones import closed_port
 from tests.pipeline.test_secrets import ENVIRONMENT, IN_ADDRESS, leaks
 
 pytestmark = pytest.mark.pipeline
-
-
-def closed_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def test_without_a_server_the_pipeline_succeeds_and_sync_brings_everything_later(seed, copy_of):

@@ -127,7 +127,8 @@ def test_a_training_that_was_done_when_it_was_killed_is_published_without_traini
 def test_forced_repro_trains_afresh_as_a_run_of_its_own_and_keeps_the_uncommitted_diff(seed, copy_of):
     """The only test that finds a forced training that writes into the run of the first one."""
     clone = copy_of(seed)
-    clone.append("LICENSE", "An uncommitted line.\n")
+    clone.append("presets/overfit.txt", "An uncommitted line.\n")
+    clone.append("LICENSE", "A line of no experiment.\n")
     output = clone.repro("--force --single-item train")
     assert "training it afresh" in output
     assert [attempt.name for attempt in clone.attempts()] == ["attempt-1", "attempt-2"]
@@ -139,6 +140,8 @@ def test_forced_repro_trains_afresh_as_a_run_of_its_own_and_keeps_the_uncommitte
     assert run.info.run_name == f"{clone.run('git rev-parse --short=7 HEAD').strip()} + uncommitted"
     diff = clone.client().download_artifacts(run.info.run_id, "uncommitted.diff")
     assert "+An uncommitted line." in Path(diff).read_text()
+    assert "A line of no experiment." not in Path(diff).read_text()
+    assert run.data.tags["git.left_out"] == "LICENSE"
 
 
 def test_two_trainers_never_work_in_one_run_directory(seed, untrained):

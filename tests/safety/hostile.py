@@ -5,10 +5,8 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
-
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis import strategies as st
 
 from benchmarks.common import forget_peak, own_peak
 from nanogpt.files import Damaged
@@ -16,6 +14,7 @@ from nanogpt.params import ParamsError
 from tracking.journal import JournalDamaged
 
 TRIED: dict[str, list[int]] = {}  # parser -> [inputs, accepted ones]
+LAST: list[bytes] = []  # the last input, which the message of a failure shows
 OURS = {ValueError, Damaged, ParamsError, JournalDamaged}  # not their subclasses, such as a bare UnicodeDecodeError
 MOST_MEMORY = 300 * 2**20  # bytes that all inputs of a parser may take at once, on top of what this process holds
 
@@ -25,53 +24,33 @@ VALUES: list[Any] = [
     *([], {}, [[]], [0], ["a"], {"a": 1}, [[97, 98]], {"../outside": "0" * 64}),
 ]
 SPLINTERS = [
-    *(
-        b"null",
-        b"NaN",
-        b"-1",
-        b"1e999",
-        b"9" * 30,
-        b"9" * 5000,
-        b"[" * 2000,
-        b"{",
-        b'"',
-        b"\n",
-        b"\x00",
-        b"\xff",
-        b"\\",
-    ),
-    *(b'"\\ud800"', b'"../outside"', b"&a [*a]", b"*a", b"!!python/object/apply:os.system [touch outside]"),
+    *(b"null", b"NaN", b"-1", b"1e999", b"9" * 30, b"9" * 5000, b"[" * 1200, b"{", b'"', b"\n", b"\x00", b"\xff"),
+    *(b"\\", b'"\\ud800"', b'"../outside"', b"&a [*a]", b"*a", b"!!python/object/apply:os.system [touch outside]"),
     *(b"!!binary x", b"!!set {a}", b"2026-11-31", b"0x" + b"f" * 5000, b"? ", b"- ", b"---\n", b"<<: "),
 ]
 
 
-def limits(inputs: int) -> settings:
-    """So many inputs, the same ones each time."""
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    # Without shrinking: a parser that hangs on an input must not be asked a thousand times more.
-    return settings(
-        max_examples=inputs,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=checks,
-    )
+def inputs(number: int, *makers: bytes | Callable[[Random], bytes]) -> Iterator[tuple[bytes, Random]]:
+    """So many inputs, the same ones each time, and what drew them. Bytes: mutants of that file; it comes first."""
+    for seed in range(number):
+        draw = Random(seed)
+        maker = draw.choice(makers) if seed else makers[0]
+        LAST[:] = [maker(draw) if callable(maker) else mutant(draw, maker) if seed else maker]
+        yield LAST[0], draw
 
 
-@st.composite
-def mutants(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Arbitrary bytes, or a whole file with up to three bits flipped, parts cut out, doubled, moved or replaced."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(st.binary(max_size=200))
+def mutant(draw: Random, whole: bytes) -> bytes:
+    """Arbitrary bytes, or the file with up to three bits flipped, parts cut out, doubled, moved or replaced."""
+    if draw.random() < 0.1:
+        return draw.randbytes(draw.randrange(200))
     data = whole
-    for _ in range(draw(st.integers(0, 3))):
-        start = draw(st.integers(0, max(0, len(data) - 1)))
-        end = start + draw(st.integers(1, 30))
-        kind = draw(st.sampled_from(["flip", "truncate", "cut", "double", "move", "replace", "insert"]))
-        splinter = draw(st.sampled_from(SPLINTERS)) if kind in {"replace", "insert"} else b""
+    for _ in range(draw.randint(1, 3)):
+        start = draw.randrange(max(1, len(data)))
+        end = start + draw.randint(1, 30)
+        kind = draw.choice(["flip", "truncate", "cut", "double", "move", "replace", "insert"])
+        splinter = draw.choice(SPLINTERS) if kind in {"replace", "insert"} else b""
         if kind == "flip" and data:
-            data = data[:start] + bytes([data[start] ^ 1 << draw(st.integers(0, 7))]) + data[start + 1 :]
+            data = data[:start] + bytes([data[start] ^ 1 << draw.randrange(8)]) + data[start + 1 :]
         elif kind == "truncate":
             data = data[:start]
         elif kind == "double":
@@ -83,20 +62,28 @@ def mutants(draw: st.DrawFn, whole: bytes) -> bytes:
     return data
 
 
-@st.composite
-def swapped(draw: st.DrawFn, content: Any) -> Any:
-    """JSON content of which up to two values, at any depth, are others."""
+def swapped(draw: Random, content: Any) -> Any:
+    """JSON content of which one or two values, at any depth, are others."""
     content = copy.deepcopy(content)
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw.randint(1, 2)):
         inner: Any = content
         while inner:
-            key = draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
-            if isinstance(inner[key], dict | list) and inner[key] and draw(st.integers(0, 3)):
+            key = draw.choice(sorted(inner) if isinstance(inner, dict) else range(len(inner)))
+            if isinstance(inner[key], dict | list) and inner[key] and draw.randrange(4):
                 inner = inner[key]
                 continue
-            inner[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
+            inner[key] = copy.deepcopy(draw.choice(VALUES))
             break
     return content
+
+
+def dumped(content: Any) -> bytes:
+    return (json.dumps(content, sort_keys=True) + "\n").encode()
+
+
+def changed_json(content: Any) -> Callable[[Random], bytes]:
+    """Makes files of that content with other values."""
+    return lambda draw: dumped(swapped(draw, content))
 
 
 def parsed(parser: str, parse: Callable[[], Any]) -> Any:
@@ -122,15 +109,15 @@ def harmless(parser: str, folder: Path, writes: bool = False) -> Iterator[None]:
     before = sorted(folder.rglob("*"))
     forget_peak()  # else what this process, or the one that started it, held before would hide what an input takes
     held = own_peak()
-    inputs, accepted = TRIED.setdefault(parser, [0, 0])
-    yield
+    tried, accepted = TRIED.setdefault(parser, [0, 0])
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"with {LAST!r:.2000}")
+        raise
     now, now_accepted = TRIED[parser]
     assert accepted < now_accepted, "none is accepted"
-    assert now - inputs > now_accepted - accepted, "none is refused"
+    assert now - tried > now_accepted - accepted, "none is refused"
     assert own_peak() - held < MOST_MEMORY, "too much memory is taken"
     assert not list(folder.parent.rglob("outside*"))
     assert writes or sorted(folder.rglob("*")) == before
-
-
-def dumped(content: Any) -> bytes:
-    return (json.dumps(content, sort_keys=True) + "\n").encode()

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from stages.sample import main
 from tests.nanogpt import tiny
 from tracking import report
 
+REPOSITORY = Path(__file__).parents[2]
 LINE = "-" * 80
 GREEDY = ["--temperature", "0", "--num-samples", "1", "--max-new-tokens", "7"]
 
@@ -146,3 +149,15 @@ def test_a_checkpoint_with_another_vocabulary_is_refused_with_the_remedy(folder)
     assert "--model nanogpt:ckpt.pt has a vocabulary of 13 and no tokenizer" in error
     assert "train.init_from = nanogpt:ckpt.pt with train.eval_only = true" in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--stream"], ["--num-samples", "9"]])
+def test_output_that_nobody_reads_any_more_ends_it_in_silence(folder, arguments):
+    """As with `| head`; click and Python's own flush at the end would each have a word to say."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "stages.sample", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == ""

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from tools.__main__ import COMMANDS, main
 
 REPOSITORY = Path(__file__).parents[2]
+STAGES = ("download", "tokenize", "train", "evaluate", "sample")
 SLOW = {"torch", "numpy", "pydantic", "ruamel", "mlflow", "rich", "transformers", "datasets", "tokenizers", "tiktoken"}
 TEXTS = {".md", ".py", ".yaml", ".yml"}
 MENTION = re.compile(r'-m(?: |", ")tools((?:\.| |", ")[a-z][a-z_-]*)')  # in prose, a shell, or a list of arguments
@@ -168,3 +169,22 @@ def test_a_module_that_is_run_by_itself_names_its_command() -> None:
     alone = [sys.executable, "-m", module_of("first-steps"), "--help"]
     done = subprocess.run(alone, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "Error: this command is `python -m tools first-steps`\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        *((f"stages/{name}.py", f"python -m stages.{name}") for name in STAGES),
+        ("tools", "python -m tools"),
+        ("tools/__main__.py", "python -m tools"),
+    ],
+)
+def test_what_is_started_as_a_file_says_how_to_start_it(path: str, told: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for place in (REPOSITORY, tmp_path):
+        command = [sys.executable, str(REPOSITORY / path), "--help"]
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("Error: ")
+        assert done.stderr.endswith(f" with `{told}`, in the root of the repository\n")
+        assert len(done.stderr.splitlines()) == 1

@@ -36,6 +36,7 @@ INFO = {"params": {"train.seed": 7, "model.activation": "gelu"}, "step": 40, "tr
 def published(folder: Path, tokenizer: Tokenizer = LETTERS, **changes) -> Path:
     """A model directory with random weights."""
     gpt = tiny.gpt(**{"std": 0.3, "vocab_size": tokenizer.vocab_size, "block_size": 32, **changes})
+    folder.mkdir(exist_ok=True)
     tokenizer.save(folder / "saved.json")
     save_model(folder / "model", gpt.config, tiny.weights(gpt), folder / "saved.json", INFO)
     return folder / "model"

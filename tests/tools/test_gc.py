@@ -94,3 +94,95 @@ def test_artifacts_of_a_run_that_was_deleted_in_mlflow_are_freed(repository: Pat
     assert "deleted in MLflow" in run("--days", "100000", answer="y\n")
     assert [path for path in (repository / "mlartifacts").rglob("*") if path.is_file()] == []
     assert "deleted in MLflow" not in run("--days", "100000", answer="n\n")
+
+
+def deleted_run(repository: Path, name: str, location: str | None = None) -> str:
+    """A finished run that was deleted in MLflow; `location`: where its experiment's artifacts lie. Returns its id."""
+    attempt = finished_attempt(repository, name)
+    info = json.loads((attempt / "run.json").read_text()) | {"experiment": f"experiment {name}"}
+    (attempt / "run.json").write_text(json.dumps(info))
+    client = connect(resolve_uri(repository), repository)
+    if location is not None:
+        client.create_experiment(info["experiment"], location)
+    replica = Replica(Run(attempt), resolve_uri(repository))
+    replica.finish()
+    client.delete_run(replica.run_id)
+    return replica.run_id
+
+
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("out side")
+
+
+def test_artifacts_outside_of_the_repository_are_left_alone_and_the_rest_is_freed(
+    repository: Path, outside: Path
+) -> None:
+    deleted_run(repository, "inside")
+    kept = deleted_run(repository, "elsewhere", outside.as_uri())
+    before = files(outside)
+    assert before
+    output = run("--days", "100000", answer="y\n")
+    assert f"left alone: artifacts of deleted runs outside of the repository ({outside.as_uri()}" in output
+    assert "freed" in output
+    assert files(outside) == before
+    assert not files(repository / "mlartifacts")
+    client = connect(resolve_uri(repository), repository)
+    assert client.get_run(kept).info.lifecycle_stage == "deleted"
+    assert "nothing to free" in run("--days", "100000")
+
+
+def test_a_linked_folder_of_artifacts_leads_outside(repository: Path, outside: Path) -> None:
+    deleted_run(repository, "linked")
+    folder = repository / "mlartifacts" / "experiment_linked"
+    shutil.move(folder, outside / "moved")
+    folder.symlink_to(outside / "moved")
+    before = files(outside)
+    assert "left alone" in run("--days", "100000", answer="y\n")
+    assert files(outside) == before
+
+
+def test_a_repository_whose_name_has_a_space(repository: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = outside / "a repository"
+    shutil.copytree(repository, other)
+    monkeypatch.chdir(other)
+    deleted_run(other, "inside")
+    assert files(other / "mlartifacts")
+    assert "deleted in MLflow" in run("--days", "100000", answer="y\n")
+    assert not files(other / "mlartifacts")
+
+
+def test_a_linked_run_directory_is_left_alone(repository: Path, outside: Path) -> None:
+    directory = repository / ".runs/0123456789abcdef"
+    shutil.move(directory, outside / "run")
+    directory.symlink_to(outside / "run")
+    before = files(outside)
+    output = run(answer="y\n")
+    assert f"left alone: {directory.relative_to(repository)} is a link" in output
+    assert "freed" in output  # DVC's object
+    assert files(outside) == before
+    assert directory.is_symlink()
+
+
+def test_mlflow_s_process_that_fails_or_is_killed_is_one_line(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted_run(repository, "inside")
+    real = subprocess.run
+    for command, reason in (("kill -9 $$", "was killed (SIGKILL)"), ("echo no: disk >&2; exit 3", "failed: no: disk")):
+
+        def run_instead(arguments: list[str], command: str = command, **options: object) -> object:
+            return real(["sh", "-c", command] if arguments[0] == "mlflow" else arguments, **options)  # type: ignore[call-overload]
+
+        monkeypatch.setattr(subprocess, "run", run_instead)
+        output = run("--days", "100000", answer="y\n")
+        assert f"Error: gc: `mlflow gc` {reason}" in output
+        assert "run `make gc` again" in output
+    monkeypatch.undo()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(repository)
+    assert "freed" in run("--days", "100000", answer="y\n")

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from nanogpt.files import sha256_tree
 from tests.runs import end, make_attempt, start, write_report
 from tools.__main__ import main
-from tracking.dvc_files import directory_md5
+from tracking.dvc_files import cached, directory_md5
 from tracking.history import holders
 from tracking.journal import Journal
 from tracking.mlflow_run import Replica, deliver_report
@@ -142,6 +142,27 @@ def test_a_hash_or_its_beginning_or_a_name_leads_to_run_and_commit(repository: P
     assert found["data"] == {"md5": md5("d")}
     assert found["tokens"]["md5"] == md5("c")
     assert f"git checkout --quiet {kept}" in found["commands"]
+
+
+@pytest.mark.parametrize("argument", ["model", "./model", "model/"])
+def test_before_any_run_it_says_what_makes_the_model(repository: Path, argument: str) -> None:
+    assert fails(argument).endswith("it holds no model.json; `dvc repro train` makes it\n")
+    write_lock(md5(A))
+    assert fails(argument).endswith("it holds no model.json; `dvc repro train` makes it\n")  # nor is it in the cache
+    cached(repository, md5(A)).mkdir(parents=True)
+    assert fails(argument).endswith("it holds no model.json; `dvc checkout model` brings it back\n")
+
+
+def test_an_experiment_whose_stages_all_came_from_the_cache_leads_to_the_run_that_trained(repository: Path) -> None:
+    train("the run", A)
+    kept = commit_result(md5(A))
+    (repository / "params.yaml").write_text((repository / "params.yaml").read_text() + "sample:\n  seed: 2\n")
+    again = commit("dvc: commit experiment")
+    git("update-ref", f"refs/exps/{kept[:2]}/{kept[2:]}/again", again)
+    git("reset", "--quiet", "--hard", kept)
+    found = told("again")
+    assert found["run"]["name"] == "the run"
+    assert (found["model"]["md5"], found["commit"]["id"]) == (md5(A), kept)
 
 
 def test_a_model_directory_leads_to_its_run(repository: Path) -> None:
@@ -330,6 +351,8 @@ def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(reposi
     assert any("files that git did not track then are kept nowhere" in note for note in found["notes"])
     diff.write_text(diff.read_text() + "\n[cut: 2,000,000 characters in all]\n")
     assert told("dirty")["commands"] == []
+    diff.write_text("# not kept, since it is no part of the experiment: .dvc/config\n")
+    assert not any("git apply" in command for command in told("dirty")["commands"])
     diff.write_text("Binary files a/x and b/x differ\n")
     assert any("binary files had changed" in note for note in told("dirty")["notes"])
 

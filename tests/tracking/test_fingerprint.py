@@ -185,8 +185,8 @@ def test_packages_hold_nothing_but_a_docstring_since_the_closure_leaves_them_out
 
 def test_nothing_is_imported_in_a_way_that_the_closure_cannot_see():
     for path in sources():
-        if str(path.relative_to(REPOSITORY)).startswith(provenance.PLUMBING):
-            continue
+        if str(path.relative_to(REPOSITORY)).startswith((*provenance.PLUMBING, "tools/__main__.py")):
+            continue  # the latter imports the command that is called; no stage imports it
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import"
             name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)

@@ -18,7 +18,8 @@ from tracking import mlflow_models, mlflow_page, mlflow_server
 from tracking.journal import Journal
 from tracking.mlflow_page import Page
 from tracking.mlflow_run import NOTE, Replica, deliver_report
-from tracking.mlflow_server import TrackingError, connect, redact, resolve_uri
+from tracking.mlflow_server import TrackingError, connect, resolve_uri
+from tracking.redaction import redact
 from tracking.run import Run
 
 
@@ -131,6 +132,10 @@ def test_uri_is_absolute_and_under_the_original_repository(monkeypatch: pytest.M
         "./mlruns": "file:///some/where/mlruns",
         "file:///abs/mlruns": "file:///abs/mlruns",
         "databricks": "databricks",
+        "sqlite+pysqlite:///other.db": "sqlite+pysqlite:////some/where/other.db",
+        "file:mlruns": "file:///some/where/mlruns",
+        "file:/abs/mlruns": "file:/abs/mlruns",
+        "postgresql://user:a/b@host/db": "postgresql://user:a/b@host/db",
     }.items():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert resolve_uri(repository) == resolved
@@ -153,6 +158,26 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
     assert "\n" not in str(caught.value)
     assert finish(attempt, repository)[1]["info"][1] == "FINISHED"
     assert "secret" not in (attempt / "mlflow.json").read_text()
+
+
+@pytest.mark.parametrize("uri", ["postgresql://host/db", "mysql+pymysql://host/db", "mssql+pyodbc://host/db"])
+def test_artifacts_of_a_database_lie_under_the_original_repository(
+    repository: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(resolve_uri(repository), repository)  # stands in for the database
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "temporary")  # as under `dvc exp run --temp`, which deletes it
+    experiment = client.get_experiment(mlflow_server.experiment_id(client, uri, repository, "an experiment"))
+    assert experiment.artifact_location == (repository / "mlartifacts" / "an_experiment").as_uri()
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host", "https://host", "databricks", "databricks://profile", "uc:https://host"]
+)
+def test_a_server_chooses_where_artifacts_lie(repository: Path, uri: str) -> None:
+    client = connect(resolve_uri(repository), repository)
+    experiment = client.get_experiment(mlflow_server.experiment_id(client, uri, repository, "an experiment"))
+    assert not experiment.artifact_location.startswith((repository / "mlartifacts" / "an_experiment").as_uri())
 
 
 CREATE = """

@@ -17,13 +17,13 @@ from nanogpt.corpus import prepare as prepare_module
 from nanogpt.corpus import raw_text as raw_module
 from nanogpt.corpus import tokenizer as tokenizer_module
 from nanogpt.corpus.prepare import prepare, shuffled
-from nanogpt.corpus.raw_text import Writer, read_text
+from nanogpt.corpus.raw_text import read_text
 from nanogpt.corpus.sources import write_corpus
 from nanogpt.corpus.token_files import Meta, load_meta, load_split
 from nanogpt.corpus.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer
 from nanogpt.files import Damaged
 from nanogpt.params import TokenizeParams
-from tests.nanogpt.corpus.test_nanogpt_bins import given_source, pair
+from tests.nanogpt.corpus.made import download_params, refuses, write_pair, write_raw
 
 Kind = Literal["char", "gpt2", "bpe"]
 KINDS: list[Kind] = ["char", "gpt2", "bpe"]
@@ -33,11 +33,8 @@ TEXT = " ".join(f"{i} {SENTENCES}" for i in range(300))
 DOCUMENTS = [f"{i}: {SENTENCES[i % 60 :]}" * (i % 4) for i in range(101)]  # every fourth is empty
 
 
-def write(raw: Path, documents: Iterable[str]) -> Path:
-    writer = Writer(raw, 1.0, lambda done: None)
-    for text in documents:
-        writer.add([text])
-    writer.close("file:a.txt")
+def raw_of(raw: Path, documents: Iterable[str]) -> Path:
+    write_raw(raw, documents)
     return raw
 
 
@@ -52,7 +49,7 @@ def run(
     """Prepares the documents and opens what was written, with all its checks."""
     raw = tmp_path / "raw"
     if not raw.exists():
-        write(raw, documents)
+        write_raw(raw, documents)
     directory = tmp_path / name
     meta = prepare(raw, directory, section, processes)
     assert load_meta(directory) == meta
@@ -69,7 +66,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_text_is_split_by_position(tmp_path: Path, gpt2_files: Path, kind: Kind):
+def test_one_text_is_split_by_position_and_has_no_end_of_text_token(tmp_path: Path, gpt2_files: Path, kind: Kind):
     meta, tokenizer, splits = run(tmp_path, [TEXT], params(kind))
     cut = int(len(TEXT) * 0.9)
     assert tokenizer.decode(splits["train"]) == TEXT[:cut]
@@ -80,11 +77,6 @@ def test_one_text_is_split_by_position(tmp_path: Path, gpt2_files: Path, kind: K
     # The whole split can be scored: the validation's first token is preceded by the last one of training.
     assert meta.train.first_context is None
     assert meta.val.first_context == splits["train"][-1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_text_has_no_end_of_text_token(tmp_path: Path, gpt2_files: Path, kind: Kind):
-    meta, tokenizer, splits = run(tmp_path, [TEXT], params(kind))
     assert meta.end_of_text == tokenizer.end_of_text == (50256 if kind == "gpt2" else None)
     assert meta.end_of_text not in splits["train"] + splits["val"]
     assert meta.vocab_size == {"char": len(set(TEXT)), "gpt2": 50257, "bpe": 320}[kind]
@@ -144,7 +136,7 @@ def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, mo
         written = done
 
     monkeypatch.setattr(prepare_module, "read_text", reading)
-    raw = write(tmp_path / "raw", [TEXT])
+    raw = raw_of(tmp_path / "raw", [TEXT])
     prepare(raw, tmp_path / "tokens", params("gpt2"), processes=2, update=update)
     assert written == read == len(TEXT.encode())
     # Five tasks and what is being gathered, each of at most two pieces; much less than the text.
@@ -153,10 +145,8 @@ def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, mo
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.9])
 def test_a_text_too_short_to_split_is_refused(tmp_path: Path, val_fraction: float):
-    with pytest.raises(
-        ValueError,
-        match=rf"a text of 1 characters leaves one split empty at tokenize\.val_fraction = {val_fraction}; use more",
-    ):
+    message = rf"a text of 1 characters leaves one split empty at tokenize\.val_fraction = {val_fraction}; use more"
+    with refuses(message):
         run(tmp_path, ["a"], params("char", val_fraction=val_fraction))
 
 
@@ -219,7 +209,7 @@ def test_bpe_learns_from_the_training_split_alone(tmp_path: Path):
 
 def test_a_small_corpus_that_yields_fewer_tokens_is_told(tmp_path: Path):
     warnings: list[str] = []
-    raw = write(tmp_path / "raw", ["ab ab ab ab ab ab ab ab ab ab"])
+    raw = raw_of(tmp_path / "raw", ["ab ab ab ab ab ab ab ab ab ab"])
     meta = prepare(raw, tmp_path / "tokens", params("bpe"), 1, warn=warnings.append)
     assert warnings == [f"the text yields {meta.vocab_size} tokens, not tokenize.vocab_size = 320"]
 
@@ -271,21 +261,14 @@ def nanogpts_files(hub: Path, val_fraction: float, seed: int) -> dict[str, bytes
     return files
 
 
-@pytest.mark.parametrize(("val_fraction", "seed"), [(0.0005, 2357), (0.1, 1), (0.29, 7)])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("val_fraction", "seed", "processes"), [(0.0005, 2357, 1), (0.1, 1, 1), (0.29, 7, 2)])
 def test_openwebtexts_files_are_nanogpts(
-    tmp_path: Path,
-    gpt2_files: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    hub: Path,
-    val_fraction: float,
-    seed: int,
-    processes: int,
+    tmp_path: Path, gpt2_files: Path, monkeypatch, hub: Path, val_fraction: float, seed: int, processes: int
 ):
     monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
     monkeypatch.setattr(prepare_module, "PIECE", 1000)
     monkeypatch.setattr(raw_module, "SHARD", 2000)
-    write_corpus(given_source(f"hf:{hub}"), tmp_path / "raw")
+    write_corpus(download_params(source=f"hf:{hub}"), tmp_path / "raw")
     section = params("gpt2", val_fraction=val_fraction, split_seed=seed)
     prepare(tmp_path / "raw", tmp_path / "tokens", section, processes)
     expected = nanogpts_files(hub, val_fraction, seed)
@@ -303,7 +286,7 @@ def test_token_files_are_taken_as_they_are(tmp_path: Path, gpt2_files: Path, kin
         documents = ["".join(documents)]
     meta, tokenizer, splits = run(tmp_path, documents, params(kind), name="ours")
     characters = tokenizer.characters if isinstance(tokenizer, CharTokenizer) else ""
-    raw = pair(tmp_path / "pair", splits["train"], splits["val"], characters)
+    raw = write_pair(tmp_path / "pair", splits["train"], splits["val"], characters)
     told: list[int] = []
     found = prepare(raw, tmp_path / "theirs", params(kind), 1, told.append)
     assert found == meta.model_copy(update={"corpus": meta.corpus.model_copy(update={"source": "bin:pair"})})
@@ -326,7 +309,7 @@ def test_an_existing_tokenizer_gives_other_text_its_tokens(
 ):
     first, tokenizer, _ = run(tmp_path, documents, params(kind), name="first")
     other = [text[3:] for text in documents]
-    raw = write(tmp_path / "other", other)
+    raw = raw_of(tmp_path / "other", other)
     section = params(f"file:{tmp_path}/first/tokenizer.json")
     meta = prepare(raw, tmp_path / "tokens", section, 1)
     assert (meta.tokenizer, meta.tokenizer_sha256, meta.vocab_size) == (kind, first.tokenizer_sha256, first.vocab_size)
@@ -340,22 +323,22 @@ def test_an_existing_tokenizer_gives_other_text_its_tokens(
 
 def test_a_character_that_an_existing_tokenizer_lacks_is_named(tmp_path: Path):
     run(tmp_path, ["abcabc"], params("char"), name="first")
-    raw = write(tmp_path / "other", ["abc" * 50_000 + "ü" + "abc" * 50_000])  # more than is encoded at once
+    raw = raw_of(tmp_path / "other", ["abc" * 50_000 + "ü" + "abc" * 50_000])  # more than is encoded at once
     message = (
         r"other/text\.txt, text at byte 0: character 'ü' \(U\+00FC\) at position 150000 is not among the 3 "
         r"characters known; leave it out, or set tokenize\.tokenizer to gpt2 or bpe"
     )
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
 
 
 def test_documents_need_an_existing_tokenizer_with_an_end_of_text(tmp_path: Path):
     run(tmp_path, ["abcabc"], params("char"), name="first")
-    raw = write(tmp_path / "other", ["ab", "c"])
+    raw = raw_of(tmp_path / "other", ["ab", "c"])
     message = (
         r"tokenize\.tokenizer = file:.* has no end-of-text token to put between the documents .*; name another one"
     )
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
 
 
@@ -363,9 +346,9 @@ def test_documents_need_an_existing_tokenizer_with_an_end_of_text(tmp_path: Path
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str | None):
     if content:
         (tmp_path / "tokenizer.json").write_text(content)
-    raw = write(tmp_path / "raw", ["ab"])
+    raw = raw_of(tmp_path / "raw", ["ab"])
     message = r"tokenizer\.json (cannot be read|is damaged) \(.*\); name another in tokenize\.tokenizer$"
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/tokenizer.json"), 1)
 
 
@@ -380,33 +363,23 @@ def test_the_files_are_those_that_nanogpt_reads(tmp_path: Path):
     assert "".join(characters[i] for i in data) == TEXT[: int(len(TEXT) * 0.9)]
     content = json.loads((tmp_path / "tokens/meta.json").read_text())
     assert list(content) == sorted(content)
-    assert set(content) == {
-        "dtype",
-        "vocab_size",
-        "tokenizer",
-        "tokenizer_sha256",
-        "end_of_text",
-        "corpus",
-        "train",
-        "val",
-    }
+    keys = {"dtype", "vocab_size", "tokenizer", "tokenizer_sha256", "end_of_text", "corpus", "train", "val"}
+    assert set(content) == keys
     assert tokenizer.sha256 == meta.tokenizer_sha256
 
 
 def test_damaged_raw_text_is_refused(tmp_path: Path):
-    raw = write(tmp_path / "raw", [TEXT])
+    raw = raw_of(tmp_path / "raw", [TEXT])
     (raw / "text.txt").write_text(TEXT.replace("cat", "cut", 1), encoding="utf-8")
-    with pytest.raises(Damaged, match=r"raw/text\.txt has sha256 "):
+    with refuses(r"raw/text\.txt has sha256 ", Damaged):
         prepare(raw, tmp_path / "tokens", params("char"), 1)
 
 
 def test_a_worker_that_dies_is_explained(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
     monkeypatch.setattr(prepare_module, "_start_worker", die)
-    raw = write(tmp_path / "raw", [TEXT])
-    with pytest.raises(
-        ValueError, match=r"a tokenizer process died, perhaps for want of memory; lower runtime\.processes"
-    ):
+    raw = raw_of(tmp_path / "raw", [TEXT])
+    with refuses(r"a tokenizer process died, perhaps for want of memory; lower runtime\.processes"):
         prepare(raw, tmp_path / "tokens", params("gpt2"), 2)
 
 
@@ -416,7 +389,7 @@ def die() -> None:
 
 def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, gpt2_files: Path):
     """It reads for ever, and is killed when its workers are there."""
-    write(tmp_path / "raw", ["a few words " * 10_000])
+    raw_of(tmp_path / "raw", ["a few words " * 10_000])
     program = tmp_path / "program.py"
     program.write_text(
         """if __name__ == "__main__":

@@ -17,9 +17,8 @@ from nanogpt.corpus import grammar, sources
 from nanogpt.corpus.raw_text import CorpusInfo, load_info, read_documents
 from nanogpt.corpus.sources import Remote, fetch, write_corpus
 from nanogpt.files import Missing
-from nanogpt.params import DownloadParams, load_params
+from tests.nanogpt.corpus.made import REPOSITORY, download_params, refuses
 
-ROOT = Path(__file__).parents[3]
 CONTENT = ("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50).encode()
 
 
@@ -27,12 +26,10 @@ CONTENT = ("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 5
 def download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """`download(source, **params)`: what that source writes, read back; the working directory is a new one."""
     monkeypatch.chdir(tmp_path)
-    given = load_params(ROOT / "params.yaml").download
 
     def run(source: str, warn: Callable[[str], None] = lambda line: None, **changes: Any) -> list[str]:
-        params = DownloadParams(**(given.model_dump() | {"source": source} | changes))
         raw = tmp_path / f"raw-{len(list(tmp_path.glob('raw-*')))}"
-        info = write_corpus(params, raw, warn=warn)
+        info = write_corpus(download_params(source=source, **changes), raw, warn=warn)
         documents = list(read_documents(raw))
         assert isinstance(info, CorpusInfo)
         assert (info.documents, info.characters) == (len(documents), sum(map(len, documents)))
@@ -98,95 +95,70 @@ def test_files_of_several_kinds(download: Callable[..., list[str]]):
 
 
 def test_a_pattern_without_a_match_is_refused(download: Callable[..., list[str]]):
-    with pytest.raises(Missing, match=r"no file matches inputs/texts/\*\.txt; correct download\.source$"):
+    with refuses(r"no file matches inputs/texts/\*\.txt; correct download\.source$", Missing):
         download("file:inputs/texts/*.txt")
 
 
 def test_a_folder_is_no_text(download: Callable[..., list[str]]):
     Path("inputs/texts").mkdir(parents=True)
-    with pytest.raises(
-        ValueError, match=r"inputs/texts is a folder; name the files in it, as in file:inputs/texts/\*\.txt"
-    ):
+    with refuses(r"inputs/texts is a folder; name the files in it, as in file:inputs/texts/\*\.txt"):
         download("file:inputs/texts")
 
 
 def test_an_unknown_kind_of_file_is_named(download: Callable[..., list[str]]):
     Path("notes.md").write_text("text")
-    with pytest.raises(ValueError, match=r"notes\.md is none of \.txt \.txt\.gz \.jsonl \.jsonl\.gz \.parquet; name"):
+    with refuses(r"notes\.md is none of \.txt \.txt\.gz \.jsonl \.jsonl\.gz \.parquet; name"):
         download("file:*")
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.txt", b""), ("a.jsonl", b""), ("a.jsonl", b'{"text": ""}\n\n')])
-def test_an_empty_corpus_is_refused(download: Callable[..., list[str]], name: str, content: bytes):
-    Path(name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"download\.source = file:{name} holds no text; name a source that does"):
-        download(f"file:{name}")
-
-
-@pytest.mark.parametrize("before", [0, 2**18 - 1, 2**18, 300_000])
-def test_undecodable_bytes_are_located(download: Callable[..., list[str]], before: int):
-    Path("a.txt").write_bytes(b"x" * before + b"\xe4\xb8A")
-    with pytest.raises(
-        ValueError, match=rf"a\.txt: byte 0xe4 at position {before} is not UTF-8; convert the file.*iconv"
-    ):
-        download("file:a.txt")
-
-
-def test_a_text_that_ends_within_a_character_is_located(download: Callable[..., list[str]]):
-    Path("a.txt").write_bytes(b"abc\xe4\xb8")
-    with pytest.raises(ValueError, match="byte 0xe4 at position 3"):
-        download("file:a.txt")
-    Path("b.txt.gz").write_bytes(gzip.compress(b"abc\xff"))
-    with pytest.raises(ValueError, match=r"b\.txt\.gz: byte 0xff at position 3 \(decompressed\)"):
-        download("file:b.txt.gz")
+EMPTY = r"download\.source = file:a\.\w+ holds no text; name a source that does"
+ZIPPED = gzip.compress(b'{"text": "a"}\n' * 9)
+LINES = [
+    (b'{"text": "a"', r":2 is not valid JSON"),
+    (b"[" * 100_000, r":2 is not valid JSON"),
+    (b'"text"', r':2 is no JSON object such as {"text": "..."}'),
+    (b"null", r":2 is no JSON object"),
+    (b'{"body": 1, "id": 2}', r":2 has no column text; set download\.text_column to one of: body, id"),
+    (b'{"text": null}', r":2: column text holds None, no text"),
+    (b'{"text": "a\\ud83d"}', r":2 has half a character \(U\+D83D\) at position 1 of its text"),
+    (b'{"text": "\xff"}', r": byte 0xff at position 24 is not UTF-8"),
+]
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("name", "content", "message"),
     [
-        (b'{"text": "a"', r"a\.jsonl:2 is not valid JSON"),
-        (b"[" * 100_000, r"a\.jsonl:2 is not valid JSON"),
-        (b'"text"', r'a\.jsonl:2 is no JSON object such as {"text": "..."}'),
-        (b"null", r"a\.jsonl:2 is no JSON object"),
-        (b'{"body": 1, "id": 2}', r"a\.jsonl:2 has no column text; set download\.text_column to one of: body, id"),
-        (b'{"text": null}', r"a\.jsonl:2: column text holds None, no text"),
-        (b'{"text": "a\\ud83d"}', r"a\.jsonl:2 has half a character \(U\+D83D\) at position 1 of its text"),
-        (b'{"text": "\xff"}', r"a\.jsonl: byte 0xff at position 24 is not UTF-8"),
+        *(("a.txt", b"", EMPTY), ("a.jsonl", b"", EMPTY), ("a.jsonl", b'{"text": ""}\n\n', EMPTY)),
+        *(
+            ("a.txt", b"x" * n + b"\xe4\xb8A", rf"a\.txt: byte 0xe4 at position {n} is not UTF-8; convert the.*iconv")
+            for n in (0, 2**18 - 1, 2**18, 300_000)
+        ),
+        ("a.txt", b"abc\xe4\xb8", "byte 0xe4 at position 3"),
+        ("a.txt.gz", gzip.compress(b"abc\xff"), r"a\.txt\.gz: byte 0xff at position 3 \(decompressed\)"),
+        *(("a.jsonl", b'{"text": "a"}\n' + line + b"\n", rf"a\.jsonl{message}") for line, message in LINES),
+        *((f"a.{kind}.gz", ZIPPED[:-9], rf"a\.{kind}\.gz is no whole gzip file") for kind in ("txt", "jsonl")),
+        *((f"a.{kind}.gz", b"text", rf"a\.{kind}\.gz is no whole gzip file") for kind in ("txt", "jsonl")),
+        ("a.parquet", b"PAR1 nonsense PAR1", r"a\.parquet cannot be read as parquet"),
     ],
 )
-def test_a_bad_line_is_located(download: Callable[..., list[str]], line: bytes, message: str):
-    Path("a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=message) as error:
-        download("file:a.jsonl")
+def test_a_bad_file_is_located(download: Callable[..., list[str]], name: str, content: bytes, message: str):
+    Path(name).write_bytes(content)
+    with refuses(message) as error:
+        download(f"file:{name}")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
-def test_a_broken_gzip_file_is_named(download: Callable[..., list[str]], name: str):
-    Path(name).write_bytes(gzip.compress(b'{"text": "a"}\n' * 9)[:-9])
-    with pytest.raises(ValueError, match=rf"{name} is no whole gzip file"):
-        download(f"file:{name}")
-    Path(name).write_bytes(b"text")
-    with pytest.raises(ValueError, match=rf"{name} is no whole gzip file"):
-        download(f"file:{name}")
-
-
-def test_bad_parquet_files_are_named(download: Callable[..., list[str]]):
-    Path("a.parquet").write_bytes(b"PAR1 nonsense PAR1")
-    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
-        download("file:a.parquet")
+def test_a_parquet_file_without_the_text_is_named(download: Callable[..., list[str]]):
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), "b.parquet")
-    with pytest.raises(
-        ValueError, match=r"b\.parquet has no column text; set download\.text_column to one of: body, id"
-    ):
+    with refuses(r"b\.parquet has no column text; set download\.text_column to one of: body, id"):
         download("file:b.parquet")
-    with pytest.raises(ValueError, match=r"b\.parquet, row 1: column id holds 1, no text"):
+    with refuses(r"b\.parquet, row 1: column id holds 1, no text"):
         download("file:b.parquet", text_column="id")
 
 
 def test_a_corpus_larger_than_allowed_is_refused(download: Callable[..., list[str]]):
     Path("bomb.txt.gz").write_bytes(gzip.compress(b"x" * 3_000_000))
-    with pytest.raises(ValueError, match=r"larger than download\.max_gigabytes = 0\.002"):
+    with refuses(r"larger than download\.max_gigabytes = 0\.002"):
         download("file:bomb.txt.gz", max_gigabytes=0.002)
 
 
@@ -245,42 +217,32 @@ def test_a_failing_server_is_asked_again(server: Server, tmp_path: Path):
     assert server.requests == 4
 
 
-def test_what_was_changed_is_refused(server: Server, tmp_path: Path):
-    server.answers = [(200, CONTENT.swapcase(), len(CONTENT))]
-    with pytest.raises(
-        ValueError,
-        match=r"input\.txt has sha256 \w{64} and not \w{64}: it was changed; put the right file as text\.txt",
-    ):
+CHANGED = r"input\.txt has sha256 \w{64} and not \w{64}: it was changed; put the right file as text\.txt"
+LARGER = r"is larger than the 3,050 bytes expected: it was changed; .*NANOGPT_MIRROR"
+TRUNCATED = r"could not be reached in 4 attempts \(only 70 of 3,050 bytes came\); sources that need no"
+ABSENT = r"input\.txt answers 404 Not Found; put the right file"
+
+
+@pytest.mark.parametrize(
+    ("answer", "requests", "message"),
+    [
+        ((200, CONTENT.swapcase(), len(CONTENT)), 1, CHANGED),
+        ((200, CONTENT + b"x", len(CONTENT) + 1), 1, LARGER),
+        ((200, CONTENT + b"x", None), 1, LARGER),
+        ((200, CONTENT[:70], None), 4, TRUNCATED),
+        ((404, b"", 0), 1, ABSENT),
+    ],
+)
+def test_what_is_not_the_file_is_refused(server: Server, tmp_path: Path, answer, requests: int, message: str):
+    server.answers = [answer] * 4
+    with refuses(message):
         fetch(server.remote(), tmp_path / "text")
-    assert server.requests == 1
-
-
-@pytest.mark.parametrize("length", [len(CONTENT) + 1, None])
-def test_what_is_too_large_is_not_read_to_the_end(server: Server, tmp_path: Path, length: int | None):
-    server.answers = [(200, CONTENT + b"x", length)]
-    with pytest.raises(ValueError, match=r"is larger than the 3,050 bytes expected: it was changed; .*NANOGPT_MIRROR"):
-        fetch(server.remote(), tmp_path / "text")
-
-
-def test_what_stays_truncated_is_refused(server: Server, tmp_path: Path):
-    server.answers = [(200, CONTENT[:70], None)] * 4
-    with pytest.raises(
-        ValueError, match=r"could not be reached in 4 attempts \(only 70 of 3,050 bytes came\); sources that need no"
-    ):
-        fetch(server.remote(), tmp_path / "text")
-
-
-def test_what_is_not_there_is_asked_for_once(server: Server, tmp_path: Path):
-    server.answers = [(404, b"", 0)]
-    with pytest.raises(ValueError, match=r"input\.txt answers 404 Not Found; put the right file"):
-        fetch(server.remote(), tmp_path / "text")
+    assert server.requests == requests
 
 
 def test_no_network_names_what_needs_none(server: Server, tmp_path: Path):
     url = "http://user:secret@127.0.0.1:1/input.txt?token=secret"
-    with pytest.raises(
-        ValueError, match=r"could not be reached in 4 attempts .*; sources that need no network: gra"
-    ) as error:
+    with refuses(r"could not be reached in 4 attempts .*; sources that need no network: gra") as error:
         fetch(Remote(url, "text.txt", "0" * 64, 1), tmp_path / "text")
     assert "grammar, file:<path>" in str(error.value)
     assert "127.0.0.1:1/input.txt" in str(error.value)
@@ -290,7 +252,7 @@ def test_no_network_names_what_needs_none(server: Server, tmp_path: Path):
 
 def test_a_full_disk_is_not_taken_for_the_network(server: Server):
     server.answers = [(200, CONTENT, len(CONTENT))]
-    with pytest.raises(OSError, match="No space left on device"):
+    with refuses("No space left on device", OSError):
         fetch(server.remote(), Path("/dev/full"))
     assert server.requests == 1
 
@@ -343,17 +305,13 @@ def pair(tmp_path: Path) -> Path:
     return folder
 
 
-def given(**changes: Any) -> DownloadParams:
-    return DownloadParams(**(load_params(ROOT / "params.yaml").download.model_dump() | changes))
-
-
 @pytest.mark.parametrize("vocabulary", [True, False])
 def test_token_files_are_kept_as_they_are(tmp_path: Path, pair: Path, vocabulary: bool):
     names = ["train.bin", "val.bin", *(["meta.pkl"] if vocabulary else [])]
     if not vocabulary:
         (pair / "meta.pkl").unlink()
     told: list[int] = []
-    info = write_corpus(given(source=f"bin:{pair}"), tmp_path / "raw", told.append)
+    info = write_corpus(download_params(source=f"bin:{pair}"), tmp_path / "raw", told.append)
     assert load_info(tmp_path / "raw") == info
     assert (info.kind, info.source, list(info.files)) == ("tokens", "bin:pair", names)
     for name in names:
@@ -369,13 +327,13 @@ def test_a_folder_without_one_of_the_token_files_is_refused(tmp_path: Path, pair
     message = (
         rf"download\.source = bin:.*pair: .*pair/{missing} cannot be read \(No such file.*\); name the folder into"
     )
-    with pytest.raises(Missing, match=message):
-        write_corpus(given(source=f"bin:{pair}"), tmp_path / "raw")
+    with refuses(message, Missing):
+        write_corpus(download_params(source=f"bin:{pair}"), tmp_path / "raw")
 
 
 def test_token_files_larger_than_allowed_are_refused(tmp_path: Path, pair: Path):
-    with pytest.raises(ValueError, match=r"are larger than download\.max_gigabytes = 0\.0005; raise it"):
-        write_corpus(given(source=f"bin:{pair}", max_gigabytes=5e-4), tmp_path / "raw")
+    with refuses(r"are larger than download\.max_gigabytes = 0\.0005; raise it"):
+        write_corpus(download_params(source=f"bin:{pair}", max_gigabytes=5e-4), tmp_path / "raw")
     assert sum(path.stat().st_size for path in (tmp_path / "raw").iterdir()) <= 500_000
 
 
@@ -422,38 +380,31 @@ def test_a_dataset_is_streamed(download: Callable[..., list[str]], dataset: Path
 
 
 def test_a_dataset_without_the_column_names_those_it_has(download: Callable[..., list[str]], dataset: Path):
-    with pytest.raises(ValueError, match=r"row 1 has no column body; set download\.text_column to one of: id, text"):
+    with refuses(r"row 1 has no column body; set download\.text_column to one of: id, text"):
         download(f"hf:{dataset}", text_column="body")
-    with pytest.raises(ValueError, match=r"row 1: column id holds 0, no text"):
+    with refuses(r"row 1: column id holds 0, no text"):
         download(f"hf:{dataset}", text_column="id")
 
 
 def test_a_dataset_without_the_split_names_those_it_has(download: Callable[..., list[str]], dataset: Path):
-    with pytest.raises(
-        ValueError, match=r"cannot be read \(Bad split: dev\. Available splits: .*check download\.source, d"
-    ):
+    with refuses(r"cannot be read \(Bad split: dev\. Available splits: .*check download\.source, d"):
         download(f"hf:{dataset}", split="dev")
 
 
 def test_a_dataset_that_cannot_be_reached(download: Callable[..., list[str]]):
     # The tests run with HF_HUB_OFFLINE (tests/conftest.py), which the library treats as no network.
     warnings: list[str] = []
-    with pytest.raises(
-        ValueError,
-        match=r"hf:someone/something could not be reached \(.*\); sources that need no network: grammar, file",
-    ):
+    with refuses(r"hf:someone/something could not be reached \(.*\); sources that need no network: grammar, file"):
         download("hf:someone/something", warnings.append)
     assert [line.startswith("download.revision is null") for line in warnings] == [True]
 
 
 def test_a_local_dataset_that_does_not_exist(download: Callable[..., list[str]], tmp_path: Path):
-    with pytest.raises(ValueError, match=r"hf:/.*/nothing cannot be read \(Couldn't find .*; check download\.source"):
+    with refuses(r"hf:/.*/nothing cannot be read \(Couldn't find .*; check download\.source"):
         download(f"hf:{tmp_path}/nothing")
 
 
 def test_the_corpus_needs_no_torch_and_no_datasets():
-    code = (
-        "import sys, nanogpt.corpus.sources; "
-        "sys.exit(bool({'torch', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    slow = "{'torch', 'datasets', 'pyarrow', 'numpy'}"
+    code = f"import sys, nanogpt.corpus.sources; sys.exit(bool({slow} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -23,6 +23,7 @@ from nanogpt.corpus.tokenizer import (
     train_bpe,
 )
 from nanogpt.files import Damaged
+from tests.nanogpt.corpus.made import refuses
 
 TEXT = "The cat sat on the mat. The dog's bone isn't on the mat, it's in the yard!\n\n  1234 ünïcödé 你好 🙂\n" * 20
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -95,12 +96,12 @@ def test_a_stream_that_ends_within_a_character_says_so(trained: TrainedTokenizer
 
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_an_id_out_of_range_is_refused(tokenizer: Tokenizer, token: int):
-    with pytest.raises(ValueError, match=rf"token {token} is not in the vocabulary of {tokenizer.vocab_size} tokens"):
+    with refuses(rf"token {token} is not in the vocabulary of {tokenizer.vocab_size} tokens"):
         tokenizer.decode([token])
 
 
 def test_half_a_character_is_refused_not_replaced(tokenizer: Tokenizer):
-    with pytest.raises(ValueError, match=r"U\+D83D.* at position 1 |position 1 is half a character"):
+    with refuses(r"U\+D83D.* at position 1 |position 1 is half a character"):
         tokenizer.encode("a\ud83d")
 
 
@@ -144,7 +145,7 @@ def test_characters_are_numbered_in_code_point_order(text: str):
     ],
 )
 def test_an_unknown_character_is_named(text: str, message: str):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         CharTokenizer("abü", end_of_text=True).encode(text)
 
 
@@ -300,7 +301,7 @@ def test_gpt2_is_loaded_only_when_it_encodes(tmp_path: Path):
 def test_a_damaged_file_is_named(content: bytes, problem: str, tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
-    with pytest.raises(Damaged, match=problem) as error:
+    with refuses(problem, Damaged) as error:
         load_tokenizer(path)
     assert str(error.value).startswith(f"{path} ")
     assert "\n" not in str(error.value)
@@ -310,14 +311,23 @@ def test_a_token_of_absurd_length_is_refused(tmp_path: Path):
     doubling = [[97, 97], *([i, i] for i in range(256, 300))]
     content = {"end_of_text": None, "merges": doubling, "name": "bpe", "vocab_size": 256 + len(doubling)}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content) + "\n")
-    with pytest.raises(Damaged, match="a token is longer than 65536 bytes"):
+    with refuses("a token is longer than 65536 bytes", Damaged):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_missing_file_and_a_foreign_one_are_told_apart(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
-    with pytest.raises(Damaged, match=r"tokenizer\.json cannot be read \(No such file or directory\)"):
+    with refuses(r"tokenizer\.json cannot be read \(No such file or directory\)", Damaged):
         load_tokenizer(path)
     CharTokenizer("ab", False).save(path)
-    with pytest.raises(Damaged, match="is another tokenizer"):
+    with refuses("is another tokenizer", Damaged):
         load_tokenizer(path, "0" * 64)
+
+
+def test_a_file_of_hugging_faces_tokenizers_is_named_as_what_it_is(tmp_path: Path):
+    from tokenizers import Tokenizer as Theirs
+    from tokenizers import models
+
+    Theirs(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(Damaged, match=r"is of Hugging Face's tokenizers, and only a tokenizer\.json that the tokenize"):
+        load_tokenizer(tmp_path / "tokenizer.json")

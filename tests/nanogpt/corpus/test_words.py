@@ -1,5 +1,6 @@
 """The table of words against tiktoken itself, on all that a cut, a key or a row could get wrong."""
 
+import itertools
 import random
 from pathlib import Path
 
@@ -16,42 +17,37 @@ from nanogpt.corpus.words import WordTable
 # Every kind of byte beside every other one: what GPT-2's pattern joins, and what Python and Rust call white space.
 CHARACTERS = "ab Z019'\u2019,.!-_<|>\n\t\r\v\f\0\x1c\x1f\x7f\x85\xa0\u2028\u3000éßñѢ你🙂\u0301²Ⅷ٣"
 WORDS = ["the", " cat", "'s", "'ll", "'re", "' ", "n't", "  ", " \n", "\n\n", "12", "...", END_OF_TEXT]
-WORDS += [
-    "don\u2019t",
-    " café",
-    "<|",
-    "endoftext",
-    "|>",
-    "a" * 14,
-    "a" * 15,
-    "a" * 16,
-    "b" * 40,
-    " zqxjkv",
-    "\0",
-    "a\0",
-    "\0\0",
-]
+WORDS += ["don\u2019t", " café", "<|", "endoftext", "|>", *("a" * n for n in (14, 15, 16)), "b" * 40, " zqxjkv"]
+WORDS += ["\0", "a\0", "\0\0"]
 Dtype = np.dtype[np.unsignedinteger]
 ANY_TEXT = st.lists(st.sampled_from([*CHARACTERS, *WORDS]) | st.characters(exclude_categories=["Cs"]), max_size=40).map(
     "".join
 )
 
 
-@pytest.fixture(scope="module", params=["gpt2", "bpe", "all pairs"])
-def encoding(request: pytest.FixtureRequest, gpt2_files: Path) -> tiktoken.Encoding:
-    if request.param == "gpt2":
-        return tiktoken.get_encoding("gpt2")
-    if request.param == "bpe":
-        text = "The cat's on the mat. It isn't yours, is it?\n\n  Números: 1234 你好吗 🙂!" * 20
-        return train_bpe([text], vocab_size=400, end_of_text=True)._encoding
+@pytest.fixture(scope="module")
+def encodings(gpt2_files: Path) -> dict[str, tiktoken.Encoding]:
+    text = "The cat's on the mat. It isn't yours, is it?\n\n  Números: 1234 你好吗 🙂!" * 20
     # Any two bytes that stand together in a word are one token, so that every wrong cut shows.
     codes = sorted(set("".join([*CHARACTERS, *WORDS]).encode()))
-    return TrainedTokenizer([(a, b) for a in codes for b in codes], end_of_text=False)._encoding
+    return {
+        "gpt2": tiktoken.get_encoding("gpt2"),
+        "bpe": train_bpe([text], vocab_size=400, end_of_text=True)._encoding,
+        "all pairs": TrainedTokenizer([(a, b) for a in codes for b in codes], end_of_text=False)._encoding,
+    }
 
 
-@pytest.fixture(scope="module", params=["<u2", "<u4"])
+@pytest.fixture(params=["gpt2", "bpe", "all pairs"])
+def encoding(request: pytest.FixtureRequest, encodings: dict[str, tiktoken.Encoding]) -> tiktoken.Encoding:
+    return encodings[request.param]
+
+
+DTYPES = [np.dtype("<u2"), np.dtype("<u4")]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> Dtype:
-    return np.dtype(request.param)
+    return request.param
 
 
 def check(table: WordTable, encoding: tiktoken.Encoding, texts: list[str]) -> None:
@@ -63,10 +59,11 @@ def check(table: WordTable, encoding: tiktoken.Encoding, texts: list[str]) -> No
 
 @given(texts=st.lists(ANY_TEXT, min_size=1, max_size=5))
 @settings(max_examples=300, deadline=None)
-def test_the_tokens_are_tiktokens(texts: list[str], encoding: tiktoken.Encoding, dtype: Dtype):
-    table = WordTable(encoding, END_OF_TEXT, dtype)
-    for _ in range(2):  # by tiktoken, then from the table
-        check(table, encoding, texts)
+def test_the_tokens_are_tiktokens(texts: list[str], encodings: dict[str, tiktoken.Encoding]):
+    for encoding, dtype in itertools.product(encodings.values(), DTYPES):
+        table = WordTable(encoding, END_OF_TEXT, dtype)
+        for _ in range(2):  # by tiktoken, then from the table
+            check(table, encoding, texts)
 
 
 @pytest.mark.parametrize("slots", [2, 16, 2**19])

@@ -1,0 +1,76 @@
+"""Raw text and token files that tests of the corpus make, and how they say that something is refused."""
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanogpt.corpus.raw_text import CorpusInfo, Writer
+from nanogpt.corpus.sources import write_corpus
+from nanogpt.params import DownloadParams, load_params
+
+REPOSITORY = Path(__file__).parents[3]
+TOKENS = np.arange(1000) % 7
+
+
+def refuses(message: str, error: type[Exception] = ValueError) -> Any:
+    """The block raises that error, with a message in which the pattern is found."""
+    return pytest.raises(error, match=message)
+
+
+def download_params(**changes: Any) -> DownloadParams:
+    return DownloadParams(**(load_params(REPOSITORY / "params.yaml").download.model_dump() | changes))
+
+
+def write_raw(
+    raw: Path, documents: Iterable[str | Iterable[str]], source: str = "file:a.txt", max_gigabytes: float = 1.0
+) -> CorpusInfo:
+    """data/raw of these documents, each a text or its pieces."""
+    writer = Writer(raw, max_gigabytes, lambda done: None)
+    for document in documents:
+        writer.add([document] if isinstance(document, str) else document)
+    return writer.close(source)
+
+
+def write_pair(folder: Path, train: Iterable[int], val: Iterable[int], characters: str = "") -> Path:
+    """A folder as nanoGPT's prepare.py leaves it, with a meta.pkl if there are characters; its source is data/raw."""
+    folder.mkdir()
+    for name, ids in (("train.bin", train), ("val.bin", val)):
+        np.array(list(ids), dtype=np.uint16).tofile(folder / name)
+    if characters:
+        (folder / "meta.pkl").write_bytes(pickle.dumps(vocabulary(characters)))
+    return copy_pair(folder)
+
+
+def copy_pair(folder: Path) -> Path:
+    """data/raw of the token files in that folder."""
+    raw = folder.with_name(f"{folder.name}-raw")
+    shutil.rmtree(raw, ignore_errors=True)
+    write_corpus(download_params(source=f"bin:{folder}"), raw)
+    return raw
+
+
+def vocabulary(characters: str, **changes: Any) -> dict[str, Any]:
+    """The content of nanoGPT's meta.pkl."""
+    itos = dict(enumerate(characters))
+    return {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}} | changes
+
+
+def write_tokens(directory: Path, tokens: Any = TOKENS, dtype: str = "uint16", **changes: Any) -> Path:
+    """A directory of tokens with a true meta.json, or one that is changed."""
+    directory.mkdir(exist_ok=True)
+    data = np.asarray(tokens).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+    split = {"tokens": len(tokens), "bytes": len(tokens), "documents": 1, "first_context": None}
+    split |= {"sha256": hashlib.sha256(data).hexdigest()}
+    meta = {"dtype": dtype, "vocab_size": 7, "tokenizer": "char", "tokenizer_sha256": "0" * 64, "end_of_text": None}
+    meta |= {"corpus": {"source": "grammar", "documents": 1}, "train": split, "val": split}
+    for name in ("train", "val"):
+        (directory / f"{name}.bin").write_bytes(data)
+    (directory / "meta.json").write_text(json.dumps(meta | changes))
+    return directory
