@@ -14,16 +14,20 @@ def test_without_a_server_the_pipeline_succeeds_and_sync_brings_everything_later
     (clone.path / "mlflow.db").unlink()
     clone.set_params(**{"tracking.wait_seconds": 1})
     clone.forget("train", "evaluate", "sample")
+    no_uri = f"http://user:p/{IN_ADDRESS}@127.0.0.1:{closed_port()}"
     uri = f"http://user:p@{IN_ADDRESS}@127.0.0.1:{closed_port()}/?token={IN_ADDRESS}"
-    output = clone.repro(MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
+    output = clone.repro("train", MLFLOW_TRACKING_URI=no_uri, **ENVIRONMENT)
+    output += clone.repro(MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
     assert output.count("`python -m tools sync` sends it later") == 3, output
     assert clone.lock() == seed.lock()
     assert clone.outs() == seed.outs()
     assert not (clone.path / "mlflow.db").exists()
     assert clone.processes() == []
 
-    output += clone.run("python -m tools sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-    assert "failed: MLflow at " in output
+    for address in (no_uri, uri):
+        printed = clone.run("python -m tools sync", check=1, MLFLOW_TRACKING_URI=address, **ENVIRONMENT)
+        assert "failed: MLflow at " in printed
+        output += printed
     output += clone.run("python -m tools sync", **ENVIRONMENT)
     assert "is complete in MLflow" in output
     assert leaks(clone, output) == []

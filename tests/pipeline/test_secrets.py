@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.pipeline.clones import Clone, closed_port
+from tests.pipeline.clones import Clone
 from tracking.redaction import redact
 
 pytestmark = pytest.mark.pipeline
@@ -67,18 +67,6 @@ def test_an_address_without_its_secrets(address: str):
     shown = redact(f"failed at {address} (refused)")
     assert "127.0.0.1:9" in shown
     assert IN_ADDRESS not in shown
-
-
-def test_of_a_server_that_is_gone(clone: Clone):
-    """The only test that finds a secret of an address in what is written while the server cannot be reached."""
-    uri = f"http://user:p/{IN_ADDRESS}@127.0.0.1:{closed_port()}"
-    output = clone.repro(MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-    assert output.count("`python -m tools sync` sends it later") == 3, output
-    output += clone.run("python -m tools sync", check=1, MLFLOW_TRACKING_URI=uri, **ENVIRONMENT)
-    assert "failed: MLflow at " in output
-    output += clone.run("python -m tools sync", **ENVIRONMENT)
-    assert "is complete in MLflow" in output
-    assert leaks(clone, output) == []
 
 
 @contextlib.contextmanager
