@@ -41,45 +41,18 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # `python -m stages.…` started in another folder
 
 
-# Files whose tests share a clone of their own: one worker makes it, for a minute, and another that asked would wait.
-# xdist's `--dist loadgroup` does not see its groups under pytest 9.2 (pytest-xdist#1386). The longest work first.
-TOGETHER = {
-    "tests/pipeline/test_verify.py": "golden",
-    "tests/pipeline/test_workflow.py": "golden",
-    "tests/pipeline/test_experiments.py": "experiments",
-    "tests/faults/test_kills.py": "seconds",
-    "tests/pipeline/test_lineage.py": "traced",
-    "tests/faults/test_damage.py": "other",
-    "tests/pipeline/test_replay.py": "trained",
-    "tests/pipeline/test_own_text.py": "own",
-}
+# With `--dist loadfile` one worker runs a file's tests, which share a clone. The longest work first, so that no worker is
+# left alone with it in the end; the second file does not need the clone that the first one begins with.
+FIRST = [
+    *("pipeline/test_docs.py", "pipeline/test_replay.py", "pipeline/test_verify.py", "pipeline/test_experiments.py"),
+    *("pipeline/test_kills.py", "faults/test_damage.py", "faults/test_tracking.py", "faults/test_resources.py"),
+    *("pipeline/test_lineage.py", "pipeline/test_repro.py", "faults/test_kills.py", "pipeline/test_init_from.py"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest work first, so that no worker is left alone with it at the end."""
-    groups = list(dict.fromkeys(TOGETHER.values()))
-
-    def rank(item: pytest.Item) -> int:
-        if item.get_closest_marker("long"):
-            return -1
-        group = TOGETHER.get(item.nodeid.partition("::")[0])
-        return groups.index(group) if group else len(groups)
-
-    items.sort(key=rank)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `--dist loadscope`: the files above each to one worker, all other tests to whoever is free."""
-    if config.getoption("dist") != "loadscope":
-        return None
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return TOGETHER.get(nodeid.partition("::")[0], nodeid)
-
-    return Scheduling(config, log)
+    order = {f"tests/{path}": position for position, path in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 @pytest.fixture(scope="session")

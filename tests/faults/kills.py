@@ -24,9 +24,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from tests.pipeline.clones import Clone, wait_until
+from tests.pipeline.test_kills import assert_as_undisturbed
 from tracking.journal import read_records
 
-STAGES = ("download", "tokenize", "train", "evaluate", "sample")
+SECONDS = {"download": 0.5, "tokenize": 0.5, "train": 5.0, "evaluate": 3.0, "sample": 3.0}  # of a stage, roughly
+STAGES = tuple(SECONDS)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TARGETS = ("stage", "dvc", "group")
 # Places in a process (see hooks/sitecustomize.py) where a kill falls between two steps that belong together.
@@ -51,9 +53,9 @@ class Kill:
         return f"{self.signal.name} to {self.target} in {self.stage}, {when}"
 
 
-def draw(rng: random.Random, stage: str, seconds: float) -> Kill:
-    """A random kill in a stage that takes so many seconds."""
-    number, target, after = rng.choice(SIGNALS), rng.choice(TARGETS), rng.uniform(0, seconds)
+def draw(rng: random.Random, stage: str) -> Kill:
+    """A random kill in a stage."""
+    number, target, after = rng.choice(SIGNALS), rng.choice(TARGETS), rng.uniform(0, SECONDS[stage])
     moment = rng.choice(["running"] * 4 + ["writing"] * 4 + ["caching", "locking", "lock cut"])
     if moment == "running":
         return Kill(stage, target, number, moment, after)
@@ -140,19 +142,7 @@ def fresh_clone(seed: Clone, path: Path) -> Clone:
     return clone
 
 
-def durations(clone: Clone) -> dict[str, float]:
-    """Seconds that each stage takes, undisturbed, in a fresh clone."""
-    repro = Repro(clone, None)
-    output = repro.wait()
-    end = time.monotonic()
-    assert list(repro.began) == list(STAGES), output
-    begins = [*repro.began.values(), end]
-    return {stage: begins[i + 1] - begins[i] for i, stage in enumerate(STAGES)}
-
-
-def disturb(
-    clone: Clone, rng: random.Random, seconds: dict[str, float], kills: int, say: Callable[[str], None]
-) -> list[Kill]:
+def disturb(clone: Clone, rng: random.Random, kills: int, say: Callable[[str], None]) -> list[Kill]:
     """Starts `dvc repro` and kills it, again and again; at last once undisturbed. Returns the kills that struck."""
     struck: list[Kill] = []
     done = rng.choice([-1, STAGES.index("train") - 1])  # the last stage that dvc.lock is known to hold
@@ -162,7 +152,7 @@ def disturb(
         if len(struck) == kills or done == len(STAGES) - 1:
             break
         following = min(done + 1 + rng.choice([0, 0, 0, 1]), len(STAGES) - 1)
-        kill = draw(rng, STAGES[following], seconds[STAGES[following]])
+        kill = draw(rng, STAGES[following])
         repro = Repro(clone, kill)
         output = repro.wait()
         if repro.killed:
@@ -204,25 +194,17 @@ def restore_dvc(clone: Clone, say: Callable[[str], None]) -> None:
 
 def assert_nothing_is_left(clone: Clone, seed: Clone, checkpoint_interval: int) -> None:
     """The clone is as if it had never been disturbed, and no kill cost more than one checkpoint interval."""
+    assert_as_undisturbed(clone, seed)
     assert clone.read("dvc.lock") == seed.read("dvc.lock")
-    assert clone.outs() == seed.outs()
-    assert clone.leftovers() == []
     assert clone.run("git status --porcelain") == ""
     assert [path.name for path in clone.attempts()] == ["attempt-1"], clone.logs()
-    records = [record for record, _ in read_records(clone.attempts()[0] / "journal.jsonl")]
-    assert [r["step"] for r in records if r["kind"] == "step"] == [r["step"] for r in seed.records("step")]
-    assert [r for r in records if r["kind"] == "diverged"] == []
     newest = 0
-    for record in records:
+    for record, _ in read_records(clone.attempts()[0] / "journal.jsonl"):
         if record["kind"] == "start":
             assert newest - record["step"] <= checkpoint_interval, f"lost steps {record['step']} to {newest}"
         newest = max(newest, record["step"]) if record["kind"] == "step" else newest
     (run,), (reference,) = clone.runs(), seed.runs()
-    assert run.info.status == "FINISHED"
     assert run.data.params == reference.data.params
     assert run.data.metrics.keys() - {"mfu"} == reference.data.metrics.keys() - {"mfu"}
-    for key in ("train/loss", "grad_norm", "val/loss", "best/val_loss", "evaluate/val_loss"):
-        assert clone.history(run, key) == seed.history(reference, key), key
-    for key in ("step_time", "tokens_per_second"):
-        assert clone.history(run, key) == sorted(set(clone.history(run, key))), key
+    assert clone.history(run, "evaluate/val_loss") == seed.history(reference, "evaluate/val_loss")
     assert clone.scores().items() <= run.data.metrics.items()

@@ -29,15 +29,12 @@ def main(wanted: int, seed: int, folder: Path | None) -> None:
     struck: list[kills.Kill] = []
     rounds, begin = 0, time.monotonic()
     try:
-        timed = kills.fresh_clone(origin, folder / "timed")
-        seconds = kills.durations(timed)
-        shutil.rmtree(timed.path)
         while len(struck) < wanted:
             rounds += 1
             click.echo(f"round {rounds}")
             rng = random.Random(1000 * seed + rounds)
             clone = kills.fresh_clone(origin, folder / f"round-{rounds}")
-            struck += kills.disturb(clone, rng, seconds, rng.randint(3, 15), click.echo)
+            struck += kills.disturb(clone, rng, rng.randint(3, 15), click.echo)
             kills.assert_nothing_is_left(clone, origin, TINY["runtime.checkpoint_interval"])
             shutil.rmtree(clone.path)
     except AssertionError as error:

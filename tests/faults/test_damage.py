@@ -117,22 +117,6 @@ def test_an_artifact(
     assert re.search(r"dvc (checkout|repro)", explain(caught.value))
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("name", ["checkpoint.json", "state.safetensors", "the whole checkpoint"])
-def test_a_checkpoint(unfinished: Clone, other: Clone, name: str, damage: Damage) -> None:
-    checkpoints, others = unfinished.checkpoints(), other.checkpoints()
-    newest, second = checkpoints.steps()[-1], checkpoints.steps()[-2]
-    mine, theirs = (each.directory / f"step-{newest:08}" for each in (checkpoints, others))
-    for file in ["checkpoint.json", "state.safetensors"] if name == "the whole checkpoint" else [name]:
-        damage(mine / file, theirs / file)
-    told: list[str] = []
-    found = checkpoints.newest(told.append)
-    assert found is not None
-    assert found.progress.step == second
-    assert len(told) == 1
-    assert str(mine) in told[0]
-
-
 def resume(clone: Clone) -> None:
     """What the train stage does with a run directory before it trains."""
     checkpoints = clone.checkpoints()

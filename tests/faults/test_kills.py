@@ -9,14 +9,12 @@ from tests.pipeline.clones import TINY, Clone
 
 pytestmark = pytest.mark.pipeline
 
-SECONDS = {"download": 0.5, "tokenize": 0.5, "train": 5.0, "evaluate": 3.0, "sample": 3.0}  # of a stage, roughly
-
 
 def test_nothing_is_left_of_random_kills(seed: Clone, tmp_path):
     """The only test that finds half-written files of ours, or of DVC's, that stop a later `dvc repro` or change it."""
     clone = kills.fresh_clone(seed, tmp_path / "clone")
     try:
-        struck = kills.disturb(clone, random.Random(1), SECONDS, 6, print)
+        struck = kills.disturb(clone, random.Random(1), 6, print)
         assert len(struck) >= 3
         kills.assert_nothing_is_left(clone, seed, TINY["runtime.checkpoint_interval"])
     finally:

@@ -78,10 +78,7 @@ def clone(seed: Clone, copy_of: Callable[..., Clone]) -> Clone:
     return clone
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.long] * (page == "README.md")) for page in PAGES if to_run(page)],
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)])
 def test_every_command_works(page: str, clone: Clone, home: Path) -> None:
     """The only test that finds a command of the pages that fails as it stands there."""
     for command in to_run(page):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.pipeline.clones import HOOKS, Clone
+from tests.pipeline.test_workflow import commands
 
 pytestmark = pytest.mark.pipeline
 
@@ -168,3 +169,23 @@ def test_a_remote_that_lacks_something_is_found(golden, copy_of):
         path.unlink()
     _, report = verify(clone, "--layer lock", check=1)
     assert report["findings"][-1]["verdict"] == "MISSING"
+
+
+@pytest.mark.parametrize("job", ["quick", "diff"])  # "full" is the two other commands
+def test_the_steps_of_a_job_succeed(golden: Clone, copy_of, job: str):
+    """The only test that finds a step of the workflow that fails, or that reports nothing."""
+    clone = copy_of(golden)
+    if job == "diff":
+        clone.set_params(**{"evaluate.train_tokens": 1000})
+    clone.commit("Next")
+    for command in commands(job):
+        if command != "make setup":
+            clone.run(
+                command.replace("make ", "make --old-file=.venv/.ready ", 1), BASE="HEAD~1", GITHUB_STEP_SUMMARY="s.md"
+            )
+    summary = clone.read("s.md")
+    if job == "diff":
+        assert re.search(r"params\.yaml.*evaluate\.train_tokens.*2000.*1000", summary), summary
+        assert re.search(r"metrics/evaluate\.json.*train_loss", summary), summary
+    else:
+        assert len(re.findall(r"^## .*: identical$", summary, re.MULTILINE)) == 3
