@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # `python -m stages.…` started in another folder
 
 
-# With `--dist loadfile` one worker runs a file's tests, which share a clone. The longest work first, so that no worker is
+# With `--dist loadfile` one worker runs the tests of a file, which share a clone. The longest first, so that no worker is
 # left alone with it in the end; the second file does not need the clone that the first one begins with.
 FIRST = [
     *("pipeline/test_docs.py", "pipeline/test_replay.py", "pipeline/test_verify.py", "pipeline/test_experiments.py"),
