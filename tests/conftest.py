@@ -41,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # `python -m stages.…` started in another folder
 
 
-# With `--dist loadfile` one worker runs the tests of a file, which share a clone. The longest first, so that no worker is
-# left alone with it in the end; the second file does not need the clone that the first one begins with.
+# With `--dist loadfile` one worker runs the tests of a file, which share a clone. The longest first, so that no worker
+# is left alone with it in the end; the second file does not need the clone that the first one begins with.
 FIRST = [
     *("pipeline/test_docs.py", "pipeline/test_replay.py", "pipeline/test_verify.py", "pipeline/test_experiments.py"),
     *("pipeline/test_kills.py", "faults/test_damage.py", "faults/test_tracking.py", "faults/test_resources.py"),
