@@ -60,7 +60,8 @@ def follow(clone: Clone, argument: str) -> Path:
     place = commands.index("make setup")
     set_up = f"mkdir .venv && ln -s {shlex.quote(sys.prefix)}/* .venv/ && touch .venv/.ready"
     script = "\n".join(["set -e", *commands[:place], set_up, *commands[place:]])
-    printed = clone.run(script, timeout=600, WITHOUT_MLFLOW="1")
+    left_out = {} if "mlflow artifacts download" in script else {"WITHOUT_MLFLOW": "1"}
+    printed = clone.run(script, timeout=600, **left_out)
     assert "Running stage 'train'" in printed, "the model was not made again"
     new = re.search(r"^cd (.*)$", script, re.MULTILINE)
     assert new
