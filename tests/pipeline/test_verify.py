@@ -61,33 +61,19 @@ def change_training(clone: Clone) -> None:
     clone.write("dvc.lock", lock)
 
 
-def test_a_true_dvc_lock_is_confirmed_in_varied_surroundings_too(golden, copy_of: Callable[..., Clone]):
+def test_a_true_dvc_lock_is_confirmed_in_varied_surroundings(golden, copy_of: Callable[..., Clone]):
     """The only test that finds a check that takes equal bits for others, or bits that depend on the surroundings."""
     clone = copy_of(golden)
-    output = ""
-    for target in ("verify", "verify-varied"):
-        output += clone.run(f"make --old-file=.venv/.ready {target} REPORTS=reports")
-    for folder, layer in (("full", "full"), ("varied", "full, in varied surroundings")):
-        (report,) = json.loads(clone.read(f"reports/{folder}/verify.json"))
-        assert report["layer"] == layer
-        assert [finding["artifact"] for finding in report["findings"]] == OUTS
-        assert {finding["verdict"] for finding in report["findings"]} == {"identical"}
-        assert report["commit"] == clone.run("git rev-parse HEAD").strip()
-        assert report["environment"]["numerics.threads"] == "2"
-        assert report["environment_differs"] == []
-    assert output.count(" identical") == 2 * (len(OUTS) + 1)
+    output = clone.run("make --old-file=.venv/.ready verify-varied REPORTS=reports")
+    (report,) = json.loads(clone.read("reports/varied/verify.json"))
+    assert report["layer"] == "full, in varied surroundings"
+    assert [finding["artifact"] for finding in report["findings"]] == OUTS
+    assert {finding["verdict"] for finding in report["findings"]} == {"identical"}
+    assert report["commit"] == clone.run("git rev-parse HEAD").strip()
+    assert report["environment"]["numerics.threads"] == "2"
+    assert report["environment_differs"] == []
+    assert output.count(" identical") == len(OUTS) + 1
     assert clone.run("git status --porcelain --untracked-files=no") == ""
-
-
-def test_verify_json_takes_others_checks_in(golden, copy_of):
-    clone = copy_of(golden)
-    verify(clone, "--layer lock")
-    content = json.loads(clone.read("reports/verify.json"))
-    clone.write("reports/verify.json", json.dumps([{**content[0], "environment": {"torch": "another"}}]))
-    verify(clone, "--layer lock")
-    verify(clone, "--layer lock")
-    kept = json.loads(clone.read("reports/verify.json"))
-    assert [entry["environment"] for entry in kept] == [{"torch": "another"}, {}]
 
 
 def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(golden, copy_of):
@@ -95,7 +81,6 @@ def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(gold
     clone = copy_of(golden)
     change_training(clone)
     clone.commit("A change that dvc.lock hides")
-    verify(clone, "--layer lock")  # which cannot see it
     output, report = verify(clone, check=1)
     verdicts = {finding["artifact"]: finding["verdict"] for finding in report["findings"]}
     assert verdicts["data/tokens"] == "identical"
@@ -115,19 +100,12 @@ def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(gold
     output, report = verify(clone, "--layer base --base HEAD~1", check=1)
     assert "results change and dvc.lock does not" in output
 
-    clone.repro("--force --single-item train")
-    clone.commit("The same change, with its dvc.lock")
-    output, report = verify(clone, "--layer base --base HEAD~2")
-    assert [finding["verdict"] for finding in report["findings"]] == ["changed, as dvc.lock says"]
-
 
 def test_a_change_that_changes_nothing_is_identical(golden, copy_of):
     """The only test that finds a comment that the check takes for a change, or a dvc.lock of other code that passes."""
     clone = copy_of(golden)
     clone.append("nanogpt/schedule.py", "\n# A comment.\n")
     clone.commit("A refactoring")
-    _, report = verify(clone, "--layer base --base HEAD~1")
-    assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
     _, report = verify(clone, "--layer steps")
     assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
     output, report = verify(clone, "--layer lock", check=1)  # but dvc.lock is of other code
@@ -151,30 +129,18 @@ def elsewhere(clone: Clone) -> None:
     clone.run(f"mv new.json golden/{name} && rm rename.py")
 
 
-def test_in_another_environment_metrics_may_differ_a_little_and_nothing_is_called_diverged_lightly(golden, copy_of):
+def test_in_another_environment_other_bits_with_the_same_metrics_are_tolerated(golden, copy_of):
     """The only test that finds a check that blames a change for what another environment does, or excuses a change."""
     clone = copy_of(golden)
     elsewhere(clone)
-    clone.commit("As if it were made elsewhere")
-    output, report = verify(clone, "--layer steps")
-    assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
-    assert re.search(r"environment: torch 2\.0\.0 -> 2\.\d+", output)
-
     change_training(clone)
-    clone.commit("Other bits")
+    clone.commit("Other bits, as if they were made elsewhere")
     output, report = verify(clone)
+    assert re.search(r"environment: torch 2\.0\.0 -> 2\.\d+", output)
     verdicts = {finding["artifact"]: finding["verdict"] for finding in report["findings"]}
     assert verdicts["data/tokens"] == "identical"
     assert verdicts["model"] == verdicts["samples"] == "within tolerance"
     assert re.search(r"val_loss [\d.]+ -> [\d.]+ \(limit 0.02\)", output)
-
-    source = clone.read("nanogpt/schedule.py")
-    clone.write("nanogpt/schedule.py", source.replace("1e-4 * (step >= 4)", "0.3 * (step >= 4)"))
-    clone.commit("Far from it")
-    output, report = verify(clone, "--layer steps", check=2)
-    assert [finding["verdict"] for finding in report["findings"]] == ["environment changed"]
-    assert "`make golden` writes one" in output
-    assert "DIVERGED" not in output
 
 
 def test_what_cannot_be_checked_is_said_with_code_2(golden, copy_of):
