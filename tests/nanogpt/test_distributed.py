@@ -15,7 +15,7 @@ from tracking.launch import launch
 HEAD = """
 import json, os, signal, sys, time, torch
 torch.set_num_threads(1)
-from nanogpt.distributed import PeerFailed, join, synchronizing
+from nanogpt.distributed import join, synchronizing
 from tracking.launch import run_to_exit
 """
 
@@ -136,34 +136,27 @@ def test_of_the_same_error_in_all_rank_0_tells(order):
     assert type(waiting[1].result()) is PeerFailed
 
 
-FAILURES = {  # what a process does, the exit code, and which processes tell the user
-    "rank 1 has one": ('assert ranks.first, "only 1"', 1, {1: "AssertionError: only 1"}),
-    "rank 0 has one while rank 1 waits for what it tells": (
-        'assert ranks.rank, "only 0"; ranks.tell(0)',
-        1,
-        {0: "AssertionError: only 0"},
-    ),
-    "rank 1 is killed": (
-        # The other may hear of it from the launcher first: while it trains it has a handler (tracking/stop.py).
-        "signal.signal(signal.SIGTERM, lambda *_: 0); ranks.highest(0); ranks.rank and os.kill(os.getpid(), 9)",
-        137,
-        {0: "ValueError: a process of this training is gone"},
-    ),
-}
+def test_an_error_of_rank_0_ends_the_wait_for_what_it_tells():
+    first, second = two_in_one_process()
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(second.tell, None)
+        time.sleep(0.1)
+        assert not waiting.done()
+        first.cause(AssertionError("only 0"))
+    assert type(waiting.exception()) is PeerFailed
 
 
-@pytest.mark.parametrize("what", FAILURES)
-def test_a_failure_ends_all_and_one_process_tells_it(what, tmp_path):
-    does, code, told = FAILURES[what]
+def test_a_process_that_is_killed_is_told_by_the_other(tmp_path):
+    # The other may hear of it from the launcher first: while it trains it has a handler (tracking/stop.py).
     program = f"""
+signal.signal(signal.SIGTERM, lambda *_: 0)
+
 def main():
     try:
         with join("cpu") as ranks:
             ranks.highest(0)
-            {does}
+            ranks.rank and os.kill(os.getpid(), 9)
             ranks.highest(0)
-    except PeerFailed:
-        sys.exit(1)
     except Exception as error:
         time.sleep(0.5)  # the launcher sees meanwhile that another process has ended, and sends SIGTERM
         open(f"{tmp_path}/{{ranks.rank}}", "w").write(f"{{type(error).__name__}}: {{error}}")
@@ -171,10 +164,10 @@ def main():
 
 run_to_exit(main)
 """
-    assert launch(2, 0.0, "-c", HEAD + program) == code
-    found = {int(path.name): path.read_text() for path in tmp_path.iterdir()}
-    assert found.keys() == told.keys()
-    assert all(found[rank].startswith(text) for rank, text in told.items())
+    assert launch(2, 0.0, "-c", HEAD + program) == 137
+    (told,) = tmp_path.iterdir()
+    assert told.name == "0"
+    assert told.read_text().startswith("ValueError: a process of this training is gone")
 
 
 def test_a_process_that_meets_nobody_gets_hints(monkeypatch):
