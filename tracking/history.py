@@ -236,9 +236,11 @@ class KnownRuns:
         return next(iter(self._merged(found, with_mlflow)), None)
 
     def by_name(self, name: str) -> list[KnownRun]:
+        """Those of that name, or of the DVC experiment of that name."""
         quoted = f'"{name}"' if "'" in name else f"'{name}'"
-        found = [run for run in self.local.values() if run.name == name]
-        return self._merged(found, self._search(f"attributes.run_name = {quoted}"))
+        found = [run for run in self.local.values() if name in (run.name, run.tags.get("dvc.experiment"))]
+        fields = ("attributes.run_name", "tags.`dvc.experiment`")
+        return self._merged(found, [run for field in fields for run in self._search(f"{field} = {quoted}")])
 
     def by_model(self, prefix: str) -> list[KnownRun]:
         """Those that made a model whose sha256 or md5 begins so; clean ones first, then the oldest."""
