@@ -1,7 +1,7 @@
 """Documents to token files: train.bin, val.bin, tokenizer.json and meta.json in one directory.
 
 One text is split by position, as nanoGPT does. Several documents are shuffled and split by the rule of Hugging Face's
-`datasets`, with an end-of-text token after each, as nanoGPT does with OpenWebText. Token files that nanoGPT made are
+`datasets`, with an end-of-text token after each, as nanoGPT does with OpenWebText. Token files that others made are
 taken as they are.
 
 The main process decides where pieces of text begin and end, and several processes read and encode them. Long texts are
@@ -88,7 +88,7 @@ def prepare(
         warn(f"the text yields {tokenizer.vocab_size} tokens, not tokenize.vocab_size = {params.vocab_size}")
     tokenizer.save(directory / "tokenizer.json")
     if info.kind == "tokens":
-        encoded_parts = _counted(raw, tokenizer)
+        encoded_parts = _counted(raw, tokenizer, warn)
     else:
         tasks = _tasks(raw, info, params, tokenizer.last_cut)
         encoded_parts = _encode_all(tasks, raw, info, directory / "tokenizer.json", tokenizer, processes)
@@ -248,12 +248,12 @@ def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) 
     return Encoded(ids, sum(map(utf8_bytes, texts)), len(spans) * mark_ends)
 
 
-def _counted(raw: Path, tokenizer: Tokenizer) -> Iterator[tuple[SplitName, Encoded]]:
+def _counted(raw: Path, tokenizer: Tokenizer, warn: Callable[[str], None]) -> Iterator[tuple[SplitName, Encoded]]:
     """Token files that are given, in blocks, with what they say."""
     lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
     end = tokenizer.vocab_size if tokenizer.end_of_text is None else tokenizer.end_of_text
     lengths[end:] = 0
-    for name, ids in given_tokens(raw, tokenizer):
+    for name, ids in given_tokens(raw, tokenizer, warn):
         yield name, Encoded(ids, int(lengths[ids].sum()), int((ids == end).sum()))
 
 
