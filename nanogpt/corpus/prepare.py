@@ -34,8 +34,8 @@ from nanogpt.corpus.nanogpt_bins import given_tokens, tokenizer_of_given
 from nanogpt.corpus.raw_text import (
     PIECE,
     CorpusInfo,
+    DocumentIndex,
     Span,
-    document_spans,
     load_info,
     read_documents,
     read_spans,
@@ -192,7 +192,7 @@ def _tasks(
 
 def _documents(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Iterator[tuple[SplitName, Span]]:
     train, val = shuffled(info.documents, params.val_fraction, params.split_seed)
-    spans = document_spans(raw, itertools.chain(train, val))
+    spans = DocumentIndex(raw).spans(itertools.chain(train, val))
     yield from (("train", span) for span in itertools.islice(spans, len(train)))
     yield from (("val", span) for span in spans)
 
