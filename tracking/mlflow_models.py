@@ -1,4 +1,4 @@
-"""A run's checkpoints as MLflow's LoggedModels: best and last as models that load, others as an entry alone.
+"""A run's best and last checkpoint as MLflow's LoggedModels. Others, which hold no model, are a table of the run.
 
 MLflow makes another model of each attempt to log one, so each step here looks first at what the run has already.
 """
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tracking import mlflow_page
 from tracking.journal import Record
 from tracking.mlflow_page import Page
 from tracking.run import Run
@@ -19,31 +20,24 @@ REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "tiktoken", "tokenize
 
 
 def log_models(client: Any, run_id: str, experiment: str, page: Page, run: Run) -> None:
-    """Brings the run's models up to date: `best`, `last` (if it is another one), `step-...` for other checkpoints."""
+    """Brings the run's models up to date: `best`, and `last` if it is another one."""
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=100)
-    wanted: dict[str, tuple[Record, Path | None]] = {}
-    real = _real_models(page, run)
-    for name, record in real.items():
-        wanted[name] = record, run.models / name
-    taken = {record["step"] for record in real.values()}
-    for record in page.checkpoints:
-        if record["step"] not in taken:
-            wanted[f"step-{record['step']:06d}"] = record, None
+    wanted = _models(page, run)
     there = set()
     for model in found:
-        record = wanted.get(model.name, ({}, None))[0]
+        record = wanted.get(model.name, {})
         ready = str(getattr(model.status, "value", model.status)) == "READY"
         if ready and model.tags.get("sha256") == record.get("sha256") and model.name not in there:
             there.add(model.name)
-        else:  # half-made by a try that failed, or overtaken by a later checkpoint
+        else:  # half-made by a try that failed, overtaken by a later checkpoint, or an entry without a model
             client.delete_logged_model(model.model_id)
-    for name, (record, folder) in wanted.items():
+    for name, record in wanted.items():
         if name not in there:
-            _log_model(client, run_id, experiment, name, record, folder)
+            _log_model(client, run_id, experiment, name, record, run.models / name)
     _link(client, run_id, experiment)
 
 
-def _real_models(page: Page, run: Run) -> dict[str, Record]:
+def _models(page: Page, run: Run) -> dict[str, Record]:
     best, last = page.best_checkpoint, page.last.get("checkpoint")
     found = {}
     if best and (run.models / "best").is_dir():
@@ -53,20 +47,19 @@ def _real_models(page: Page, run: Run) -> dict[str, Record]:
     return found
 
 
-def _log_model(client: Any, run_id: str, experiment: str, name: str, record: Record, folder: Path | None) -> None:
+def _log_model(client: Any, run_id: str, experiment: str, name: str, record: Record, folder: Path) -> None:
     step = record["step"]
-    tags = {"step": str(step), "sha256": str(record["sha256"]), "loadable": json.dumps(folder is not None)}
+    tags = {"step": str(step), "sha256": str(record["sha256"])}
     params = {"step": str(step), "val_loss": json.dumps(record["val_loss"])}
     model = client.create_logged_model(experiment, name, run_id, tags, params, "gpt")
-    if folder is not None:
-        with tempfile.TemporaryDirectory() as workspace:
-            save_pyfunc(folder, Path(workspace) / "model", run_id, model.model_id)
-            client.log_model_artifacts(model.model_id, f"{workspace}/model")
+    with tempfile.TemporaryDirectory() as workspace:
+        save_pyfunc(folder, Path(workspace) / "model", run_id, model.model_id)
+        client.log_model_artifacts(model.model_id, f"{workspace}/model")
     from mlflow.entities import Metric
 
     if record["val_loss"] is not None:
         # The same time as the evaluation's, so that the run's own point is not stored twice.
-        metric = Metric("val/loss", record["val_loss"], record["t"], step, model_id=model.model_id, run_id=run_id)
+        metric = Metric(mlflow_page.LOSS, record["val_loss"], record["t"], step, model_id=model.model_id, run_id=run_id)
         client.log_batch(run_id, metrics=[metric], synchronous=True)
     client.finalize_logged_model(model.model_id, "READY")
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +21,16 @@ MAX_CHECKPOINTS = 20  # evaluated checkpoints that are listed
 MAX_NOTE = 4900  # characters of a description; every MLflow server takes 5,000
 _MAX_QUOTE = 1200
 
+LOSS = "eval/val_loss"
 METRICS = {  # journal's name -> MLflow's
     "step": {"loss": "train/loss", "grad_norm": "grad_norm", "lr": "learning_rate"},
-    "speed": {name: name for name in ("tokens_per_second", "step_time", "mfu", "memory_mb", "clip_rate")},
-    "eval": {"val_loss": "val/loss", "train_loss": "train/eval_loss"},
+    "speed": {name: name for name in ("tokens_per_second", "mfu", "memory_mb", "clip_rate")},
+    "eval": {"val_loss": LOSS, "train_loss": "eval/train_loss"},
 }
-# MLflow's axis is step or time alone, so a loss over tokens is a metric whose "step" counts tokens.
-BY_TOKENS = {"train/loss": "by_tokens/train_loss", "val/loss": "by_tokens/val_loss"}
+BEST, TOKENS = "eval/best_val_loss", "tokens"  # TOKENS: by step, for MLflow to draw a loss over tokens
+# A report's name -> MLflow's. These are of the finished model and the whole validation split, the numbers to compare;
+# those of eval/ are estimates from a part of it, made in training. A report's other numbers are in the description.
+REPORTED = {f"evaluate/{name}": name for name in ("val_loss", "bits_per_byte", "excess", "train_loss")}
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,13 @@ class Page:
         shown = self.samples[-1]["step"] if self.samples else -1
         return self.samples + (self._newest_samples if newest and newest["step"] > shown else [])
 
+    def checkpoint_rows(self) -> list[Record]:
+        """The checkpoints that the table shows: evenly chosen ones with a loss, the best one and the newest."""
+        chosen = [*self.checkpoints, self.best_checkpoint, self.last.get("checkpoint")]
+        rows = {record["step"]: record for record in chosen if record}
+        best = self.best_checkpoint and self.best_checkpoint["step"]
+        return [{**rows[step], "best": step == best} for step in sorted(rows)]
+
     def _is_new(self, kind: str, step: int, limit: int) -> bool:
         """Whether `step` is the first in its stretch of the run. Steps that come again after a kill are not."""
         stretch = step // math.ceil(max(self.max_iters, 1) / limit)
@@ -116,14 +127,15 @@ class Page:
         values = {name: record.get(source) for source, name in METRICS[kind].items()}
         points = [Point(name, value, record["t"], step) for name, value in values.items() if value is not None]
         if kind == "eval" and self.best:
-            points.append(Point("best/val_loss", self.best[0], record["t"], step))
-            points.append(Point("best/step", float(self.best[1]), record["t"], step))
+            points.append(Point(BEST, self.best[0], record["t"], step))
+        if "tokens" in record and step > self._shown.get(TOKENS, -1):  # a step and its evaluation have the same
+            self._shown[TOKENS] = step
+            points.append(Point(TOKENS, float(record["tokens"]), record["t"], step))
         for point in points:
             if not math.isfinite(point.value):
                 self.not_finite.setdefault(point.key, step)
         points = [point for point in points if math.isfinite(point.value)]
-        points += [Point(BY_TOKENS[p.key], p.value, p.t, record["tokens"]) for p in points if p.key in BY_TOKENS]
-        curves = {"train/loss": self.train, "val/loss": self.val}
+        curves = {"train/loss": self.train, LOSS: self.val}
         for point in points:
             if point.key in curves:
                 curves[point.key].append((point.step, point.value))
@@ -146,10 +158,25 @@ class Page:
             self.checkpoints.append(record)
 
 
-def table(page: Page) -> str:
-    """The samples in the form of MLflow's tables (pandas' JSON, orient="split")."""
-    rows = [[record["step"], record["prompt"], record["text"]] for record in page.sample_rows()]
-    return json.dumps({"columns": ["step", "prompt", "text"], "data": rows}, ensure_ascii=False)
+def sample_table(page: Page) -> str:
+    """The samples, as a table."""
+    return _table(["step", "prompt", "text"], page.sample_rows())
+
+
+def checkpoint_table(page: Page, kept: dict[int, str]) -> str:
+    """The checkpoints, as a table; `kept`: step -> where it still lies."""
+    rows = ({**record, "kept": kept.get(record["step"], "")} for record in page.checkpoint_rows())
+    return _table(["step", "val_loss", "best", "sha256", "kept"], rows)
+
+
+def _table(columns: list[str], records: Iterable[Record]) -> str:
+    """In the form of MLflow's tables (pandas' JSON, orient="split")."""
+    rows = [[_finite(record[name]) for name in columns] for record in records]
+    return json.dumps({"columns": columns, "data": rows}, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def description(page: Page, run: dict[str, Any], killed: bool = False) -> str:

@@ -22,7 +22,7 @@ from tracking.mlflow_server import as_text, connect, experiment_id, explained, f
 from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
-SAMPLES = "samples.json"
+SAMPLES, CHECKPOINTS = "samples.json", "checkpoints.json"  # shown as tables
 _BATCH = 1000  # metrics that MLflow takes at once
 NOTE = "mlflow.note.content"  # MLflow's page shows this tag as the run's description
 
@@ -186,15 +186,18 @@ class Replica:
             self._save(system=position)
 
     def _send_text(self) -> None:
-        """The table of samples and the description, when they have changed."""
+        """The tables and the description, when they have changed."""
         page = self.page
-        samples = len(page.sample_rows()), page.last.get("sample", {}).get("step", -1)
-        if samples[0] and self._state.get("samples") != list(samples):
-            self._upload(SAMPLES, fit_file(mlflow_page.table(page)).encode())
-            # With this tag MLflow's page shows the file as a table. Its own log_table would append to what is there.
-            self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES, "type": "table"}])})
-            self._save(samples=list(samples))
-        told = [page.last.get("eval", {}).get("step"), len(page.starts), page.end and page.end["t"], list(samples)]
+        samples = [len(page.sample_rows()), page.last.get("sample", {}).get("step", -1)]
+        kept = self._kept_checkpoints()
+        checkpoints = [[row["step"], kept.get(row["step"], "")] for row in page.checkpoint_rows()]
+        if samples[0] and self._state.get("samples") != samples:
+            self._upload_table(SAMPLES, mlflow_page.sample_table(page))
+            self._save(samples=samples)
+        if checkpoints and self._state.get("checkpoints") != checkpoints:
+            self._upload_table(CHECKPOINTS, mlflow_page.checkpoint_table(page, kept))
+            self._save(checkpoints=checkpoints)
+        told = [page.last.get("eval", {}).get("step"), len(page.starts), page.end and page.end["t"], samples]
         if self._state.get("described") != told:
             self._describe()
             self._save(described=told)
@@ -220,6 +223,18 @@ class Replica:
     def _tag(self, tags: dict[str, Any]) -> None:
         for key, value in _text(tags).items():
             self._client.set_tag(self.run_id, key, value, synchronous=True)
+
+    def _upload_table(self, name: str, table: str) -> None:
+        self._upload(name, fit_file(table).encode())
+        tables = sorted({*self._state.get("tables", []), name})
+        # With this tag MLflow's page shows the files as tables. Its own log_table would append to what is there.
+        self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"} for path in tables])})
+        self._save(tables=tables)
+
+    def _kept_checkpoints(self) -> dict[int, str]:
+        """Where those lie that the training has not replaced yet."""
+        found = self.run.checkpoints.glob("step-????????")
+        return {int(path.name[5:]): "/".join([".runs", *path.parts[-4:]]) for path in found}
 
     def _upload(self, name: str, content: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -307,8 +322,10 @@ def _add_report(client: Any, run: Any, report: dict[str, Any]) -> None:
     from mlflow.entities import Metric, RunTag
 
     run_id, stage = run.info.run_id, report["stage"]
-    finite = {key: value for key, value in report["metrics"].items() if math.isfinite(value)}
-    metrics = [Metric(key, value, report["t"], 0) for key, value in finite.items()]
+    found = {
+        mlflow_page.REPORTED[key]: value for key, value in report["metrics"].items() if key in mlflow_page.REPORTED
+    }
+    metrics = [Metric(key, value, report["t"], 0) for key, value in found.items() if math.isfinite(value)]
     text = mlflow_page.report_section(stage, report["metrics"], report["files"])
     note = client.get_run(run_id).data.tags.get(NOTE, "")
     note = mlflow_page.with_sections(mlflow_page.without_sections(note), note, stage, text)

@@ -6,9 +6,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from nanogpt.checkpoint import Checkpoints
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten
@@ -18,6 +15,7 @@ from tracking.dvc_files import DvcLock, experiment_name, is_cached, path_md5
 from tracking.git import git_or_none
 from tracking.journal import START, Journal, damaged
 from tracking.run import Run, attempts_of
+from tracking.run_name import committed_params, run_name, setting
 
 DIFF_LIMIT = 1_000_000  # bytes of uncommitted changes that are kept with a run
 # What an experiment consists of, in which no password belongs; of these, hidden files (.env) are not kept either.
@@ -114,7 +112,11 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
     if diff:
         cut = "" if len(diff) <= DIFF_LIMIT else f"\n[cut: {len(diff):,} characters in all]"
         write_text(run.artifacts / "uncommitted.diff", diff[:DIFF_LIMIT] + cut + "\n")
+    sections = ("download", "tokenize", "model", "train", "numerics")
+    values = {k: v for name in sections for k, v in flatten(getattr(params, name), f"{name}.").items()}
+    differs = setting(values, committed_params(Path.cwd()), diff)
     tags = {
+        "setting": differs or commit[:7],
         "git.commit": commit or "none",
         "git.dirty": str(bool(diff)).lower(),
         "dvc.experiment": experiment_name() or "none",
@@ -123,12 +125,11 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
         **({"git.left_out": left_out} if left_out else {}),
         **hashes,
     }
-    sections = ("download", "tokenize", "model", "train", "numerics")
     info = {
         "run_key": uuid.uuid4().hex,
-        "name": experiment_name() or _name(commit, bool(diff)),
+        "name": run_name(experiment_name(), differs, commit, params.train.seed, run.number),
         "experiment": params.tracking.experiment,
-        "params": {k: v for name in sections for k, v in flatten(getattr(params, name), f"{name}.").items()},
+        "params": values,
         "tags": tags,
         "dataset": dataset,
         "started": time.time_ns() // 1_000_000,
@@ -153,23 +154,3 @@ def uncommitted(root: Path) -> tuple[str, str]:
     changed, recorded = ((git_or_none(root, *names, *paths) or "").splitlines() for paths in (everything, experiment))
     left_out = ", ".join(sorted({*changed} - {*recorded}))
     return (f"{LEFT_OUT}{left_out}\n{diff}" if left_out else diff), left_out
-
-
-def _name(commit: str, dirty: bool) -> str:
-    """The commit and what differs from it: "1a2b3c4 train.learning_rate=0.001", "1a2b3c4 + uncommitted"."""
-    changes = []
-    try:
-        committed = _flat(YAML(typ="safe").load(git_or_none(Path.cwd(), "show", "HEAD:./params.yaml") or "{}"))
-        current = _flat(YAML(typ="safe").load(Path("params.yaml").read_text(encoding="utf-8")))
-        changes = [f"{key}={value}" for key, value in current.items() if committed.get(key) != value]
-    except (YAMLError, ValueError, AttributeError, RecursionError):
-        pass  # a commit can hold anything; the name is a convenience
-    if dirty and not changes:
-        changes = ["+ uncommitted"]
-    name = " ".join([commit[:7] or "no commit", *changes])
-    return name if len(name) <= 100 else name[:99] + "…"
-
-
-def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    tracked = {name: section for name, section in sections.items() if name not in {"runtime", "tracking"}}
-    return {f"{name}.{key}": value for name, section in tracked.items() for key, value in section.items()}

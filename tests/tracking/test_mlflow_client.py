@@ -76,7 +76,7 @@ def test_names_and_values_of_any_text_and_length(repository: Path) -> None:
 
 def test_a_report_of_any_bytes_and_numbers(repository: Path) -> None:
     finished_attempt(repository)
-    values = {"sample/loss": math.nan, "sample/most": math.inf, "sample/good": 1.0}
+    values = {"evaluate/val_loss": math.nan, "evaluate/excess": math.inf, "evaluate/train_loss": 1.0}
     files = {"samples/samples.md": RAW}
     report = write_report(repository, "sample", metrics=values, files=files, tags={"sample.prompt": RAW})
     run_id = deliver_report(report, resolve_uri(repository), repository)
@@ -84,7 +84,7 @@ def test_a_report_of_any_bytes_and_numbers(repository: Path) -> None:
     found = contents(client, run_id)
     assert found["tags"]["sample.prompt"] == SHOWN
     assert "a␀b␛c␡d" in found["tags"][NOTE]
-    assert [key for key in found["metrics"] if key.startswith("sample/")] == ["sample/good"]
+    assert found["metrics"].keys() & {"val_loss", "excess", "train_loss"} == {"train_loss"}
     path = client.download_artifacts(run_id, "samples/samples.md", str(repository))
     assert Path(path).read_text() == RAW.replace("\ud800", "\ufffd")
 
@@ -97,7 +97,10 @@ def test_a_checkpoint_without_a_finite_loss_is_a_model_without_one(repository: P
         train(journal, 0, 9)
         journal.append("checkpoint", t=T0 + 99, step=9, val_loss=loss, best=False, sha256="9" * 64)
         end(journal, "FINISHED", 9)
+    (attempt / "models" / "last").mkdir(parents=True)
     replica = Replica(Run(attempt), resolve_uri(repository))
     replica.finish()
     models = {name: metrics for name, _, metrics in contents(replica._client, replica.run_id)["models"]}
-    assert models["step-000009"] == []
+    assert models["last"] == []
+    table = replica._client.download_artifacts(replica.run_id, "checkpoints.json", str(repository))
+    assert json.loads(Path(table).read_text())["data"][-1][:2] == [9, None]

@@ -67,10 +67,9 @@ def test_evaluations_whose_interval_fits_no_stretch_are_shown_and_the_best_is_no
         shown += page.feed(
             {"kind": "eval", "step": step, "t": step, "tokens": step, "train_loss": 1.0, "val_loss": loss}
         )
-    assert 1900 < len([p for p in shown if p.key == "val/loss"]) <= 2001
+    assert 1900 < len([p for p in shown if p.key == "eval/val_loss"]) <= 2001
     assert page.best == (1.0, 4_002)
-    assert [p.value for p in shown if p.key == "best/val_loss"][-1] == 1.0
-    assert [p.value for p in shown if p.key == "best/step"][-1] == 4_002
+    assert [p.value for p in shown if p.key == "eval/best_val_loss"][-1] == 1.0
 
 
 def test_what_is_not_finite_is_named_and_not_shown() -> None:
@@ -89,7 +88,7 @@ def test_table_shows_evenly_chosen_evaluations_and_the_newest() -> None:
     for step in range(0, 999, 3):
         for prompt in "ab":
             page.feed({"kind": "sample", "step": step, "t": 0, "prompt": prompt, "text": f"{step}{prompt}"})
-    rows = json.loads(mlflow_page.table(page))["data"]
+    rows = json.loads(mlflow_page.sample_table(page))["data"]
     assert len(rows) <= 2 * 202
     assert rows[:4] == [[0, "a", "0a"], [0, "b", "0b"], [6, "a", "6a"], [6, "b", "6b"]]
     assert rows[-2:] == [[996, "a", "996a"], [996, "b", "996b"]]
@@ -113,9 +112,19 @@ def test_checkpoints_are_bounded() -> None:
     page = Page(1000)
     for step in range(1, 1001):
         page.feed(
-            {"kind": "checkpoint", "step": step, "t": 0, "val_loss": 1.0 if step % 2 == 0 else None, "best": False}
+            {
+                "kind": "checkpoint",
+                "step": step,
+                "t": 0,
+                "val_loss": 1.0 if step % 2 == 0 else None,
+                "best": False,
+                "sha256": "0",
+            }
         )
     assert [r["step"] for r in page.checkpoints] == [2, *range(50, 1001, 50)]
+    rows = json.loads(mlflow_page.checkpoint_table(page, {1000: ".runs/a"}))["data"]
+    assert rows[0] == [2, 1.0, False, "0", ""]
+    assert rows[-1] == [1000, 1.0, False, "0", ".runs/a"]
 
 
 # --- which server
@@ -241,6 +250,7 @@ def test_a_damaged_database_is_named_with_its_remedy(repository: Path, content: 
 
 def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = finished_attempt(repository)
+    (attempt / "checkpoints" / "step-00000040").mkdir(parents=True)
     replica, found = finish(attempt, repository)
     assert found["info"] == ("run", "FINISHED", T0, T0 + 405)
     assert found["params"] == {
@@ -251,16 +261,17 @@ def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.Monkey
     assert found["tags"]["git.commit"] == "abc"
     assert found["tags"]["model.sha256"] == "m" * 64
     assert found["datasets"] == [("grammar", "d" * 36)]
-    assert len(found["metrics"]) <= 25
+    assert sorted(found["metrics"]) == [
+        *("eval/best_val_loss", "eval/train_loss", "eval/val_loss", "grad_norm", "learning_rate", "memory_mb"),
+        *("tokens", "tokens_per_second", "train/loss"),
+    ]
     assert [step for step, _, _ in found["metrics"]["train/loss"]] == list(range(1, 41))
-    assert found["metrics"]["val/loss"][1] == (10, T0 + 101, 4.0)
-    for name in ("train/loss", "val/loss"):  # once more, at each point's number of tokens
-        points = [(512 * step, t, loss) for step, t, loss in found["metrics"][name]]
-        assert found["metrics"][f"by_tokens/{name.replace('/', '_')}"] == points
-    assert (found["last"]["best/val_loss"], found["last"]["best/step"]) == (2.0, 30.0)
-    assert found["artifacts"] == ["environment.json", "loss.png", "params.yaml", "samples.json"]
-    assert [name for name, _, _ in found["models"]] == ["best", "last", "step-000000", "step-000010", "step-000020"]
-    assert found["models"][0][2] == [("val/loss", 2.0, 30, T0 + 301)]
+    assert found["metrics"]["eval/val_loss"][1] == (10, T0 + 101, 4.0)
+    assert [(step, tokens) for step, _, tokens in found["metrics"]["tokens"]] == [(s, 512 * s) for s in range(41)]
+    assert found["last"]["eval/best_val_loss"] == 2.0
+    assert found["artifacts"] == ["checkpoints.json", "environment.json", "loss.png", "params.yaml", "samples.json"]
+    assert [name for name, _, _ in found["models"]] == ["best", "last"]
+    assert found["models"][0][2] == [("eval/val_loss", 2.0, 30, T0 + 301)]
     assert "**FINISHED** at step 40 of 40: best validation loss **2.0000** at step 30" in found["tags"][NOTE]
     assert "    text of 40" in found["tags"][NOTE]
     assert list((repository / "mlartifacts" / "test_one_experiment").glob("*/artifacts/loss.png"))
@@ -272,6 +283,10 @@ def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.Monkey
     table = replica._client.load_table(experiment, "samples.json", run_ids=[replica.run_id])
     assert table["step"].tolist() == [0, 10, 20, 30, 40]
     assert table["text"].tolist()[0] == "text of 0 <!-- x -->\nü"
+    table = replica._client.load_table(experiment, "checkpoints.json", run_ids=[replica.run_id])
+    assert table["val_loss"].tolist() == [5.0, 4.0, 3.0, 2.0, 3.0]
+    assert table["best"].tolist() == [False, False, False, True, False]
+    assert table["kept"].tolist() == ["", "", "", "", ".runs/run/attempt-1/checkpoints/step-00000040"]
 
 
 def test_replaying_changes_nothing_and_fills_another_database_alike(repository: Path, empty_database: Path) -> None:
@@ -376,7 +391,7 @@ def test_best_and_last_of_the_same_step_are_one_model(repository: Path) -> None:
         (attempt / "models" / kind).mkdir(parents=True)
         (attempt / "models" / kind / "weights.safetensors").write_text("same")
     found = finish(attempt, repository)[1]
-    assert [name for name, _, _ in found["models"]] == ["best", "step-000000", "step-000010"]
+    assert [name for name, _, _ in found["models"]] == ["best"]
 
 
 def test_a_run_that_diverged_is_failed_and_says_why(repository: Path) -> None:
@@ -523,7 +538,7 @@ def test_reports_join_the_run_that_trained_the_model(repository: Path) -> None:
     replica, found = finish(attempt, repository)
     assert runs == {replica.run_id}
     assert found["info"] == ("run", "FINISHED", T0, T0 + 405)
-    assert found["metrics"]["evaluate/val_loss"] == [(0, T0 + 1000, 1.25)]
+    assert found["metrics"]["val_loss"] == [(0, T0 + 1000, 1.25)]
     assert found["tags"]["evaluate.stride"] == "null"
     assert "samples" in found["artifacts"]
     assert "**FINISHED**" in found["tags"][NOTE]
