@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.corpus.tokenizer import Tokenizer
-from nanogpt.files import Damaged, Missing, read_bytes
+from nanogpt.files import Damaged, read_bytes
 from nanogpt.generate import Sampling, generate
 from nanogpt.saved_model import PublishedModel
 
@@ -94,4 +94,4 @@ def _read_prompt(prompt: str, key: str, folder: Path | None) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
     except Damaged as error:
-        raise Missing(f"{key} = {prompt} {error.what}") from error
+        raise ValueError(f"{key} = {prompt} {error.what}; correct it, or put the file there") from error
