@@ -181,6 +181,11 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Damaged(path, f"cannot be read ({error})") from error
+    return parse_params(text, path)
+
+
+def parse_params(text: str, path: Path) -> Params:
+    """The same for what is, or would be, the content of the file `path`; errors name that."""
     try:
         _check_structure(text)
         values = YAML(typ="safe").load(text)

@@ -1,5 +1,6 @@
 """Makes run directories as the train stage leaves them, and tells what MLflow holds of them."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,30 @@ def contents(client: Any, run_id: str) -> dict[str, Any]:
         "datasets": [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs],
         "artifacts": sorted(f.path for f in client.list_artifacts(run_id)),
     }
+
+
+def scored_run(repository: Path, name: str, val_loss: float, **fields: Any) -> Path:
+    """A finished training of 40 steps with evaluate's report: `seed`, `params`, `tags` and `profile` may be given."""
+    model = hashlib.sha256(name.encode()).hexdigest()
+    params = {"download.source": "grammar", "tokenize.tokenizer": "bpe", "train.muon_learning_rate": 0.02}
+    val = {"bytes": 900, "documents": 3, "sha256": "e" * 64}
+    attempt = make_attempt(
+        repository,
+        name,
+        params={**params, **fields.get("params", {}), "train.seed": fields.get("seed", 1)},
+        tags={"git.commit": "a" * 40, "git.dirty": "false", "code.sha256": "c" * 64, **fields.get("tags", {})},
+        dataset={"profile": {"train": {"bytes": 8000, "documents": 30}, "val": {**val, **fields.get("profile", {})}}},
+    )
+    with Journal(attempt / "journal.jsonl") as journal:
+        start(journal)
+        train(journal, 0, 40)
+        made = {"model_sha256": fields.get("model", model), "model_md5": f"{model[:32]}.dir"}
+        end(journal, "FINISHED", 40, val_loss=val_loss + 0.01, steps=40, **made)
+    metrics = {"val_loss": val_loss, "bits_per_byte": val_loss / 2, "floor": 1.0, "excess": val_loss - 1.0}
+    report = write_report(
+        repository,
+        model=made["model_sha256"],
+        metrics={f"evaluate/{key}": value for key, value in metrics.items()},
+    )
+    report.rename(report.with_name(f"evaluate-{name}.json"))
+    return attempt

@@ -13,6 +13,7 @@ from tracking.errors import errors_in_one_line, warn
 
 # The first line of each command's docstring (a test compares them), so that --help imports none of them.
 COMMANDS = {
+    "compare": "Shows which setting is best, by how much, and whether that is noise.",
     "deps": "Writes each stage's deps into dvc.yaml, from its imports.",
     "export": "Writes a trained model for transformers or nanoGPT.",
     "fastest": "Times the training with each dtype, compile and attention.",
@@ -25,6 +26,7 @@ COMMANDS = {
     "size": "Shows what the training that params.yaml describes will cost.",
     "summary": "Sums up the newest result and compares dvc.lock with HEAD's.",
     "sync": "Sends to MLflow what has not reached it.",
+    "trial": "Decides whether an idea lowers the loss: keep, discard or undecided.",
     "ui": "Shows MLflow's page, or says where its server has one.",
     "verify": "Reproduces the committed dvc.lock in a clean clone of HEAD.",
 }

@@ -3,7 +3,6 @@
 import difflib
 import io
 import json
-import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nanogpt.files import write_text
-from nanogpt.params import Params, load_params
+from nanogpt.params import Params, parse_params
 from tools.command import command
 from tracking.git import git_or_none
 
@@ -73,16 +72,12 @@ def preset_params(name: str) -> Params:
 
 def checked(text: str, preset: Path) -> Params:
     """The parameters of a params.yaml with the preset on it. Raises ValueError that names who sets the wrong value."""
-    with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder, PARAMS)
-        temporary.write_bytes(text.encode())
-        try:
-            return load_params(temporary)
-        except ValueError as error:
-            line = str(error).replace(str(temporary), f"{PARAMS} with {preset} on it")
-            setters = {key: source for source, sections in layers(preset) for key in flat(sections)}
-            where = (f"{key} is set in {source}" for key, source in setters.items() if f"{key} = " in line)
-            raise ValueError("; ".join((line, *where))) from error
+    try:
+        return parse_params(text, Path(f"{PARAMS} with {preset} on it"))
+    except ValueError as error:
+        setters = {key: source for source, sections in layers(preset) for key in flat(sections)}
+        where = (f"{key} is set in {source}" for key, source in setters.items() if f"{key} = " in str(error))
+        raise ValueError("; ".join((str(error), *where))) from error
 
 
 def find(name: str, wanted: str = "") -> Path:

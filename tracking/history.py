@@ -89,10 +89,15 @@ def experiment_models(root: Path, name: str) -> set[str]:
 
     One whose stages all came from the cache has no run of its own, and its dvc.lock may have been another commit's.
     """
-    refs = git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
-    named = [ref for ref in refs if (match := _EXPERIMENT.fullmatch(ref)) and match["name"] == name]
+    named = experiment_refs(root, name)
     locks = [DvcLock.parse_or_empty(git_or_none(root, "show", f"{ref}:./dvc.lock")) for ref in named]
     return {md5 for lock in locks if (md5 := lock.out_md5("train", "model"))}
+
+
+def experiment_refs(root: Path, name: str) -> list[str]:
+    """git's refs of the DVC experiments of that name; empty where no repository is."""
+    refs = (git_or_none(root, "for-each-ref", "--format=%(refname)", "refs/exps") or "").splitlines()
+    return [ref for ref in refs if (match := _EXPERIMENT.fullmatch(ref)) and match["name"] == name]
 
 
 def known_commit(root: Path, commit: str) -> bool:

@@ -11,6 +11,7 @@
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 from nanogpt.files import write_text
 from tracking.journal import Record, RunLock, last_record, read_records
+
+_HEAD = re.compile(rb'\{"kind":"(\w+)","t":(\d+),')
 
 
 class Run:
@@ -83,16 +86,31 @@ class Run:
             return "new"
         return str(record["status"]).lower() if record["kind"] == "end" else "open"
 
+    def timed(self, *kinds: str) -> Iterator[tuple[Record, float]]:
+        """The records of some kinds, each with the seconds of training before it; the time between two starts is none.
+
+        For who only shows them: they are not checked, and the other lines, of which a journal may have many, are not
+        parsed. Nothing for a journal that does not exist.
+        """
+        if not self.journal.exists():
+            return
+        begun, before, seconds = 0, 0.0, 0.0
+        with self.journal.open("rb") as file:
+            for line in file:
+                head = _HEAD.match(line)
+                if head is None or not line.endswith(b"\n"):
+                    continue
+                kind, t = head[1].decode(), int(head[2])
+                if kind == "start":
+                    begun, before = t, seconds
+                seconds = max(seconds, before + (t - begun) / 1000)
+                if kind in kinds:
+                    yield json.loads(line), seconds
+
     @property
     def environment(self) -> dict[str, str] | None:
-        """The environment of the last start. The other lines, of which a journal may have many, are not parsed."""
-        found = None
-        if self.journal.exists():
-            with self.journal.open("rb") as file:
-                for line in file:
-                    if line.startswith(b'{"kind":"start"') and line.endswith(b"\n"):
-                        found = json.loads(line).get("environment")
-        return found
+        """The environment of the last start."""
+        return next((record.get("environment") for record, _ in reversed([*self.timed("start")])), None)
 
     # --- MLflow
 

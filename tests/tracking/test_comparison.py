@@ -1,0 +1,154 @@
+import json
+
+import pytest
+
+from tests.runs import scored_run, write_report
+from tracking.comparison import compare, journal_results, select
+
+
+def results(repository):
+    return journal_results(repository)[0]
+
+
+def labels(found):
+    return [setting.label for setting in found.settings]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_setting(tmp_path):
+    for seed in (1, 2, 3):
+        scored_run(tmp_path, f"slow-{seed}", 2.0 + seed / 100, seed=seed)
+        scored_run(tmp_path, f"fast-{seed}", 1.5 + seed / 90, seed=seed, params={"train.muon_learning_rate": 0.04})
+    (found,), left_out = compare(results(tmp_path))
+    assert left_out == []
+    assert labels(found) == ["muon_learning_rate=0.04", "muon_learning_rate=0.02"]
+    assert [setting.seeds for setting in found.settings] == [[1, 2, 3], [1, 2, 3]]
+    assert found.reference is found.settings[0]
+    assert found.settings[1].mean("val_loss") == pytest.approx(2.02)
+    assert found.settings[1].mean("excess") == pytest.approx(1.02)
+    assert found.differences[0].paired
+    assert found.differences[0].verdict == "worse"
+
+
+def test_names_of_parameters_are_as_short_as_is_clear(tmp_path):
+    for i, (batch, evaluated) in enumerate([(4, 8), (8, 16)]):
+        params = {"train.batch_size": batch, "sample.batch_size": evaluated, "model.n_layer": i}
+        scored_run(tmp_path, f"run-{i}", 2.0, params=params)
+    (found,), _ = compare(results(tmp_path))
+    assert labels(found)[0] == "n_layer=0 sample.batch_size=8 train.batch_size=4"
+
+
+def test_of_a_training_that_was_repeated_the_newest_counts(tmp_path):
+    scored_run(tmp_path, "first", 2.0)
+    scored_run(tmp_path, "again", 1.9)
+    info = tmp_path / ".runs/again/attempt-1/run.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"started": 1_800_000_000_000}))
+    (found,), _ = compare(results(tmp_path))
+    assert [result.name for result in found.settings[0].results] == ["again"]
+
+
+def test_other_code_is_another_setting_unless_it_makes_the_same_model(tmp_path):
+    for name, code, model in (("old", "1" * 64, "a" * 64), ("same", "2" * 64, "a" * 64), ("other", "3" * 64, "b" * 64)):
+        scored_run(tmp_path, name, 2.0, tags={"code.sha256": code, "git.commit": f"{name:x<40}"}, model=model)
+    (found,), _ = compare(results(tmp_path))
+    assert sorted(len(setting.results) for setting in found.settings) == [1, 1]
+    assert "code=otherxx" in labels(found)
+
+
+def test_code_of_the_same_commit_is_named_by_its_hash(tmp_path):
+    for name, code in (("one", "1" * 64), ("two", "2" * 64)):
+        scored_run(tmp_path, name, 2.0, tags={"code.sha256": code, "git.dirty": "true"})
+    (found,), _ = compare(results(tmp_path))
+    assert sorted(labels(found)) == ["code=aaaaaaa+~1111", "code=aaaaaaa+~2222"]
+
+
+def test_losses_of_other_texts_are_not_compared(tmp_path):
+    scored_run(tmp_path, "one", 2.0)
+    scored_run(tmp_path, "two", 1.0, params={"download.source": "shakespeare"}, profile={"sha256": "f" * 64})
+    scored_run(tmp_path, "edited", 1.0, profile={"sha256": "d" * 64, "bytes": 901})
+    found, _ = compare(results(tmp_path))
+    assert [len(each.settings) for each in found] == [1, 1, 1]
+
+
+def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path):
+    scored_run(tmp_path, "bpe", 2.0)
+    scored_run(tmp_path, "char", 1.0, params={"tokenize.tokenizer": "char"}, profile={"sha256": "f" * 64})
+    (found,), _ = compare(results(tmp_path))
+    assert found.score == "bits_per_byte"
+    assert labels(found) == ["tokenizer=char", "tokenizer=bpe"]
+
+
+def test_another_way_to_score_is_not_compared(tmp_path):
+    scored_run(tmp_path, "one", 2.0)
+    scored_run(tmp_path, "two", 1.0, params={"train.batch_size": 2})
+    path = tmp_path / ".runs/reports/evaluate-two.json"
+    path.write_text(path.read_text().replace('"evaluate.stride": "null"', '"evaluate.stride": "1"'))
+    assert len(compare(results(tmp_path))[0]) == 2
+
+
+def test_runs_without_a_score_of_the_whole_split_are_left_out(tmp_path):
+    scored_run(tmp_path, "one", 2.0)
+    scored_run(tmp_path, "two", 1.0, params={"train.batch_size": 2})
+    (tmp_path / ".runs/reports/evaluate-two.json").unlink()
+    (found,), left_out = compare(results(tmp_path))
+    assert [result.name for setting in found.settings for result in setting.results] == ["one"]
+    assert left_out[0].startswith("two (.runs/two/attempt-1) has no score")
+    (tmp_path / ".runs/reports/evaluate-one.json").unlink()
+    (found,), left_out = compare(results(tmp_path))  # then training's own losses are compared
+    assert left_out == []
+    assert [setting.mean("val_loss") for setting in found.settings] == [1.01, 2.01]
+
+
+def test_what_is_not_finished_or_damaged_is_left_out_with_the_reason(tmp_path):
+    for name in ("good", "cut", "broken", "failed"):
+        scored_run(tmp_path, name, 2.0)
+    journal = tmp_path / ".runs/cut/attempt-1/journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    (tmp_path / ".runs/broken/attempt-1/run.json").write_text("{")
+    journal = tmp_path / ".runs/failed/attempt-1/journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"FINISHED"', b'"FAILED"'))
+    write_report(tmp_path).with_name("evaluate-broken.json").write_text("{")
+    found, left_out = journal_results(tmp_path)
+    assert [result.name for result in found] == ["good"]
+    text = "\n".join(sorted(left_out))
+    assert ".runs/broken/attempt-1 is damaged (JSONDecodeError" in text
+    assert "cut (.runs/cut/attempt-1) has not finished, or was killed" in text
+    assert "failed (.runs/failed/attempt-1) failed" in text
+
+
+def test_a_baseline_takes_the_place_of_the_best(tmp_path):
+    for i, loss in enumerate((2.0, 1.5, 1.7)):
+        scored_run(tmp_path, f"run-{i}", loss, params={"train.batch_size": i + 1})
+    (found,), _ = compare(results(tmp_path), lambda result: result.name == "run-0")
+    assert found.reference.label == "batch_size=1"
+    assert [diff.mean for diff in found.differences] == pytest.approx([-0.5, -0.3])
+    assert (found.chosen, found.tests) == (False, 2)
+    assert compare(results(tmp_path))[0][0].tests == 3  # the best of three is the best of three pairs
+    with pytest.raises(ValueError, match="3 settings: batch_size=2; batch_size=3; batch_size=1; give one"):
+        compare(results(tmp_path), lambda result: True)
+    with pytest.raises(ValueError, match="none of the runs"):
+        compare(results(tmp_path), lambda result: False)
+
+
+def test_the_curve_knows_steps_tokens_and_seconds(tmp_path):
+    scored_run(tmp_path, "run", 2.0)
+    (result,) = results(tmp_path)
+    points = result.curve()
+    assert [point.step for point in points] == [0, 10, 20, 30, 40]
+    assert (points[2].tokens, points[2].seconds, points[2].val_loss) == (10240, 0.201, 3.0)
+    assert result.seconds == 0.405
+    assert result.sample() == "text of 40 <!-- x -->\nü"
+
+
+def test_a_run_is_named_by_much(tmp_path):
+    tags = {"dvc.experiment": "idea-1", "fingerprint": "f1" * 32}
+    scored_run(tmp_path, "one", 2.0, tags=tags)
+    scored_run(tmp_path, "two", 1.0, params={"train.batch_size": 2}, tags={"dvc.experiment": "idea-2"})
+    both = results(tmp_path)
+    one = next(result for result in both if result.name == "one")
+    for argument in ("one", "idea-1", ".runs/one/attempt-1", ".runs/one", one.model[:7], "f1f1f1f1", "*-1", "on[e]"):
+        assert select(both, argument, tmp_path) == [one], argument
+    assert select(both, "idea-*", tmp_path) == both
+    with pytest.raises(ValueError, match=r"no finished run is 'idea-3'.*did you mean 'idea-[12]'"):
+        select(both, "idea-3", tmp_path)
+    with pytest.raises(ValueError, match="no finished run is 'x'"):
+        select(both, "x", tmp_path)

@@ -1,0 +1,277 @@
+"""Which setting is best, by how much, and whether that is noise: `python -m tools compare`."""
+
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nanogpt.files import write_text
+from tools.command import command
+from tracking import comparison
+from tracking.comparison import Comparison, Result, Setting
+from tracking.significance import ALPHA, Difference
+
+WIDTH = 80
+TITLES = {"val_loss": "validation loss, nats per token", "bits_per_byte": "bits per byte (the tokenizers differ)"}
+MANY_LINES = 4  # of a label in the table
+
+
+@command()
+@click.argument("runs", nargs=-1, metavar="[RUN | EXPERIMENT | COMMIT]...")
+@click.option("--baseline", help="Compare all others with this run, experiment or commit. [default: with the best]")
+@click.option("--server", is_flag=True, help="Take the runs from MLflow (MLFLOW_TRACKING_URI) instead of .runs.")
+@click.option("--markdown", is_flag=True, help="Print Markdown, for a pull request.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page that opens offline.")
+def main(
+    runs: tuple[str, ...], baseline: str | None, server: bool, markdown: bool, as_json: bool, html: Path | None
+) -> None:
+    """Shows which setting is best, by how much, and whether that is noise.
+
+    Compares all finished runs of params.yaml's tracking.experiment, or those that are named. Runs that differ in their
+    seeds alone are one setting.
+    """
+    if markdown and as_json:
+        raise click.UsageError("give one of --markdown and --json")
+    comparisons, left_out = gather(Path.cwd(), runs, baseline, server)
+    if as_json:
+        click.echo(json.dumps(as_dict(comparisons, left_out), indent=1))
+    elif markdown:
+        click.echo("\n\n".join(map(markdown_table, comparisons)) or "No finished runs.")
+    else:
+        click.echo("\n\n".join(map(table, comparisons)) or "no finished runs yet; `dvc repro` makes one")
+    if not as_json:
+        for line in left_out:
+            click.echo(f"left out: {line}", err=True)
+    if html is not None:
+        from tools.compare_page import page
+
+        write_text(html, page(comparisons, left_out))
+        click.echo(f"{html} opens in any browser, offline", err=True)
+
+
+def gather(
+    root: Path, arguments: Sequence[str], baseline: str | None, server: bool
+) -> tuple[list[Comparison], list[str]]:
+    """The comparisons of the runs that are meant, and a line for each run that is left out. Raises ValueError."""
+    if server:
+        from tracking.mlflow_results import server_results
+
+        results, left_out = server_results(root, experiment_here())
+    else:
+        results, left_out = comparison.journal_results(root)
+    wanted = [result for argument in arguments for result in comparison.select(results, argument, root)]
+    if not arguments:
+        wanted = [result for result in results if result.experiment == experiment_here()]
+    else:
+        left_out = []  # nobody asked for them
+    is_baseline = None
+    if baseline is not None:
+        ids = {result.id for result in comparison.select(results, baseline, root)}
+        wanted += [result for result in results if result.id in ids]
+        is_baseline = partial(_is_one_of, ids)
+    unique = list({result.id: result for result in wanted}.values())
+    comparisons, without_score = comparison.compare(unique, is_baseline)
+    return comparisons, left_out + without_score
+
+
+def _is_one_of(ids: set[str], result: Result) -> bool:
+    return result.id in ids
+
+
+def experiment_here() -> str:
+    """params.yaml's tracking.experiment."""
+    from nanogpt.params import load_params
+
+    return load_params().tracking.experiment
+
+
+# --- as text
+
+
+def table(found: Comparison) -> str:
+    """A comparison as text for a terminal: the settings, then how each differs from the reference."""
+    head, rows = cells(found)
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(1, len(head))]
+    room = WIDTH - 4 - sum(widths) - 2 * len(widths)
+    lines = [title(found), "", *_row("", head[0], head[1:], widths, room)]
+    for number, row in enumerate(rows, 1):
+        lines += _row(str(number), row[0], row[1:], widths, room)
+    return "\n".join([*lines, *verdict_lines(found)])
+
+
+def title(found: Comparison) -> str:
+    """What is compared: "6 runs of 2 settings: validation loss, nats per token; best possible 1.0408"."""
+    runs, settings = sum(len(setting.results) for setting in found.settings), len(found.settings)
+    floors = {round(floor, 4) for setting in found.settings for floor in setting.values("floor")}
+    counted = f"{_count(runs, 'run')} of {_count(settings, 'setting')}: {TITLES[found.score]}"
+    if not found.settings[0].results[0].evaluated:
+        counted += ", of training's batches"
+    return counted + (f"; best possible {floors.pop():.4f}" if len(floors) == 1 and found.score == "val_loss" else "")
+
+
+def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table of settings, as text; columns of which nothing is known are left out."""
+    columns = {
+        "seeds": [str(len(setting.results)) for setting in found.settings],
+        "val loss": [_spread(setting, "val_loss") for setting in found.settings],
+        "bits/byte": [_spread(setting, "bits_per_byte", found.score == "bits_per_byte") for setting in found.settings],
+        "excess": [_spread(setting, "excess", False) for setting in found.settings],
+        "steps": [f"{setting.steps:,}" for setting in found.settings],
+        "time": [duration(setting.seconds) for setting in found.settings],
+    }
+    if found.score == "bits_per_byte":  # losses per token of different tokens say nothing
+        del columns["val loss"]
+    columns = {name: column for name, column in columns.items() if any(column)}
+    head, labels = "setting", [setting.label or "all runs" for setting in found.settings]
+    if len(found.settings[0].differs) == 1:
+        head = next(iter(found.settings[0].differs))
+        labels = [setting.differs[head] for setting in found.settings]
+    rows = zip(labels, *columns.values(), strict=True)
+    return [head, *columns], [list(row) for row in rows]
+
+
+def verdict_lines(found: Comparison) -> list[str]:
+    """How each setting differs from the reference."""
+    if not found.others:
+        return ["", "one setting: nothing to compare it with"]
+    tests = _count(found.tests, "comparison")
+    chosen = ", the best" if found.chosen else ", the baseline"
+    lines = ["", f"against {number_of(found, found.reference)}{chosen}; 95 % interval; p corrected for {tests}"]
+    for setting, diff in zip(found.others, found.differences, strict=True):
+        shown = f"{number_of(found, setting):>4}  {diff.mean:+.4f}"
+        if diff.p is not None:
+            kind = _count(diff.seeds, "pair") if diff.paired else "Welch"
+            shown += f"  {interval(diff)}  {kind}  {p_value(diff.p)}"
+        lines.append(f"{shown}  {words(diff)}")
+    return lines
+
+
+def words(diff: Difference) -> str:
+    """The verdict: "worse", or "cannot tell: 4 more seeds would"."""
+    if diff.p is None:
+        return "cannot tell: one seed cannot"
+    if diff.more_seeds is not None:
+        return f"cannot tell: {_count(diff.more_seeds, 'more seed')} would"
+    if diff.verdict == "cannot tell":
+        return "the same" if diff.mean == 0 and diff.low == 0 else "cannot tell"
+    return diff.verdict
+
+
+def interval(diff: Difference) -> str:
+    return f"[{diff.low:+.4f}, {diff.high:+.4f}]"
+
+
+def p_value(p: float) -> str:
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.4f}"
+
+
+def number_of(found: Comparison, setting: Setting) -> str:
+    """The number of a setting in the table."""
+    return str(next(number for number, each in enumerate(found.settings, 1) if each is setting))
+
+
+def duration(seconds: float) -> str:
+    """ "24 s", "13 min", "2.5 h" """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _spread(setting: Setting, score: str, with_deviation: bool = True) -> str:
+    mean, deviation = setting.mean(score), setting.deviation(score)
+    if mean is None:
+        return ""
+    return f"{mean:.4f} ± {deviation:.4f}" if with_deviation and deviation is not None else f"{mean:.4f}"
+
+
+def _row(number: str, label: str, values: Sequence[str], widths: Sequence[int], room: int) -> Iterator[str]:
+    lines = textwrap.wrap(label, max(room, 12), break_on_hyphens=False)
+    if len(lines) > MANY_LINES:
+        lines[MANY_LINES - 1 :] = ["…"]
+    numbers = "  ".join(value.rjust(width) for value, width in zip(values, widths, strict=True))
+    yield f"{number:>2}  {lines[0]:<{max(room, 12)}}  {numbers}".rstrip()
+    yield from (f"    {line}" for line in lines[1:])
+
+
+# --- as Markdown and JSON
+
+
+def markdown_table(found: Comparison) -> str:
+    """A comparison as Markdown: one table, with the verdicts in it."""
+    head, rows = cells(found)
+    verdicts = dict(zip(map(id, found.others), found.differences, strict=True))
+    lines = [f"**{title(found)}**", "", _markdown_row([*head, "difference", "95 % interval", "p", "verdict"])]
+    lines.append("|" + " --- |" * (len(head) + 4))
+    for setting, row in zip(found.settings, rows, strict=True):
+        diff = verdicts.get(id(setting))
+        shown = ["", "", "", "best" if found.chosen else "baseline"]
+        if diff is not None:
+            known = diff.p is not None
+            shown = [
+                f"{diff.mean:+.4f}",
+                interval(diff) if known else "",
+                p_value(diff.p or 0) if known else "",
+                words(diff),
+            ]
+        lines.append(_markdown_row([*row, *shown]))
+    note = f"p is corrected for {_count(found.tests, 'comparison')}; a verdict needs p < {ALPHA}."
+    return "\n".join([*lines, *(["", note] if found.others else [])])
+
+
+def _markdown_row(values: Sequence[str]) -> str:
+    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+
+
+def as_dict(comparisons: Sequence[Comparison], left_out: Sequence[str]) -> dict[str, Any]:
+    """All of it for programs: numbers are not rounded."""
+    return {"comparisons": [_comparison_dict(found) for found in comparisons], "left_out": list(left_out)}
+
+
+def _comparison_dict(found: Comparison) -> dict[str, Any]:
+    verdicts = dict(zip(map(id, found.others), found.differences, strict=True))
+    return {
+        "score": found.score,
+        "reference": number_of(found, found.reference),
+        "reference_is": "best" if found.chosen else "baseline",
+        "tests": found.tests,
+        "settings": [
+            {
+                "number": number_of(found, setting),
+                "differs": setting.differs,
+                "mean": setting.mean(found.score),
+                "standard_deviation": setting.deviation(found.score),
+                "steps": setting.steps,
+                "seconds": setting.seconds,
+                "difference": _difference_dict(verdicts.get(id(setting))),
+                "runs": [run_dict(result) for result in setting.results],
+            }
+            for setting in found.settings
+        ],
+    }
+
+
+def _difference_dict(diff: Difference | None) -> dict[str, Any] | None:
+    return None if diff is None else {**vars(diff), "verdict": diff.verdict}
+
+
+def run_dict(result: Result) -> dict[str, Any]:
+    """Where a number comes from, and how to have it again."""
+    return {
+        "id": result.id,
+        "name": result.name,
+        "seed": result.seed,
+        "scores": dict(result.scores),
+        "commit": result.tags.get("git.commit", "none"),
+        "uncommitted_changes": result.tags.get("git.dirty") == "true",
+        "model_sha256": result.model,
+        "again": f"python -m tools lineage {result.model[:12]}",
+    }

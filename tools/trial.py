@@ -1,0 +1,337 @@
+"""Whether an idea is a gain: `python -m tools trial` trains seeds of it and of a baseline until that is decided."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from nanogpt.files import write_text
+from nanogpt.params import Params, flatten, parse_params
+from tools.command import command
+from tools.preset import changed
+from tracking.comparison import SEED, Result, journal_results, select
+from tracking.console import repository
+from tracking.errors import explain
+from tracking.fingerprint import code_hash
+from tracking.git import git_or_none
+from tracking.history import experiment_refs
+from tracking.mlflow_server import as_text
+from tracking.significance import Evidence, evidence
+
+LEDGER = Path("experiments/ledger.md")
+HEAD = """# Ledger of trials
+
+What was tried, against what, and what came of it. `python -m tools trial` appends a line for each decision.
+
+| idea | what | against | seeds | difference | 99 % interval | p | verdict | code and models |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+DECISIONS = {
+    "better": ("keep", 0),
+    "worse": ("discard", 1),
+    "the same": ("discard", 1),
+    "cannot tell": ("undecided", 3),
+}
+SECTIONS = ("download", "tokenize", "model", "train", "numerics")  # what defines a training
+
+
+class Failure(click.ClickException):
+    """An error. 1, click's exit code for it, means "discard" here."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Side:
+    """The idea or the baseline: the parameters of its runs and the code that they must have."""
+
+    name: str
+    params: Params
+    code: str  # hash of the train stage's code
+    overrides: dict[str, Any]  # by which its params differ from params.yaml
+
+    def find(self, results: Sequence[Result], seed: int) -> Result | None:
+        """Its finished, evaluated run with a seed, the newest one, if there is any."""
+        wanted = {
+            k: as_text(v) for name in SECTIONS for k, v in flatten(getattr(self.params, name), f"{name}.").items()
+        }
+        wanted[SEED] = str(seed)
+        same = (
+            r for r in results if dict(r.params) == wanted and r.tags.get("code.sha256") == self.code and r.evaluated
+        )
+        return max(same, key=lambda result: result.started, default=None)
+
+
+@dataclass
+class Trial:
+    """An idea, its baseline, and the pairs of runs so far: one of each with the same seed."""
+
+    idea: Side
+    baseline: Side
+    pairs: list[tuple[Result, Result]] = field(default_factory=list)
+
+    @property
+    def score(self) -> str:
+        """Losses per token can be compared only where the tokens are the same."""
+        return "val_loss" if all(a.tokens == b.tokens for a, b in self.pairs) else "bits_per_byte"
+
+    @property
+    def differences(self) -> list[float]:
+        return [idea.scores[self.score] - baseline.scores[self.score] for idea, baseline in self.pairs]
+
+    @property
+    def evidence(self) -> Evidence:
+        return evidence(self.differences)
+
+    @property
+    def verdict(self) -> str:
+        """better | worse | the same (to the bit) | cannot tell"""
+        if self.pairs and all(idea.model == baseline.model for idea, baseline in self.pairs):
+            return "the same"
+        return self.evidence.verdict
+
+
+@command()
+@click.option("--name", required=True, help="Name of the idea; its experiments are called NAME-SEED.")
+@click.option("-S", "--set-param", "assignments", multiple=True, metavar="KEY=VALUE", help="As of `dvc exp run`.")
+@click.option("--baseline", metavar="EXPERIMENT", help="An experiment or a commit. [default: params.yaml as it is]")
+@click.option("--budget", type=click.Choice(["steps", "flops"]), default="steps", show_default=True)
+@click.option("--max-seeds", type=click.IntRange(2, 1000), default=20, show_default=True, help="Then it is undecided.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+def main(
+    name: str, assignments: tuple[str, ...], baseline: str | None, budget: str, max_seeds: int, as_json: bool
+) -> None:
+    """Decides whether an idea lowers the loss: keep, discard or undecided.
+
+    Trains the idea and the baseline with the same seeds, a pair at a time, until a sequential test decides or
+    --max-seeds pairs are there. Runs that exist are used again, so that a trial that was interrupted goes on. Writes
+    the outcome to experiments/ledger.md. The exit code is 0 for keep, 1 for discard, 3 for undecided, 2 for an error.
+    """
+    try:
+        trial = plan(Path.cwd(), name, assignments, baseline, budget)
+        for line in run(trial, max_seeds):
+            click.echo(line, err=as_json)
+        added = record(Path.cwd() / LEDGER, trial)
+    except (ValueError, OSError) as error:
+        raise Failure(f"trial: {explain(error)}") from error
+    click.echo(json.dumps(outcome(trial), indent=1) if as_json else conclusion(trial))
+    click.echo(f"{LEDGER} {'has a new line; commit it' if added else 'has this line already'}", err=True)
+    sys.exit(DECISIONS[trial.verdict][1])
+
+
+# --- what is compared
+
+
+def plan(root: Path, name: str, assignments: Sequence[str], baseline: str | None, budget: str) -> Trial:
+    """The two sides of a trial, checked. Raises ValueError for wrong parameters and unequal budgets."""
+    if not assignments and baseline is None:
+        raise ValueError("there is nothing to try: give -S KEY=VALUE, or --baseline for the code and params.yaml here")
+    text = (root / "params.yaml").read_text(encoding="utf-8")
+    code = code_hash(root, "stages.train")
+    idea = overridden(name, text, parse_assignments(assignments), code)
+    other = overridden("params.yaml", text, {}, code) if baseline is None else committed(root, text, baseline, code)
+    if budget == "flops":
+        idea = with_equal_flops(idea, other, text)
+    elif (mine := tokens_of(idea.params)) != (theirs := tokens_of(other.params)):
+        raise ValueError(
+            f"{name} trains on {mine:,} tokens and {other.name} on {theirs:,}: set train.max_iters so that both are "
+            "the same, or give --budget flops"
+        )
+    return Trial(idea, other)
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """key -> value of each "key=value". Raises ValueError."""
+    values = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(
+                f"-S {assignment!r} is refused: write it as section.key=value, such as train.max_iters=100"
+            )
+        if key == SEED:
+            raise ValueError(f"-S {assignment} is refused: a trial sets the seeds itself")
+        try:
+            values[key] = YAML(typ="safe").load(text)
+        except YAMLError as error:
+            raise ValueError(f"-S {assignment!r} is refused: the value is not YAML") from error
+    return values
+
+
+def overridden(name: str, text: str, overrides: dict[str, Any], code: str) -> Side:
+    """params.yaml's text with some values changed. Raises ValueError for unknown keys and refused values."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in overrides.items():
+        section, _, entry = key.partition(".")
+        sections.setdefault(section, {})[entry] = value
+    after, _ = changed(text, "params.yaml", ("-S", sections))
+    return Side(name, parse_params(after, Path("params.yaml with -S")), code, overrides)
+
+
+def committed(root: Path, text: str, revision: str, code: str) -> Side:
+    """An experiment or a commit as a baseline: its params.yaml, and the code of its runs. Raises ValueError."""
+    references = experiment_refs(root, revision) or [revision]
+    if len(references) > 1:
+        raise ValueError(f"{len(references)} experiments are named {revision!r}: give the hash of one (`dvc exp show`)")
+    theirs = git_or_none(root, "show", f"{references[0]}:./params.yaml")
+    if theirs is None:
+        raise ValueError(
+            f"--baseline {revision!r} is no experiment and no commit with a params.yaml; see `dvc exp show`"
+        )
+    params = parse_params(theirs, Path(f"params.yaml of {revision}"))
+    here = flatten(parse_params(text, Path("params.yaml")))
+    tracked = tuple(f"{name}." for name in (*SECTIONS, "evaluate"))
+    differing = {k: v for k, v in flatten(params).items() if k.startswith(tracked) and here.get(k) != v and k != SEED}
+    results, _ = journal_results(root)
+    with suppress(ValueError):  # no run of it is here: its seeds are trained with the code that is
+        code = select(results, revision, root)[0].tags.get("code.sha256", code)
+    return Side(revision, params, code, differing)
+
+
+def tokens_of(params: Params) -> int:
+    """Tokens that a training takes, or sequences if the context is that of an initial model."""
+    train = params.train
+    return train.last_step * train.batch_size * train.gradient_accumulation_steps * (params.model.block_size or 1)
+
+
+def with_equal_flops(idea: Side, baseline: Side, text: str) -> Side:
+    """The idea with as many steps as the baseline's FLOPs pay for, rounded. Raises ValueError if the idea sets them."""
+    if "train.max_iters" in idea.overrides:
+        raise ValueError("--budget flops sets train.max_iters itself: leave out -S train.max_iters")
+    steps = max(1, round(baseline.params.train.last_step * flops_per_step(baseline) / flops_per_step(idea)))
+    return overridden(idea.name, text, {**idea.overrides, "train.max_iters": steps}, idea.code)
+
+
+def flops_per_step(side: Side) -> int:
+    from tools.size import known_meta, size, vocabulary
+
+    meta = known_meta(side.params.tokenize)
+    figures = size(side.params, vocabulary(side.params.tokenize, meta), meta, None, None, False)
+    forward_and_backward = 3 * sum(figures["flops_per_token"]["forward"].values())
+    return int(forward_and_backward * figures["tokens"]["per_step"])
+
+
+# --- running it
+
+
+def run(trial: Trial, max_seeds: int) -> Iterator[str]:
+    """Adds pairs of runs until the verdict is there; yields a line for each. Raises ValueError if a run fails."""
+    yield f"{trial.idea.name} ({what(trial.idea)}) against {trial.baseline.name}, up to {max_seeds} seeds"
+    first = trial.baseline.params.train.seed
+    for seed in range(first, first + max_seeds):
+        baseline, idea = (obtain(side, trial.idea.name, seed) for side in (trial.baseline, trial.idea))
+        trial.pairs.append((idea, baseline))
+        score = trial.score
+        yield (
+            f"  seed {seed}  {idea.scores[score]:.4f}  {baseline.scores[score]:.4f}  {trial.differences[-1]:+.4f}  "
+            f"odds {trial.evidence.odds:.3g}"
+        )
+        if trial.verdict != "cannot tell":
+            return
+
+
+def obtain(side: Side, idea: str, seed: int) -> Result:
+    """The run of a side with a seed: one that exists, or else a new DVC experiment. Raises ValueError."""
+    root = repository()
+    found = side.find(journal_results(root)[0], seed)
+    if found is not None:
+        return found
+    if side.code != code_hash(root, "stages.train"):
+        raise ValueError(
+            f"{side.name} has no run with seed {seed}, and its code is not the one here; check its commit out and run "
+            f"`dvc exp run --temp -S {SEED}={seed}`, then come back and repeat this"
+        )
+    name = f"{idea}-{seed}" if side.name == idea else f"{idea}-baseline-{seed}"
+    log = root / ".runs" / "logs" / name / "dvc.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if experiment_refs(root, name):  # of a trial with other parameters, or one whose journal is gone
+        dvc(root, log, "exp", "remove", name)
+    settings = [f"--set-param={key}={as_text(value)}" for key, value in {**side.overrides, SEED: seed}.items()]
+    code = dvc(root, log, "exp", "run", "--temp", "--name", name, *settings)
+    found = side.find(journal_results(root)[0], seed)
+    if code or found is None:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line or "failed" in line]
+        raise ValueError(
+            f"experiment {name} failed: {lines[0] if lines else f'exit code {code}'} (all of it is in {log})"
+        )
+    return found
+
+
+def dvc(root: Path, log: Path, *arguments: str) -> int:
+    """Runs DVC in the repository; its output goes to a log. Returns the exit code."""
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(command, cwd=root, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+
+
+# --- what came of it
+
+
+def what(side: Side) -> str:
+    """The parameters that make the idea: "muon_learning_rate=0.04"."""
+    return (
+        " ".join(f"{key.partition('.')[2]}={as_text(value)}" for key, value in side.overrides.items())
+        or "the code here"
+    )
+
+
+def conclusion(trial: Trial) -> str:
+    """The verdict in a sentence."""
+    seen, decision = trial.evidence, DECISIONS[trial.verdict][0]
+    unit = "nats per token" if trial.score == "val_loss" else "bits per byte"
+    if trial.verdict == "the same":
+        return f"discard: {trial.idea.name} changes no bit of the model"
+    size = f"{abs(seen.mean):.4f} {unit} after {seen.pairs} pairs, 99 % interval [{seen.low:+.4f}, {seen.high:+.4f}]"
+    if trial.verdict == "cannot tell":
+        return f"undecided: {trial.idea.name} differs by {seen.mean:+.4f} {size.partition(' ')[2]}; noise can do that"
+    return f"{decision}: {trial.idea.name} is {trial.verdict} by {size}"
+
+
+def outcome(trial: Trial) -> dict[str, Any]:
+    """All of it for programs."""
+    seen = trial.evidence
+    return {
+        "decision": DECISIONS[trial.verdict][0],
+        "verdict": trial.verdict,
+        "idea": {"name": trial.idea.name, "overrides": trial.idea.overrides},
+        "baseline": {"name": trial.baseline.name, "overrides": trial.baseline.overrides},
+        "score": trial.score,
+        "difference": seen.mean,
+        "interval": [seen.low, seen.high] if seen.high < float("inf") else None,
+        "p": p_value(seen),
+        "pairs": [
+            {"seed": idea.seed, "idea": idea.scores[trial.score], "baseline": baseline.scores[trial.score]}
+            | {"idea_model": idea.model, "baseline_model": baseline.model}
+            for idea, baseline in trial.pairs
+        ],
+    }
+
+
+def p_value(seen: Evidence) -> float:
+    """A p value that holds whenever one looks: one over the odds."""
+    return min(1.0, 1 / seen.odds)
+
+
+def record(path: Path, trial: Trial) -> bool:
+    """Appends the outcome to the ledger, unless that line is there; whether it was added. Raises OSError."""
+    seen = trial.evidence
+    interval = f"[{seen.low:+.4f}, {seen.high:+.4f}]" if seen.high < float("inf") else ""
+    idea, baseline = trial.pairs[0]
+    hashes = f"{idea.code} {idea.model[:8]} / {baseline.code} {baseline.model[:8]}"
+    values = [trial.idea.name, what(trial.idea), trial.baseline.name, str(seen.pairs), f"{seen.mean:+.4f}", interval]
+    values += [f"{p_value(seen):.4f}", DECISIONS[trial.verdict][0], hashes]
+    line = f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+    text = path.read_text(encoding="utf-8") if path.exists() else HEAD
+    if line in text.splitlines():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.rstrip("\n") + f"\n{line}\n")
+    return True

@@ -1,0 +1,110 @@
+"""The finished runs of an MLflow experiment, as results that can be compared: those of a team's server, say."""
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tracking.comparison import Point, Result
+from tracking.mlflow_page import LOSS
+from tracking.mlflow_run import SAMPLES
+from tracking.mlflow_server import connect, explained, resolve_uri
+
+_SCORES = ("val_loss", "bits_per_byte", "excess")
+_PAGE = 1000  # runs that MLflow gives at once
+
+
+def server_results(root: Path, experiment: str) -> tuple[list[Result], list[str]]:
+    """All finished trainings of the experiment at MLFLOW_TRACKING_URI, oldest first; a line for each run left out.
+
+    Raises TrackingError if MLflow does not answer, ValueError if it has no such experiment.
+    """
+    uri = resolve_uri(root)
+    with explained(uri):
+        client = connect(uri, root)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            names = ", ".join(sorted(one.name for one in client.search_experiments()))
+            raise ValueError(f"MLflow has no experiment {experiment!r} (tracking.experiment); it has: {names or 'none'}")
+        runs, token = [], None
+        while token is not None or not runs:
+            page = client.search_runs([found.experiment_id], max_results=_PAGE, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                break
+    results, left_out = [], []
+    for run in sorted(runs, key=lambda each: each.info.start_time):
+        if "model.pulled" in run.data.tags:  # the place of scores whose training is in another database
+            continue
+        if run.info.status == "FINISHED" and "model.sha256" in run.data.tags:
+            results.append(_result(client, run, experiment))
+        else:
+            left_out.append(f"{run.info.run_name} ({run.info.run_id}) is {run.info.status}")
+    return results, left_out
+
+
+def _result(client: Any, run: Any, experiment: str) -> Result:
+    info, params, tags, metrics = run.info, run.data.params, run.data.tags, run.data.metrics
+    # Runs of earlier versions have these names with a prefix.
+    scores = {name: metrics.get(name, metrics.get(f"evaluate/{name}")) for name in _SCORES}
+    stride = tags.get("evaluate.stride")
+    if scores["val_loss"] is None:
+        scores["val_loss"], stride = metrics.get(LOSS, metrics.get("val/loss")), None
+    known = {name: float(value) for name, value in scores.items() if value is not None}
+    if {"val_loss", "excess"} <= known.keys():
+        known["floor"] = known["val_loss"] - known["excess"]
+    return Result(
+        id=info.run_id,
+        name=info.run_name,
+        experiment=experiment,
+        params=params,
+        tags=tags,
+        profile=_profile(run),
+        started=info.start_time,
+        steps=int(params.get("train.max_iters", 0)),
+        seconds=(info.end_time - info.start_time) / 1000,  # with the time between a kill and the next start
+        scores=known,
+        evaluated=None if stride is None else f"stride {stride}",
+        curve=partial(_curve, client, info.run_id, info.start_time),
+        sample=partial(_sample, client, info.run_id),
+    )
+
+
+def _profile(run: Any) -> dict[str, Any]:
+    """meta.json of the run's tokens, as MLflow's dataset holds it; empty where it is not."""
+    for each in run.inputs.dataset_inputs if run.inputs else []:
+        try:
+            profile = json.loads(each.dataset.profile)
+        except (TypeError, ValueError):
+            continue
+        if isinstance(profile, dict):
+            return profile
+    return {}
+
+
+def _curve(client: Any, run_id: str, started: int) -> list[Point]:
+    history = {
+        key: {point.step: point for point in client.get_metric_history(run_id, key)}
+        for key in (LOSS, "eval/train_loss", "tokens")
+    }
+    return [
+        Point(
+            step,
+            int(history["tokens"][step].value) if step in history["tokens"] else 0,
+            (point.timestamp - started) / 1000,
+            history["eval/train_loss"][step].value if step in history["eval/train_loss"] else float("nan"),
+            point.value,
+        )
+        for step, point in sorted(history[LOSS].items())
+    ]
+
+
+def _sample(client: Any, run_id: str) -> str:
+    """The last text of the run's table of samples; empty if there is none."""
+    if SAMPLES not in {file.path for file in client.list_artifacts(run_id)}:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        table = json.loads(Path(client.download_artifacts(run_id, SAMPLES, folder)).read_text(encoding="utf-8"))
+    return str(table["data"][-1][-1]) if table.get("data") else ""

@@ -1,0 +1,167 @@
+"""Whether two settings differ or only their seeds: interval, test, verdict, and how many seeds a verdict takes.
+
+All of it judges losses, so a negative difference is a gain. Seeds that two settings share give the same order of data
+to both, and differences are taken seed by seed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+
+ALPHA = 0.01  # a verdict's error rate: how often two settings that are equal may be called different
+CONFIDENCE = 0.95  # of the intervals that are shown
+POWER = 0.9  # how often the number of seeds that is asked for shows a difference of the size that was seen
+MOST_SEEDS = 10_000  # more are not worth counting
+
+Losses = Mapping[int, float]  # seed -> loss
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much a setting's mean loss differs from a reference's, and how sure that is.
+
+    `low` and `high` bound the mean with 95 % confidence and `p` is of a two-sided t test; all are None with one seed.
+    """
+
+    mean: float
+    seeds: int  # of each setting, or of that which has fewer
+    paired: bool  # shared seeds were compared one by one; else all seeds, by Welch's test
+    effect: float | None = None  # `mean` over its standard deviation, as seeds_needed takes it
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    more_seeds: int | None = None  # that each setting lacks to show a difference of this size; None: none, or unknown
+
+    @property
+    def verdict(self) -> str:
+        """better | worse | cannot tell"""
+        if self.p is None or self.p >= ALPHA:
+            return "cannot tell"
+        return "better" if self.mean < 0 else "worse"
+
+
+def difference(losses: Losses, reference: Losses) -> Difference:
+    """Compares a setting's losses with a reference's.
+
+    By pairs if at least half of the seeds of the one that has fewer are shared, else by Welch's test, which knows no
+    pairs. Both assume that a loss is roughly normal over seeds.
+    """
+    shared = sorted(losses.keys() & reference.keys())
+    if len(shared) >= 2 and 2 * len(shared) >= min(len(losses), len(reference)):
+        return _paired([losses[seed] - reference[seed] for seed in shared])
+    return _welch(list(losses.values()), list(reference.values()))
+
+
+def corrected(differences: Sequence[Difference], family: int) -> list[Difference]:
+    """Multiplies each p by how many chances there were to find so small a one, and adds the seeds that are missing.
+
+    Holm's step-down method (1979) for the smallest p of a `family` of tests. Where the reference is the best of m
+    settings, chosen by these losses, the family is all m (m - 1) / 2 pairs that could have been it.
+    """
+    order = sorted((d.p, i) for i, d in enumerate(differences) if d.p is not None)
+    results, highest = list(differences), 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = min(1.0, max(highest, p * max(1, family - rank)))
+        found = replace(differences[i], p=highest)
+        if highest >= ALPHA and found.effect:
+            needed = seeds_needed(found.effect, ALPHA / max(1, family - rank), found.paired)
+            found = replace(found, more_seeds=None if needed is None else max(1, needed - found.seeds))
+        results[i] = found
+    return results
+
+
+def _paired(differences: Sequence[float]) -> Difference:
+    from scipy import stats
+
+    n, mean, spread = len(differences), fmean(differences), stdev(differences)
+    if spread == 0:  # the seed does not matter, as without training
+        return _certain(mean, n, paired=True)
+    error = spread / math.sqrt(n)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
+    return Difference(mean, n, True, mean / spread, mean - half, mean + half, p)
+
+
+def _welch(a: Sequence[float], b: Sequence[float]) -> Difference:
+    from scipy import stats
+
+    mean, n = fmean(a) - fmean(b), min(len(a), len(b))
+    if n < 2:
+        return Difference(mean, n, False)
+    spread = math.sqrt((stdev(a) ** 2 + stdev(b) ** 2) / 2)
+    if spread == 0:
+        return _certain(mean, n, paired=False)
+    test = stats.ttest_ind(a, b, equal_var=False)
+    interval = test.confidence_interval(CONFIDENCE)
+    return Difference(mean, n, False, mean / spread, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def _certain(mean: float, n: int, paired: bool) -> Difference:
+    return Difference(mean, n, paired, None, mean, mean, 1.0 if mean == 0 else 0.0)
+
+
+def seeds_needed(effect: float, alpha: float, paired: bool) -> int | None:
+    """The number of seeds of each setting with which a t test finds a difference, at level alpha, in 9 of 10 cases.
+
+    `effect` is the difference over its standard deviation: that of the seeds' differences in pairs, else that of the
+    losses of one setting. None for more than 10,000. Power by the noncentral t distribution (Cohen 1988, chapter 2).
+    """
+    from scipy import stats
+
+    def power(n: int) -> float:
+        freedom = n - 1 if paired else 2 * n - 2
+        noncentrality = abs(effect) * math.sqrt(n if paired else n / 2)
+        return float(stats.nct.sf(stats.t.isf(alpha / 2, freedom), freedom, noncentrality))
+
+    low, high = 2, MOST_SEEDS
+    if not power(high) >= POWER:
+        return None
+    while low < high:  # power grows with n
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle + 1, high)
+    return low
+
+
+# --- looking after every seed
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What pairs of losses say so far. It may be looked at after each pair, as often as one likes.
+
+    `odds` are the Bayes factor of a t test whose effect has a standard normal prior: by how much more likely the
+    differences are if the settings differ. Whatever the spread, two equal settings ever reach odds of 1 / a with a
+    probability of at most a (Hendriksen, de Heide & Grünwald 2021). `low` and `high` bound the mean difference with
+    99 % confidence at all looks together; they are infinite until the odds can reach 100.
+    """
+
+    pairs: int
+    mean: float
+    odds: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """better | worse | cannot tell"""
+        if self.odds < 1 / ALPHA:
+            return "cannot tell"
+        return "better" if self.mean < 0 else "worse"
+
+
+def evidence(differences: Sequence[float]) -> Evidence:
+    """The evidence of differences between paired losses, in the order in which they came."""
+    n = len(differences)
+    mean = fmean(differences) if n else 0.0
+    spread = stdev(differences) if n > 1 else 0.0
+    if n < 2 or spread == 0:  # without a spread nothing says that it will stay so
+        return Evidence(n, mean, 1.0, -math.inf, math.inf)
+    freedom, ratio = n - 1, 1.0 + n
+    error = spread / math.sqrt(n)
+    x = (mean / error) ** 2 / freedom
+    log_odds = (freedom + 1) / 2 * (math.log1p(x) - math.log1p(x / ratio)) - math.log(ratio) / 2
+    # The odds are 1 / ALPHA where (1 + x) / (1 + x / ratio) is this bound.
+    bound = (math.sqrt(ratio) / ALPHA) ** (2 / (freedom + 1))
+    half = error * math.sqrt(freedom * (bound - 1) / (1 - bound / ratio)) if bound < ratio else math.inf
+    return Evidence(n, mean, math.exp(min(log_odds, 700.0)), mean - half, mean + half)
