@@ -51,6 +51,8 @@ def view(runs: list[dict[str, str]]) -> dict[str, Any]:
     """The state of MLflow's page for runs with these parameters."""
     metrics = [f"metrics.`{name}`" for name in ("val_loss", "excess", "bits_per_byte")]
     params = [f"params.`{name}`" for name in [*differing(runs), _SEED]]
+    # The page adds a chart for each metric that has none, but not where it was deleted.
+    uncharted = sorted({*REPORTED.values(), BEST, TOKENS})
     return {
         "searchFilter": "",
         "orderByKey": metrics[0],
@@ -70,7 +72,7 @@ def view(runs: list[dict[str, str]]) -> dict[str, Any]:
         "runListHidden": False,
         "isAccordionReordered": True,  # keeps the order of the charts
         "compareRunSections": [_section("curves", "Curves"), _section("system", "System metrics", display=False)],
-        "compareRunCharts": [*map(_chart, _CHARTS), *map(_no_chart, _UNCHARTED)],
+        "compareRunCharts": [*map(_chart, _CHARTS), *map(_no_chart, uncharted)],
     }
 
 
@@ -80,10 +82,6 @@ def differing(runs: list[dict[str, str]]) -> list[str]:
     values = {name: len({params.get(name) for params in runs}) for name in names}
     found = [name for name in names if values[name] > 1]
     return sorted(found, key=lambda name: -values[name])[:MAX_PARAMS]
-
-
-# The page adds a chart for each metric that has none: one that is deleted stays away.
-_UNCHARTED = sorted({*REPORTED.values(), BEST, TOKENS})
 
 
 def _section(uuid: str, name: str, display: bool = True) -> dict[str, Any]:
