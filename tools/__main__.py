@@ -13,6 +13,7 @@ from tracking.errors import errors_in_one_line, warn
 
 # The first line of each command's docstring (a test compares them), so that --help imports none of them.
 COMMANDS = {
+    "champion": "Makes the best model of EXPERIMENT the champion.",
     "compare": "Shows which setting is best, by how much, and whether that is noise.",
     "deps": "Writes each stage's deps into dvc.yaml, from its imports.",
     "export": "Writes a trained model for transformers or nanoGPT.",
@@ -23,6 +24,7 @@ COMMANDS = {
     "lineage": "Shows where a model comes from and how to make it again.",
     "preset": "Makes params.yaml that of a preset, or lists the presets.",
     "replay": "Recomputes one training step and compares it with the journal.",
+    "serve": "Serves the champion until Ctrl-C.",
     "size": "Shows what the training that params.yaml describes will cost.",
     "summary": "Sums up the newest result and compares dvc.lock with HEAD's.",
     "sync": "Sends to MLflow what has not reached it.",

@@ -201,7 +201,7 @@ def _result(run: Run, place: str, report: dict[str, Any] | None) -> Result:
         name=info["name"],
         experiment=info["experiment"],
         params={key: as_text(value) for key, value in info["params"].items()},
-        tags={**info["tags"], **made, "attempt": place},
+        tags={**info["tags"], **made, "attempt": place, "published": result.get("published", "best")},
         profile=info["dataset"].get("profile", {}),
         started=info["started"],
         steps=result["steps"],

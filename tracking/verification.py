@@ -197,9 +197,10 @@ def _first_steps(clone: CleanClone, say: Say) -> dict[str, Any]:
     return found
 
 
-def check_all(root: Path, varied: bool, say: Say) -> Report:
-    """The whole check: every stage run anew in a clean clone, its outs against dvc.lock."""
-    report = Report("full, in varied surroundings" if varied else "full", git(root, "rev-parse", "HEAD"))
+def check_all(root: Path, varied: bool, say: Say, revision: str = "HEAD") -> Report:
+    """The whole check: every stage run anew in a clean clone of a revision, its outs against the dvc.lock there."""
+    commit = git(root, "rev-parse", "--verify", f"{revision}^{{commit}}")
+    report = Report("full, in varied surroundings" if varied else "full", commit)
     with clean_clone(root, report.commit, varied) as clone:
         expected = DvcLock.parse(git(clone.path, "show", "HEAD:dvc.lock")).outs()
         determinism = read_yaml((clone.path / "params.yaml").read_text(), "params.yaml")["numerics"]["determinism"]

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import json
 import re
+import socket
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.clones import Clone, wait_until
+from tests.pipeline.clones import Clone, closed_port, wait_until
 
 pytestmark = pytest.mark.pipeline
 
@@ -156,3 +158,27 @@ def test_the_smoke_run_leaves_the_workspace_alone_and_its_traces_in_the_original
     assert clone.steps() == list(range(1, 21))
     assert {path.name for path in (clone.path / ".runs/logs/smoke").iterdir()} >= {"train.log", "sample.log"}
     assert clone.processes() == []
+
+
+def test_the_champion_has_come_out_again_and_answers_over_http(experiments, copy_of):
+    """The only test that finds a champion that MLflow cannot serve, or an experiment that cannot be verified."""
+    clone = copy_of(experiments)
+    assert clone.run("python -m tools compare alone slow").startswith("2 runs of 2 settings")
+    output = clone.run("python -m tools champion alone")
+    assert re.search(r"^alone.* is the champion: version 1 of nanogpt, val loss", output, re.MULTILINE), output
+    port = closed_port()
+    server = clone.start(f"exec python -m tools serve --port {port}")
+    try:
+        wait_until(lambda: listens(port) or server.poll() is not None, "MLflow's server", clone)
+        command = server.stdout.readline()
+        assert f"127.0.0.1:{port}/invocations" in command
+        (text,) = json.loads(clone.run(f"cd / && {command.strip()} --silent"))["predictions"]
+        assert text.startswith("One sunny morning")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,74 @@
+import re
+import shutil
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.runs import scored_run
+from tools import champion
+from tools.__main__ import main
+from tracking.mlflow_run import Replica, deliver_report
+from tracking.mlflow_server import connect, resolve_uri
+from tracking.run import Run
+
+
+@pytest.fixture
+def root(tmp_path, empty_database, monkeypatch):
+    """A repository with two seeds of two settings, of which `fast` is better, in MLflow too; verify passes."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    for seed, (slow, fast) in enumerate([(2.0, 1.9), (2.05, 1.9501)], 1):
+        add(tmp_path, f"slow-{seed}", slow, seed, 0.02)
+        add(tmp_path, f"fast-{seed}", fast, seed, 0.04)
+    monkeypatch.setattr(champion, "not_reproduced", lambda root, result: [])
+    return tmp_path
+
+
+def add(root, name: str, loss: float, seed: int, rate: float) -> None:
+    attempt = scored_run(root, name, loss, seed=seed, params={"train.muon_learning_rate": rate})
+    if seed == 1:  # the better one, which may become the champion
+        (attempt / "models/best").mkdir(parents=True)
+        (attempt / "models/best/weights.safetensors").write_text(name)
+    uri = resolve_uri(root)
+    Replica(Run(attempt), uri).finish()
+    deliver_report(root / f".runs/reports/evaluate-{name}.json", uri, root)
+
+
+def run(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def current(root):
+    client = connect(resolve_uri(root), root)
+    version = client.get_model_version_by_alias("nanogpt", "champion")
+    return client.get_run(version.run_id).info.run_name, version
+
+
+def test_a_champion_is_beaten_only_by_a_verdict(root):
+    assert "no champion yet" in run("serve", code=1).stderr
+    assert run("champion", "slow-*").stdout == "slow-1 is the champion: version 1 of nanogpt, val loss 2.0000\n"
+    assert "slow-1 is the champion already" in run("champion", "slow-*").stdout
+    assert run("champion", "fast-*").stdout == "fast-1 is the champion: version 2 of nanogpt, val loss 1.9000\n"
+    refused = run("champion", "slow-*", code=1).stderr
+    assert re.search(r"against fast-1, \+0.0999 \[.*\]: worse. --force registers it anyway", refused)
+    refused = run("champion", "*-1", code=1).stderr
+    assert "that is 2 settings: muon_learning_rate=0.02; muon_learning_rate=0.04; name one" in refused
+    name, version = current(root)
+    assert (name, version.tags.keys()) == ("fast-1", {"model.sha256"})
+    assert version.source == f"models:/{version.model_id}"
+    shutil.rmtree(root / ".runs/fast-1")
+    assert "has no journal here" in run("champion", "slow-*", code=1).stderr
+
+
+def test_what_does_not_come_out_again_needs_force(root, monkeypatch):
+    monkeypatch.setattr(champion, "not_reproduced", lambda root, result: ["`verify` of abc says DIVERGED"])
+    assert (
+        "fast-1 does not become the champion: `verify` of abc says DIVERGED" in run("champion", "fast-*", code=1).stderr
+    )
+    run("champion", "fast-*", "--force")
+    assert current(root)[1].tags["forced"] == "`verify` of abc says DIVERGED"
+    assert "MLflow has no model of run" in run("champion", "slow-2", "--force", code=1).stderr

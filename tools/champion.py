@@ -1,0 +1,119 @@
+"""Makes an experiment's best model the champion: `python -m tools champion` registers it in MLflow."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tools.command import command
+from tools.compare import interval, words
+from tracking import comparison
+from tracking.comparison import Result, journal_results, select
+from tracking.console import repository
+from tracking.history import holders
+from tracking.mlflow_server import connect, explained, resolve_uri
+
+NAME, ALIAS = "nanogpt", "champion"
+
+
+@command()
+@click.argument("experiment")
+@click.option("--force", is_flag=True, help="Register it whatever the checks say; tags of the version name them.")
+def main(experiment: str, force: bool) -> None:
+    """Makes the best model of EXPERIMENT the champion.
+
+    EXPERIMENT may be a run or a commit as well, or a pattern such as 'wide-*'. The champion is the version of MLflow's
+    registered model `nanogpt` with the alias `champion`, which `python -m tools serve` serves. `compare` must say that
+    the setting beats the present champion's, and the run must come out again, to the bit, in a clean clone.
+    """
+    root = repository()
+    results, _ = journal_results(root)
+    best = best_of(select(results, experiment, root))
+    uri = resolve_uri(root)
+    with explained(uri):
+        client = connect(uri, root)
+        present = champion(client)
+    if present is not None and present.run_id == best.id:
+        click.echo(f"{best.name} is the champion already (version {present.version})")
+        return
+    objections = []
+    if present is not None:
+        objections += against(results, best, present.run_id)
+    if not objections or force:
+        objections += not_reproduced(root, best)
+    if objections and not force:
+        raise ValueError(
+            f"{best.name} does not become the champion: {'; '.join(objections)}. --force registers it anyway"
+        )
+    with explained(uri):
+        version = register(client, best, objections)
+    click.echo(f"{best.name} is the champion: version {version} of {NAME}, val loss {best.scores['val_loss']:.4f}")
+
+
+def best_of(found: list[Result]) -> Result:
+    """The run with the lowest loss, of runs of one setting. Raises ValueError if there are several settings."""
+    settings = {setting.label for part in comparison.compare(found)[0] for setting in part.settings}
+    if len(settings) > 1:
+        raise ValueError(f"that is {len(settings)} settings: {'; '.join(sorted(settings))}; name one")
+    return min(found, key=lambda result: result.scores["val_loss"])
+
+
+def champion(client: Any) -> Any | None:
+    """MLflow's version that is the champion; None if there is none yet."""
+    if not client.search_registered_models(f"name = '{NAME}'"):
+        return None
+    model = client.get_registered_model(NAME)
+    return client.get_model_version(NAME, model.aliases[ALIAS]) if ALIAS in model.aliases else None
+
+
+def against(results: list[Result], challenger: Result, present: str) -> list[str]:
+    """Why the challenger's setting does not beat that of the present champion's run; empty if it does."""
+    reigning = next((result for result in results if result.id == present), None)
+    if reigning is None:
+        return [f"the champion's run {present} has no journal here, so nothing can be compared with it"]
+    both = {reigning.setting, challenger.setting}
+    parts, _ = comparison.compare(
+        [result for result in results if result.setting in both], lambda result: result.setting == reigning.setting
+    )
+    for part in parts:
+        for setting, difference in zip(part.others, part.differences, strict=True):
+            if challenger.id in {result.id for result in setting.results}:
+                if difference.verdict == "better":
+                    return []
+                shown = f" {interval(difference)}" if difference.p is not None else ""
+                return [f"against {reigning.name}, {difference.mean:+.4f}{shown}: {words(difference)}"]
+    return [f"it was not judged by the same text as {reigning.name}, or is the same setting"]
+
+
+def not_reproduced(root: Path, result: Result) -> list[str]:
+    """Why nobody knows that the run comes out again; empty after it has, in a clean clone."""
+    from tracking.verification import check_all
+
+    held = [holder for holder in holders(root, result.tags["model.md5"]) if not holder.differs]
+    if not held:
+        return [
+            "no commit and no experiment has the model in its dvc.lock: commit the result, or run it as an experiment"
+        ]
+    report = check_all(root, False, lambda line: click.echo(line, err=True), held[0].commit)
+    return [f"`verify` of {held[0].name} says {report.verdict}"] if report.exit_code else []
+
+
+def register(client: Any, result: Result, objections: list[str]) -> str:
+    """Registers a run's published model as the champion; the new version. Raises ValueError if MLflow lacks it."""
+    run = client.get_run(result.id)
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{result.id}'")
+    models = [model for model in found if model.name == result.tags.get("published", "best")] or list(found)
+    if not models:
+        raise ValueError(f"MLflow has no model of run {result.id}; `python -m tools sync` sends it")
+    if not client.search_registered_models(f"name = '{NAME}'"):
+        client.create_registered_model(NAME)
+    tags = (
+        {"model.sha256": result.model, "forced": "; ".join(objections)}
+        if objections
+        else {"model.sha256": result.model}
+    )
+    model = models[0]
+    source = f"models:/{model.model_id}"  # wherever its files lie
+    version = client.create_model_version(NAME, source, result.id, tags=tags, model_id=model.model_id).version
+    client.set_registered_model_alias(NAME, ALIAS, version)
+    return str(version)

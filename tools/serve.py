@@ -1,0 +1,34 @@
+"""The champion as a web service, by MLflow's own server: `python -m tools serve`."""
+
+import os
+import sys
+
+import click
+
+from tools.champion import ALIAS, NAME, champion
+from tools.command import command
+from tracking.console import repository
+from tracking.mlflow_server import connect, explained, resolve_uri
+
+
+@command()
+@click.option("--model", default=f"models:/{NAME}@{ALIAS}", show_default=True, help="Another model of MLflow.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 answers other machines.")
+@click.option("--port", type=click.IntRange(1, 65_535), default=5001, show_default=True)
+def main(model: str, host: str, port: int) -> None:
+    """Serves the champion until Ctrl-C.
+
+    A POST with prompts to /invocations is answered with texts; the line that is printed shows how.
+    """
+    root = repository()
+    uri = resolve_uri(root)
+    with explained(uri):
+        known = model != f"models:/{NAME}@{ALIAS}" or champion(connect(uri, root)) is not None
+    if not known:
+        raise ValueError("there is no champion yet; `python -m tools champion EXPERIMENT` makes one")
+    body = '{"inputs": ["One sunny morning"], "params": {"max_new_tokens": 100}}'
+    click.echo(f"curl http://{host}:{port}/invocations -H 'Content-Type: application/json' -d '{body}'")
+    sys.stdout.flush()
+    os.environ |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = ["mlflow", "models", "serve", "--env-manager", "local", "--workers", "1", "--model-uri", model]
+    os.execvp(command[0], [*command, "--host", host, "--port", str(port)])
