@@ -10,13 +10,13 @@ from tracking.journal import Journal
 T0 = 1_700_000_000_000  # ms
 
 
-def make_attempt(repository: Path, name: str = "run", max_iters: int = 40, **fields: Any) -> Path:
-    attempt = repository / ".runs" / name / "attempt-1"
+def make_attempt(repository: Path, folder: str = "run", max_iters: int = 40, **fields: Any) -> Path:
+    attempt = repository / ".runs" / folder / "attempt-1"
     (attempt / "artifacts").mkdir(parents=True)
     (attempt / "artifacts" / "params.yaml").write_text("train: {}\n")
     run = {
-        "run_key": f"key-{name}",
-        "name": name,
+        "run_key": f"key-{folder}",
+        "name": folder,
         "experiment": "test/one experiment",
         "params": {"train.learning_rate": 3e-4, "train.lr_decay_iters": None, "download.source": "grammar"},
         "tags": {"git.commit": "abc", "fingerprint": "f" * 64},
@@ -57,8 +57,8 @@ def end(journal: Journal, status: str, step: int, message: str = "", **result: A
     journal.append("end", t=T0 + 10 * step + 5, status=status, message=message, step=step, result=result)
 
 
-def finished_attempt(repository: Path, name: str = "run", model: str = "m" * 64) -> Path:
-    attempt = make_attempt(repository, name)
+def finished_attempt(repository: Path, folder: str = "run", model: str = "m" * 64, **fields: Any) -> Path:
+    attempt = make_attempt(repository, folder, **fields)
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)
         train(journal, 0, 40)
@@ -115,12 +115,13 @@ def scored_run(repository: Path, name: str, val_loss: float, **fields: Any) -> P
     model = hashlib.sha256(name.encode()).hexdigest()
     params = {"download.source": "grammar", "tokenize.tokenizer": "bpe", "train.muon_learning_rate": 0.02}
     val = {"bytes": 900, "documents": 3, "sha256": "e" * 64}
+    profile = {"train": {"bytes": 8000, "documents": 30}, "val": {**val, **fields.get("profile", {})}}
     attempt = make_attempt(
         repository,
         name,
         params={**params, **fields.get("params", {}), "train.seed": fields.get("seed", 1)},
         tags={"git.commit": "a" * 40, "git.dirty": "false", "code.sha256": "c" * 64, **fields.get("tags", {})},
-        dataset={"profile": {"train": {"bytes": 8000, "documents": 30}, "val": {**val, **fields.get("profile", {})}}},
+        dataset={"name": "grammar", "source": "data/tokens", "sha256": "d" * 64, "profile": profile},
     )
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)

@@ -3,14 +3,32 @@
 import os
 import shlex
 import socket
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import click
 
 from tools.command import command
 from tracking.console import repository
-from tracking.mlflow_server import is_server, resolve_uri
+from tracking.mlflow_server import TrackingError, connect, explained, is_server, resolve_uri
+from tracking.mlflow_view import address, save_of
 from tracking.redaction import redact
+from tracking.run import runs_in
+
+# Opens a page in the desktop's browser once something listens at its port.
+_OPEN = """
+import socket, sys, time, webbrowser
+for _ in range(300):
+    try:
+        socket.create_connection(("127.0.0.1", int(sys.argv[2])), timeout=1).close()
+    except OSError:
+        time.sleep(0.2)
+    else:
+        webbrowser.open(sys.argv[1])
+        break
+"""
 
 
 @command()
@@ -18,14 +36,50 @@ from tracking.redaction import redact
 def main(port: int) -> None:
     """Shows MLflow's page, or says where its server has one.
 
-    Listens on 127.0.0.1 alone, until Ctrl-C. If MLFLOW_TRACKING_URI names a server, prints its address and ends.
+    Prints the address of the newest run's experiment, in a view with the columns to compare, and opens it in a desktop
+    session. Listens on 127.0.0.1 alone, until Ctrl-C. If MLFLOW_TRACKING_URI names a server, prints its address and
+    ends.
     """
     uri = resolve_uri(repository())
     if is_server(uri):
-        click.echo(f"MLflow's page is that of its server: {redact(uri)}")
+        page = redact(uri)
+        if uri.startswith("http"):
+            with suppress(TrackingError):  # it need not answer here
+                page = address(page, saved_view(uri))
+        click.echo(f"MLflow's page is that of its server: {page}")
         return
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         raise ValueError(f"port {port} is in use; choose another one: `make ui PORT={port % 65_535 + 1}`")
+    page = address(f"http://127.0.0.1:{port}", saved_view(uri))
+    click.echo(f"MLflow's page, in a few seconds: {page}")
+    if is_desktop():
+        # By a shell, so that what waits for the page is no child of MLflow's server.
+        subprocess.run(["sh", "-c", '"$0" -c "$1" "$2" "$3" &', sys.executable, _OPEN, page, str(port)], check=False)
     os.environ |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    page = shlex.split(f"mlflow ui --host 127.0.0.1 --port {port} --workers 1")
-    os.execvp(page[0], [*page, "--backend-store-uri", uri])
+    server = shlex.split(f"mlflow ui --host 127.0.0.1 --port {port} --workers 1")
+    os.execvp(server[0], [*server, "--backend-store-uri", uri])
+
+
+def saved_view(uri: str) -> str | None:
+    """Saves the view of the newest run's experiment; its id, None if there is no run yet. Raises TrackingError."""
+    root = repository()
+    name = newest_experiment(root)
+    if name is None:
+        return None
+    with explained(uri):
+        return save_of(connect(uri, root), name)
+
+
+def newest_experiment(root: Path) -> str | None:
+    """The name of the newest run's experiment, as the run directories tell it."""
+    for run in reversed(runs_in(root)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return str(run.info["experiment"])
+    return None
+
+
+def is_desktop() -> bool:
+    """Whether a browser can be opened for the user."""
+    remote = os.environ.get("SSH_CONNECTION")
+    shown = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return shown or (sys.platform == "darwin" and not remote)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.files import write_text
-from tracking import mlflow_models, mlflow_page
+from tracking import mlflow_models, mlflow_page, mlflow_view
 from tracking.journal import START, JournalDamaged, Position, RunLock, read_records
 from tracking.mlflow_client import fit_file
 from tracking.mlflow_page import Page, Point
@@ -82,6 +82,7 @@ class Replica:
             self._describe(killed)
             # Last, because a run that is FINISHED is one that has everything.
             self._client.set_terminated(self.run_id, end["status"], end_time=end["t"])
+            mlflow_view.save(self._client, self._experiment)
             self._save(finished=mark)
 
     def finished_run(self) -> str | None:

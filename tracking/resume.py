@@ -114,9 +114,9 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
         write_text(run.artifacts / "uncommitted.diff", diff[:DIFF_LIMIT] + cut + "\n")
     sections = ("download", "tokenize", "model", "train", "numerics")
     values = {k: v for name in sections for k, v in flatten(getattr(params, name), f"{name}.").items()}
-    differs = setting(values, committed_params(Path.cwd()), diff)
+    differs = setting(values, committed_params(Path.cwd()), diff, commit)
     tags = {
-        "setting": differs or commit[:7],
+        "setting": differs,
         "git.commit": commit or "none",
         "git.dirty": str(bool(diff)).lower(),
         "dvc.experiment": experiment_name() or "none",
@@ -127,7 +127,7 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
     }
     info = {
         "run_key": uuid.uuid4().hex,
-        "name": run_name(experiment_name(), differs, commit, params.train.seed, run.number),
+        "name": run_name(experiment_name(), differs, params.train.seed, run.number),
         "experiment": params.tracking.experiment,
         "params": values,
         "tags": tags,

@@ -12,24 +12,25 @@ LIMIT = 100  # characters of a name
 SEED = "train.seed"
 
 
-def run_name(experiment: str | None, setting: str, commit: str, seed: int, attempt: int) -> str:
-    """Such as "wide n_embd=64 seed=1338"; without a setting "1a2b3c4 seed=1337".
+def run_name(experiment: str | None, setting: str, seed: int, attempt: int) -> str:
+    """Such as "wide n_embd=64 seed=1338".
 
     `experiment` is DVC's name, which counts only if the user gave it; `attempt` N > 1 is shown.
     """
-    front = experiment if experiment and not is_generated(experiment) else "" if setting else commit[:7] or "no commit"
+    front = experiment if experiment and not is_generated(experiment) else ""
     end = f"seed={seed}" + (f" attempt={attempt}" if attempt > 1 else "")
     return f"{_cut(f'{front} {setting}'.strip(), LIMIT - len(end) - 1)} {end}"
 
 
-def setting(params: dict[str, Any], committed: dict[str, Any], diff: str) -> str:
-    """All but the seed in which a training differs from its commit: "muon_learning_rate=0.04", "+ uncommitted", "".
+def setting(params: dict[str, Any], committed: dict[str, Any], diff: str, commit: str) -> str:
+    """All but the seed in which a training differs from its commit, "muon_learning_rate=0.04"; else the commit.
 
-    `params` are the training's, flat; `committed` those of HEAD; `diff` is the uncommitted change, as git shows it.
-    Sections are left out where the key says enough: those of model and train.
+    `params` are the training's, flat; `committed` those of HEAD; `diff` is the uncommitted change, as git shows it, of
+    which no more is said than "+ uncommitted". Sections are left out where the key says enough: model and train.
     """
     short = {key: re.sub(r"^(model|train)\.", "", key) for key in params if key != SEED}
     changes = [f"{name}={as_text(params[key])}" for key, name in short.items() if committed.get(key) != params[key]]
+    changes = changes or [commit[:7] or "no commit"]
     if re.search(r"^diff --git (?!a/params\.yaml )", diff, re.MULTILINE):
         changes.append("+ uncommitted")
     return " ".join(changes)

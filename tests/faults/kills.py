@@ -206,5 +206,5 @@ def assert_nothing_is_left(clone: Clone, seed: Clone, checkpoint_interval: int) 
     (run,), (reference,) = clone.runs(), seed.runs()
     assert run.data.params == reference.data.params
     assert run.data.metrics.keys() - {"mfu"} == reference.data.metrics.keys() - {"mfu"}
-    assert clone.history(run, "evaluate/val_loss") == seed.history(reference, "evaluate/val_loss")
+    assert clone.history(run, "val_loss") == seed.history(reference, "val_loss")
     assert clone.scores().items() <= run.data.metrics.items()

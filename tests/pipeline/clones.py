@@ -22,6 +22,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from nanogpt.checkpoint import Checkpoints
+from tracking.mlflow_page import REPORTED
 from tracking.run import Run, runs_in
 
 REPOSITORY = Path(__file__).parents[2]
@@ -169,7 +170,7 @@ class Clone:
     def scores(self) -> dict[str, float]:
         """What metrics/evaluate.json holds, under the names that MLflow has for it."""
         metrics = json.loads(self.read("metrics/evaluate.json"))
-        return {f"evaluate/{name}": value for name, value in metrics.items() if not name.endswith("_tokens")}
+        return {name: metrics[name] for name in REPORTED.values()}
 
     def leftovers(self) -> list[str]:
         """Temporary files of ours, which must not outlive a command."""

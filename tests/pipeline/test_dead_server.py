@@ -37,7 +37,7 @@ def test_without_a_server_the_pipeline_succeeds_and_sync_brings_everything_later
     assert set(run.data.metrics) >= set(reference.data.metrics)
     scores = clone.scores()
     assert {key: run.data.metrics[key] for key in scores} == scores
-    for key in ("train/loss", "val/loss", "tokens_per_second"):
+    for key in ("train/loss", "eval/val_loss", "tokens_per_second"):
         assert clone.history(run, key) == seed.history(reference, key)
     models, expected = (
         sorted(model.name for model in each.client().search_logged_models([of.info.experiment_id]))

@@ -54,17 +54,25 @@ def test_every_experiment_has_one_complete_run_of_its_name_in_mlflow(experiments
     names = {row["Experiment"] for row in shown} - {"", "main"}
     assert len(names) == 5
     assert experiments.queue().count("Success") == 3
-    runs = {run.info.run_name: run for run in experiments.runs()}
+    runs = {run.data.tags["dvc.experiment"]: run for run in experiments.runs()}
     assert len(runs) == len(experiments.runs()) == 4  # one of the two that share a training
     assert runs.keys() < names
+    assert (
+        {run.info.run_name for run in runs.values()}
+        == {
+            "diverging learning_rate=1e+30 seed=1337",
+            f"{experiments.run('git rev-parse HEAD')[:7]} seed=3",  # DVC made up this one's name
+            "slow learning_rate=0.001 seed=1337",
+            f"alone {experiments.run('git rev-parse HEAD')[:7]} seed=2",
+        }
+    )
     head = experiments.run("git rev-parse HEAD").strip()
     for name, run in runs.items():
-        assert run.data.tags["dvc.experiment"] == name
         assert run.data.tags["dvc.baseline"] == head
         if name != "diverging":
             assert run.info.status == "FINISHED"
             assert experiments.history(run, "train/loss") == list(range(1, 31))
-            assert {"evaluate/val_loss", "best/val_loss"} <= run.data.metrics.keys()
+            assert {"val_loss", "eval/best_val_loss"} <= run.data.metrics.keys()
             artifacts = {file.path for file in experiments.client().list_artifacts(run.info.run_id)}
             assert {"samples", "samples.json", "loss.png", "params.yaml"} <= artifacts
     assert sorted(run.data.params["train.seed"] for run in runs.values()) == ["1337", "1337", "2", "3"]
@@ -96,7 +104,7 @@ def test_a_task_that_failed_can_be_understood(experiments):
     log = experiments.read(".runs/logs/diverging/train.log")
     assert re.search(told, log)
     assert "Traceback" in log
-    (run,) = [run for run in experiments.runs() if run.info.run_name == "diverging"]
+    (run,) = [run for run in experiments.runs() if run.info.run_name.startswith("diverging ")]
     assert run.info.status == "FAILED"
     assert re.search(r"Diverged: training diverged at step \d+", run.data.tags["mlflow.note.content"])
 
@@ -108,8 +116,8 @@ def test_exp_show_has_the_metrics_of_every_experiment(experiments, shown):
             assert row["bits_per_byte"] not in ("", "!"), row
             assert float(row["bits_per_byte"]) > 0, row
     rate = one(shown, train__learning_rate="0.001")
-    run = next(run for run in experiments.runs() if run.info.run_name == rate["Experiment"])
-    assert float(rate["bits_per_byte"]) == run.data.metrics["evaluate/bits_per_byte"]
+    run = next(run for run in experiments.runs() if run.data.tags["dvc.experiment"] == rate["Experiment"])
+    assert float(rate["bits_per_byte"]) == run.data.metrics["bits_per_byte"]
 
 
 def test_metrics_and_params_can_be_compared(experiments):
@@ -142,7 +150,7 @@ def test_the_smoke_run_leaves_the_workspace_alone_and_its_traces_in_the_original
     assert clone.outs() == seed.outs()
     assert list((clone.path / ".dvc/tmp/exps/standalone").glob("tmp*")) == []
     (run,) = clone.runs()
-    assert (run.info.run_name, run.info.status) == ("smoke", "FINISHED")
+    assert (run.data.tags["dvc.experiment"], run.info.status) == ("smoke", "FINISHED")
     assert run.info.artifact_uri.startswith(f"file://{clone.path}/mlartifacts/")
     assert len(clone.attempts()) == 1
     assert clone.steps() == list(range(1, 21))

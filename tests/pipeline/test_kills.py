@@ -62,9 +62,9 @@ def assert_as_undisturbed(clone: Clone, seed: Clone, runs: int = 1) -> None:
     found = clone.runs()
     assert [run.info.status for run in found] == ["FINISHED"] * runs
     (reference,) = seed.runs()
-    for key in ("train/loss", "grad_norm", "learning_rate", "val/loss", "by_tokens/val_loss", "best/val_loss"):
+    for key in ("train/loss", "grad_norm", "learning_rate", "eval/val_loss", "tokens", "eval/best_val_loss"):
         assert clone.history(found[-1], key) == seed.history(reference, key), key
-    for key in ("step_time", "tokens_per_second"):
+    for key in ("memory_mb", "tokens_per_second"):
         assert clone.history(found[-1], key) == sorted(set(clone.history(found[-1], key))), key
 
 
@@ -139,7 +139,7 @@ def test_forced_repro_trains_afresh_as_a_run_of_its_own_and_keeps_the_uncommitte
 
     run = clone.runs()[-1]
     assert run.data.tags["git.dirty"] == "true"
-    assert run.info.run_name == f"{clone.run('git rev-parse --short=7 HEAD').strip()} + uncommitted"
+    assert run.info.run_name == f"{clone.run('git rev-parse --short=7 HEAD').strip()} + uncommitted seed=1337 attempt=2"
     diff = clone.client().download_artifacts(run.info.run_id, "uncommitted.diff")
     assert "+An uncommitted line." in Path(diff).read_text()
     assert "A line of no experiment." not in Path(diff).read_text()

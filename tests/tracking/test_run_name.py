@@ -12,38 +12,37 @@ PARAMS = {name: value for name, value in COMMITTED.items() if not name.startswit
 @pytest.mark.parametrize(
     ("changes", "diff", "expected"),
     [
-        ({}, "", ""),
-        ({"train.seed": 1338}, "diff --git a/params.yaml b/params.yaml\n", ""),
+        ({}, "", "1a2b3c4"),
+        ({"train.seed": 1338}, "diff --git a/params.yaml b/params.yaml\n", "1a2b3c4"),
         ({"train.learning_rate": 0.04, "model.n_embd": 64}, "", "n_embd=64 learning_rate=0.04"),
         ({"download.seed": 2}, "", "download.seed=2"),  # not train's
         ({"train.learning_rate": None}, "", "learning_rate=null"),
-        ({}, "diff --git a/nanogpt/model.py b/nanogpt/model.py\n", "+ uncommitted"),
+        ({}, "diff --git a/nanogpt/model.py b/nanogpt/model.py\n", "1a2b3c4 + uncommitted"),
         ({"model.n_embd": 64}, "diff --git a/stages/x.py b/stages/x.py\n", "n_embd=64 + uncommitted"),
     ],
 )
 def test_a_setting_is_what_differs_from_the_commit_but_the_seed(changes, diff, expected) -> None:
-    assert setting(PARAMS | changes, COMMITTED, diff) == expected
+    assert setting(PARAMS | changes, COMMITTED, diff, "1a2b3c4d5e") == expected
 
 
 @pytest.mark.parametrize(
     ("experiment", "differs", "attempt", "expected"),
     [
-        (None, "", 1, "1a2b3c4 seed=1338"),
+        (None, "1a2b3c4", 1, "1a2b3c4 seed=1338"),
         (None, "muon_learning_rate=0.04", 1, "muon_learning_rate=0.04 seed=1338"),
         ("freed-tach", "muon_learning_rate=0.04", 1, "muon_learning_rate=0.04 seed=1338"),
-        ("freed-tach", "", 1, "1a2b3c4 seed=1338"),
+        ("freed-tach", "1a2b3c4", 1, "1a2b3c4 seed=1338"),
         ("wide", "n_embd=64", 1, "wide n_embd=64 seed=1338"),
-        ("wide", "", 2, "wide seed=1338 attempt=2"),
+        ("wide", "1a2b3c4", 2, "wide 1a2b3c4 seed=1338 attempt=2"),
     ],
 )
 def test_a_name_says_what_differs_and_the_seed(experiment, differs, attempt, expected) -> None:
-    assert run_name(experiment, differs, "1a2b3c4d5e", 1338, attempt) == expected
+    assert run_name(experiment, differs, 1338, attempt) == expected
 
 
 def test_a_long_name_is_cut_before_the_seed() -> None:
-    name = run_name(None, "n_embd=64 " * 20, "", 1338, 1)
+    name = run_name(None, "n_embd=64 " * 20, 1338, 1)
     assert (len(name), name[-11:]) == (100, "… seed=1338")
-    assert run_name(None, "", "", 1, 1) == "no commit seed=1"
 
 
 def test_names_that_dvc_makes_up_are_known() -> None:

@@ -1,0 +1,110 @@
+"""The runs of an experiment as MLflow's page should open on them: a shared view, kept as a tag of the experiment.
+
+Without one, MLflow 3 opens on "GenAI", its table shows neither metric nor parameter, and its charts are in alphabetical
+order. The tag's form is that of the page's own "Share" button.
+"""
+
+import base64
+import json
+import zlib
+from typing import Any
+
+from tracking.mlflow_page import BEST, LOSS, REPORTED, TOKENS
+
+KEY = "nanogpt"  # of the view, in its address
+TAG = f"mlflow.sharedViewState.{KEY}"
+MAX_RUNS = 500  # the newest ones, whose parameters are compared
+MAX_PARAMS = 8  # columns of parameters that differ, besides the seed
+_SEED = "train.seed"
+_WIDTHS = {"1": 60, "attributes.`Run Name`": 300, "runDateAndNestInfo": 150}  # pixels, of the first columns
+_STEP = ""  # as an axis; else a metric's name
+_CHARTS = [  # (metric, x-axis), in the order of the page
+    *((LOSS, _STEP), (LOSS, TOKENS), ("train/loss", _STEP), ("train/loss", TOKENS), ("eval/train_loss", _STEP)),
+    *((name, _STEP) for name in ("tokens_per_second", "mfu", "grad_norm", "learning_rate", "clip_rate", "memory_mb")),
+]
+
+
+def address(server: str, experiment: str | None) -> str:
+    """Where a server's page shows the experiment's runs in the saved view; without one, its list of experiments."""
+    page = f"{experiment}/runs?viewStateShareKey={KEY}&" if experiment else "?"
+    return f"{server.rstrip('/')}/#/experiments/{page}workflowType=machine_learning".replace("/?", "?")
+
+
+def save_of(client: Any, name: str) -> str | None:
+    """`save` for the experiment of that name; returns its id, None if the store has none."""
+    found = client.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage != "active":
+        return None
+    save(client, found.experiment_id)
+    return str(found.experiment_id)
+
+
+def save(client: Any, experiment: str) -> None:
+    """Saves the view of an experiment (its id) for the runs that it has now."""
+    runs = client.search_runs([experiment], max_results=MAX_RUNS)
+    text = json.dumps(view([run.data.params for run in runs]))
+    packed = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    client.set_experiment_tag(experiment, TAG, f"deflate;{packed}")
+
+
+def view(runs: list[dict[str, str]]) -> dict[str, Any]:
+    """The state of MLflow's page for runs with these parameters."""
+    metrics = [f"metrics.`{name}`" for name in ("val_loss", "excess", "bits_per_byte")]
+    params = [f"params.`{name}`" for name in [*differing(runs), _SEED]]
+    # The page adds a chart for each metric that has none, but not where it was deleted.
+    uncharted = sorted({*REPORTED.values(), BEST, TOKENS})
+    return {
+        "searchFilter": "",
+        "orderByKey": metrics[0],
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": [*metrics, *params, "attributes.`Duration`"],
+        "columnOrder": [*_WIDTHS, *metrics, *params, "duration"],
+        "columnWidths": _WIDTHS | {name: max(95, 7 * len(name) - 30) for name in [*metrics, *params]},
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+        "runsHiddenMode": "FIRST_20_RUNS",
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,  # keeps the order of the charts
+        "compareRunSections": [_section("curves", "Curves"), _section("system", "System metrics", display=False)],
+        "compareRunCharts": [*map(_chart, _CHARTS), *map(_no_chart, uncharted)],
+    }
+
+
+def differing(runs: list[dict[str, str]]) -> list[str]:
+    """The parameters, but the seed, in which runs differ; those with the most values first, at most MAX_PARAMS."""
+    names = dict.fromkeys(name for params in runs for name in params if name != _SEED)
+    values = {name: len({params.get(name) for params in runs}) for name in names}
+    found = [name for name in names if values[name] > 1]
+    return sorted(found, key=lambda name: -values[name])[:MAX_PARAMS]
+
+
+def _section(uuid: str, name: str, display: bool = True) -> dict[str, Any]:
+    return {"uuid": uuid, "name": name, "display": display, "isReordered": True, "deleted": False, "isGenerated": False}
+
+
+def _chart(chart: tuple[str, str]) -> dict[str, Any]:
+    metric, axis = chart
+    return {
+        "uuid": f"{metric} by {axis}",
+        "type": "LINE",
+        "metricKey": metric,
+        "selectedMetricKeys": [metric],
+        "metricSectionId": "curves",
+        "deleted": False,
+        "isGenerated": False,
+        "useGlobalXaxisKey": False,
+        "useGlobalLineSmoothing": False,
+        "lineSmoothness": 0,
+        "xAxisKey": "metric" if axis else "step",
+        "selectedXAxisMetricKey": axis,
+    }
+
+
+def _no_chart(metric: str) -> dict[str, Any]:
+    return {"uuid": metric, "type": "BAR", "metricKey": metric, "metricSectionId": "curves", "deleted": True}
