@@ -48,6 +48,7 @@ class DownloadParams(Section):
     seed: Seed
     texts: Text
     text_column: Text
+    separator: Text | None
     split: Text
     revision: Text | None
     max_gigabytes: Positive

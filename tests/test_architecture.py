@@ -48,7 +48,7 @@ LEVELS = [
     {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
     {
         "corpus.nanogpt_bins",
-        "corpus.sources",
+        "corpus.separators",
         "corpus.floor",
         "batches",
         "dataset",
@@ -56,7 +56,7 @@ LEVELS = [
         "model",
         "optimizer",
     },
-    {"corpus.prepare", "evaluate", "flops", "generate", "train_state", "weights"},
+    {"corpus.prepare", "corpus.sources", "evaluate", "flops", "generate", "train_state", "weights"},
     {"checkpoint", "huggingface", "nanogpt_checkpoint", "saved_model", "sizing"},
     {"complete", "pretrained", "train"},
     {"recipe", "timing"},

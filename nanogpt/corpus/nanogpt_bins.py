@@ -94,7 +94,7 @@ def given_tokens(raw: Path, tokenizer: Tokenizer, warn: Callable[[str], None]) -
                 raise ValueError(
                     f"{raw / file} has token {wrong:,} ({layout.dtype.name}), with {vocabulary}; {_REMEDY}"
                 )
-            yield name, ids.astype(tokenizer.dtype)
+            yield name, ids.astype(tokenizer.dtype, copy=False)
 
 
 def _tokens(raw: Path, file: str, layout: _Layout) -> Iterator[npt.NDArray[Any]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from nanogpt.corpus.raw_text import PIECE, CorpusInfo, Document, Writer, copy_tokens, lines
+from nanogpt.corpus.separators import Separators
 from nanogpt.files import Missing, sha256_file
 from nanogpt.params import DownloadParams
 
@@ -93,13 +94,15 @@ def _documents(params: DownloadParams, raw: Path, warn: Callable[[str], None]) -
         if params.revision is None and not Path(name).exists():
             warn(f"download.revision is null, so a later run may read a newer {name}; a commit's hash pins it")
         return _hub_documents(name, params.revision, params)
-    return _file_documents(name, params.text_column, params.max_gigabytes)
+    return _file_documents(name, params, warn)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _file_documents(pattern: str, column: str, max_gigabytes: float) -> Iterator[Document]:
+def _file_documents(pattern: str, params: DownloadParams, warn: Callable[[str], None]) -> Iterator[Document]:
+    column, max_gigabytes = params.text_column, params.max_gigabytes
+    separators = Separators(params, warn)
     for path in _matches(pattern):
         if not path.name.endswith(_SUFFIXES):
             raise ValueError(
@@ -110,7 +113,8 @@ def _file_documents(pattern: str, column: str, max_gigabytes: float) -> Iterator
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl_documents(path, column, max_gigabytes)
         else:
-            yield _text_pieces(path)
+            yield from separators.documents(path, _text_pieces(path))
+    separators.check()
 
 
 def _matches(pattern: str) -> list[Path]:

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ruamel.yaml import YAML
 
 from nanogpt.corpus import grammar, sources
 from nanogpt.corpus.raw_text import CorpusInfo, load_info, read_documents
@@ -72,6 +74,40 @@ def test_each_text_file_of_a_pattern_is_a_document_in_the_order_of_paths(downloa
 def test_a_file_whose_name_looks_like_a_pattern(download: Callable[..., list[str]]):
     Path("[a]*.txt").write_text("text")
     assert download("file:[a]*.txt") == ["text"]
+
+
+STORIES = ["One day, a cat.\n\nIt sat.", "Two dogs.", "Three birds."]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("mark", ["\n<|endoftext|>\n", "\r\n<|endoftext|>\r\n\r\n", "<|endoftext|>"])
+def test_a_mark_between_documents_is_warned_of_and_cut_at(download: Callable[..., list[str]], suffix: str, mark: str):
+    """What the warning advises is done."""
+    data = (mark.join(STORIES) + mark).encode()
+    Path(f"a.txt{suffix}").write_bytes(gzip.compress(data) if suffix else data)
+    Path("b.txt").write_text("<|endoftext|>another", newline="")
+    warnings: list[str] = []
+    assert download("file:*.txt*", warnings.append) == [data.decode(), "<|endoftext|>another"]
+    (warning,) = warnings
+    assert warning.startswith(f"a.txt{suffix} contains <|endoftext|>, which is read as ordinary text; ")
+    key, value = re.findall(r"download\.(separator) = (\S+)", warning)[0]
+    value = YAML(typ="safe").load(f"{key}: {value}")[key]
+    assert download("file:*.txt*", warnings.append, separator=value) == [*STORIES, "another"]
+    assert len(warnings) == 1
+
+
+def test_a_separator_that_is_nowhere_is_warned_of(download: Callable[..., list[str]]):
+    Path("a.txt").write_text("one\n<|endoftext|>\ntwo\n")
+    warnings: list[str] = []
+    assert download("file:a.txt", warnings.append, separator="<eos>") == ["one\n<|endoftext|>\ntwo"]
+    assert warnings == ["download.separator = '<eos>' separates no documents in any file; correct it"]
+
+
+def test_a_document_between_separators_is_bounded(download: Callable[..., list[str]]):
+    Path("a.txt").write_text("x" * 3_000_000)
+    message = r"a\.txt is larger than download\.max_gigabytes = 0\.001 in a single document; raise it, or correct"
+    with refuses(message):
+        download("file:a.txt", separator="<eos>", max_gigabytes=0.001)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
