@@ -9,11 +9,12 @@ export MLFLOW_DISABLE_TELEMETRY := true
 # Another checkout's DVC, from which this was started, must not be taken for ours.
 unexport DVC_ROOT DVC_STAGE DVC_EXP_NAME DVC_EXP_BASELINE_REV
 PORT ?= 5000
+JOBS ?= 1
 
 BASE ?= HEAD~1
 REPORTS ?= .runs/verify
 
-.PHONY: help setup repro smoke ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak deps lint gc
+.PHONY: help setup repro smoke queue compare ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak deps lint gc
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -36,7 +37,14 @@ smoke: $(READY)  ## the whole pipeline in seconds, as an experiment named smoke 
 	  --set-param download.documents=60 --set-param model.n_embd=32 --set-param model.block_size=32 \
 	  --set-param train.max_iters=20 --set-param train.warmup_iters=2 --set-param train.eval_interval=10 \
 	  --set-param sample.max_new_tokens=100
-	dvc exp show --only-changed --no-pager
+	@python -m tools compare smoke
+
+queue: $(READY)  ## run all queued experiments (JOBS=2 at a time), then compare
+	dvc exp run --run-all --jobs $(JOBS)
+	@python -m tools compare
+
+compare: $(READY)  ## which setting is best, by how much, and whether that is noise
+	@python -m tools compare
 
 ui: $(READY)  ## MLflow's page on http://127.0.0.1:5000 (PORT=… for another port)
 	@exec python -m tools ui --port $(PORT)

@@ -80,3 +80,7 @@ def train(pool: int) -> list[float]:
         train(state, recipe.batches(state), small, recipe.evaluator(), [])
         losses.append(state.progress.best_val_loss)
     return losses
+
+
+if __name__ == "__main__":
+    main()

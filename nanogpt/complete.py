@@ -7,11 +7,16 @@ print(complete(load_model("model"), "Once upon a time"))
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from nanogpt.corpus.tokenizer import Tokenizer
+from nanogpt.files import Damaged, read_bytes
 from nanogpt.generate import Sampling, generate
 from nanogpt.saved_model import PublishedModel
+
+PROMPTS = Path("inputs/prompts")  # the folder whose changes are noticed
+_LARGEST_PROMPT = 2**24  # bytes of a file
 
 
 def complete(gpt: PublishedModel, prompt: str, max_new_tokens: int = 200, **sampling: Any) -> str:
@@ -51,9 +56,42 @@ def stream(
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt, at least one. Raises ValueError for a character that the tokenizer does not know.
 
-    An empty prompt begins a new document: behind an end-of-text token, or behind a newline (as nanoGPT's sampler
-    begins) where the corpus was one text and the tokenizer has none.
+    An empty prompt begins a new document: behind an end-of-text token; where the corpus was one text and the tokenizer
+    has none, behind a newline, as nanoGPT's sampler begins; where it was one line, behind the first of its characters.
     """
     if not prompt and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
-    return [int(token) for token in tokenizer.encode(prompt or "\n")]
+    try:
+        return [int(token) for token in tokenizer.encode(prompt or "\n")]
+    except ValueError:
+        if prompt:
+            raise
+        return [0]
+
+
+def read_prompts(tokenizer: Tokenizer, prompts: list[str], key: str, folder: Path | None = None) -> list[str]:
+    """The texts of the prompts that `key` names, each a text or FILE:<path>; with a folder the files must lie in it.
+
+    Raises ValueError for a file that cannot be read, and for a character that the tokenizer does not know.
+    """
+    texts = [_read_prompt(prompt, key, folder) for prompt in prompts]
+    for prompt, text in zip(prompts, texts, strict=True):
+        try:
+            encode_prompt(tokenizer, text)
+        except ValueError as error:
+            raise ValueError(f"{key} = {prompt!r:.100} cannot be continued: {error}") from error
+    return texts
+
+
+def _read_prompt(prompt: str, key: str, folder: Path | None) -> str:
+    if not prompt.startswith("FILE:"):
+        return prompt
+    path = Path(prompt.removeprefix("FILE:"))
+    if folder and not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{key} = {prompt} is not in {folder}/, so a change of it would go unnoticed; move it there")
+    try:
+        return read_bytes(path, _LARGEST_PROMPT).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except Damaged as error:
+        raise ValueError(f"{key} = {prompt} {error.what}; correct it, or put the file there") from error

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nanogpt.params import SampleParams
     from nanogpt.saved_model import PublishedModel
 
-MODEL, SAMPLES, PROMPTS = Path("model"), Path("samples"), Path("inputs/prompts")
+MODEL, SAMPLES = Path("model"), Path("samples")
 FOREIGN = r"gpt2(-medium|-large|-xl)?|hf:.+|nanogpt:.+"  # weights without a tokenizer.json: GPT-2's is theirs
 
 OPTIONS = [
@@ -50,7 +50,7 @@ def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], *
 
     params = load_params()
     resolved = determinism.pin(params.numerics, params.runtime.device)
-    from nanogpt.complete import encode_prompt
+    from nanogpt.complete import PROMPTS, read_prompts
 
     gpt = load(model, resolved.device, params.numerics.attention)
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -58,9 +58,8 @@ def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], *
         given["prompts"] = list(prompts)
     by_hand = bool(given) or stream or Path(model) != MODEL
     settings = params.sample.model_copy(update=given)
-    texts = [read_prompt(prompt, anywhere=by_hand) for prompt in settings.prompts]
-    for text in texts:
-        encode_prompt(gpt.tokenizer, text)  # a wrong prompt is refused before the first is continued
+    key, folder = "--prompt" if prompts else "sample.prompts", None if by_hand else PROMPTS
+    texts = read_prompts(gpt.tokenizer, settings.prompts, key, folder)
     if stream:
         for text in texts:
             print_stream(gpt, text, settings)
@@ -102,21 +101,6 @@ def load(name: str, device: "str | torch.device", attention: "Attention") -> "Pu
         )
     gpt = initial.build(0, attention, torch.device(device))
     return PublishedModel(gpt.requires_grad_(False).eval(), tokenizer, {})
-
-
-def read_prompt(prompt: str, anywhere: bool) -> str:
-    """The text of a prompt. A FILE: of the pipeline lies in inputs/prompts/, the folder that DVC watches."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    path = Path(prompt.removeprefix("FILE:"))
-    if not anywhere and not path.resolve().is_relative_to(PROMPTS.resolve()):
-        raise ValueError(
-            f"sample.prompts = {prompt} is not in {PROMPTS}/, so DVC would not see it change; move it there"
-        )
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
 def continue_all(

@@ -100,7 +100,7 @@ def lead(console: Console, recipe: "Recipe", hashes: dict[str, str], run: "Run",
     from tracking.resume import restore_newest
 
     stop = StopRequest(ranks.highest)
-    check_prompts(recipe.data.tokenizer, recipe.params.tracking.prompts)
+    check_prompts(recipe)
     with Journal(run.journal) as journal:
         state, checkpoints = recipe.new_state(ranks), Checkpoints(run.checkpoints, hashes["fingerprint"])
         restore_newest(console, state, checkpoints, journal, recipe.params.train.last_step)

@@ -115,12 +115,13 @@ def scored_run(repository: Path, name: str, val_loss: float, **fields: Any) -> P
     model = hashlib.sha256(name.encode()).hexdigest()
     params = {"download.source": "grammar", "tokenize.tokenizer": "bpe", "train.muon_learning_rate": 0.02}
     val = {"bytes": 900, "documents": 3, "sha256": "e" * 64}
+    profile = {"train": {"bytes": 8000, "documents": 30}, "val": {**val, **fields.get("profile", {})}}
     attempt = make_attempt(
         repository,
         name,
         params={**params, **fields.get("params", {}), "train.seed": fields.get("seed", 1)},
         tags={"git.commit": "a" * 40, "git.dirty": "false", "code.sha256": "c" * 64, **fields.get("tags", {})},
-        dataset={"profile": {"train": {"bytes": 8000, "documents": 30}, "val": {**val, **fields.get("profile", {})}}},
+        dataset={"name": "grammar", "source": "data/tokens", "sha256": "d" * 64, "profile": profile},
     )
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)

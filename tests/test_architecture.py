@@ -38,6 +38,7 @@ LEVELS = [
         "seeds",
         "startup",
         "corpus.meta_pickle",
+        "corpus.split",
         "corpus.words",
         "distributed",
         "gpt_config",

@@ -11,7 +11,6 @@ from tools.compare import cells, interval, number_of, p_value, run_dict, title, 
 from tracking.comparison import Comparison, Point, Setting
 from tracking.significance import ALPHA
 
-TEMPLATE = Path(__file__).with_suffix(".html")
 DRAWN = 8  # settings whose curves are drawn, and whose samples are shown: as many as have a colour of their own
 SAMPLE = 600  # characters of a sample that are shown
 CURVE_POINTS = 200
@@ -66,7 +65,7 @@ def page(comparisons: Sequence[Comparison], left_out: Sequence[str]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     return template.render(
         parts=[part(found) for found in comparisons],
         left_out=left_out,

@@ -24,16 +24,16 @@ def server_results(root: Path, experiment: str) -> tuple[list[Result], list[str]
     with explained(uri):
         client = connect(uri, root)
         found = client.get_experiment_by_name(experiment)
-        if found is None:
-            names = ", ".join(sorted(one.name for one in client.search_experiments()))
-            raise ValueError(f"MLflow has no experiment {experiment!r} (tracking.experiment); it has: {names or 'none'}")
-        runs, token = [], None
-        while token is not None or not runs:
-            page = client.search_runs([found.experiment_id], max_results=_PAGE, page_token=token)
+        names = [one.name for one in client.search_experiments()]
+    if found is None:
+        has = ", ".join(sorted(names))
+        raise ValueError(f"MLflow has no experiment {experiment!r} (tracking.experiment); it has: {has or 'none'}")
+    with explained(uri):
+        page = client.search_runs([found.experiment_id], max_results=_PAGE)
+        runs = [*page]
+        while page.token:
+            page = client.search_runs([found.experiment_id], max_results=_PAGE, page_token=page.token)
             runs += page
-            token = page.token
-            if not token:
-                break
     results, left_out = [], []
     for run in sorted(runs, key=lambda each: each.info.start_time):
         if "model.pulled" in run.data.tags:  # the place of scores whose training is in another database

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from nanogpt import flops
-from nanogpt.complete import continuations, encode_prompt
+from nanogpt.complete import PROMPTS, continuations, read_prompts
 from nanogpt.corpus.tokenizer import Tokenizer
 from nanogpt.evaluate import Score, loss_curve
 from nanogpt.files import replacing, write_text
@@ -114,12 +114,13 @@ class SamplePreview(Observer):
     """Continues each of tracking.prompts at an evaluation, always with the same draws: the run's table of samples."""
 
     def __init__(self, journal: Journal, params: TrackingParams, tokenizer: Tokenizer):
-        self.journal, self.params, self.tokenizer = journal, params, tokenizer
+        self.journal, self.tokenizer, self.length = journal, tokenizer, params.sample_tokens
+        self.prompts = read_prompts(tokenizer, params.prompts, "tracking.prompts")
 
     def on_evaluation(self, state: TrainState, train: Score, val: Score) -> None:
         gpt = PublishedModel(state.model, self.tokenizer, {})
-        for prompt in self.params.prompts:
-            (text,) = continuations(gpt, prompt, 1, self.params.sample_tokens, Sampling())
+        for prompt in self.prompts:
+            (text,) = continuations(gpt, prompt, 1, self.length, Sampling())
             self.journal.append("sample", step=state.progress.step, prompt=prompt, text=text)
 
 
@@ -210,13 +211,11 @@ def observing(
         yield observers
 
 
-def check_prompts(tokenizer: Tokenizer, prompts: list[str]) -> None:
-    """Raises ValueError, before a training begins, for a prompt that could not be continued in it."""
-    for prompt in prompts:
-        try:
-            encode_prompt(tokenizer, prompt)
-        except ValueError as error:
-            raise ValueError(f"tracking.prompts = {prompt!r} cannot be continued: {error}") from error
+def check_prompts(recipe: Recipe) -> None:
+    """Raises ValueError, before a training begins, for a prompt that could not be continued in it or after it."""
+    params, tokenizer = recipe.params, recipe.data.tokenizer
+    read_prompts(tokenizer, params.tracking.prompts, "tracking.prompts")
+    read_prompts(tokenizer, params.sample.prompts, "sample.prompts", PROMPTS)
 
 
 def tokens_per_second(steps: list[Step]) -> float:

@@ -1,20 +1,18 @@
 """Documents to token files: train.bin, val.bin, tokenizer.json and meta.json in one directory.
 
-One text is split by position, as nanoGPT does. Several documents are shuffled and split by the rule of Hugging Face's
-`datasets`, with an end-of-text token after each, as nanoGPT does with OpenWebText. Token files that nanoGPT made are
-taken as they are.
+One text is split by position, as nanoGPT does. Several documents are shuffled and split by document, with an
+end-of-text token after each, as nanoGPT does with OpenWebText. Token files that others made are taken as they are.
 
 The main process decides where pieces of text begin and end, and several processes read and encode them. Long texts are
 cut only where that does not change their tokens, and what was encoded is written in order, so neither the cuts nor the
-number of processes can be seen in the result, and memory stays flat. (It grows by 16 bytes per document for the split,
-and a text without any white space is one piece for a byte-pair tokenizer.)
+number of processes can be seen in the result, and memory stays flat. (It grows by some 30 bytes per document for the
+split, and a text without any white space is one piece for a byte-pair tokenizer.)
 """
 
 import functools
 import hashlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -28,20 +26,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from nanogpt.corpus.nanogpt_bins import given_tokens, tokenizer_of_given
 from nanogpt.corpus.raw_text import (
     PIECE,
     CorpusInfo,
+    DocumentIndex,
     Span,
-    document_spans,
     load_info,
     read_documents,
     read_spans,
     read_text,
     utf8_bytes,
 )
+from nanogpt.corpus.split import split_documents
 from nanogpt.corpus.token_files import CorpusMeta, Meta, SplitMeta, SplitName
 from nanogpt.corpus.tokenizer import (
     Alphabet,
@@ -56,6 +54,8 @@ from nanogpt.files import Damaged
 from nanogpt.params import TokenizeParams
 
 Item = TypeVar("Item")
+LastCut = Callable[[str], int]  # a tokenizer's: where a text may be cut
+Split = Callable[[LastCut], Iterator[tuple[SplitName, Span]]]  # all text to train on, then what is held out
 
 POOL_BYTES = 40_000_000  # a smaller corpus is encoded before other processes have started
 
@@ -83,14 +83,15 @@ def prepare(
     """
     directory.mkdir(parents=True)
     info = load_info(raw)
-    tokenizer = make_tokenizer(raw, info, params)
+    split = _split(raw, info, params, warn)
+    tokenizer = make_tokenizer(raw, info, params, split)
     if params.tokenizer == "bpe" and tokenizer.vocab_size < params.vocab_size:
         warn(f"the text yields {tokenizer.vocab_size} tokens, not tokenize.vocab_size = {params.vocab_size}")
     tokenizer.save(directory / "tokenizer.json")
     if info.kind == "tokens":
-        encoded_parts = _counted(raw, tokenizer)
+        encoded_parts = _counted(raw, tokenizer, warn)
     else:
-        tasks = _tasks(raw, info, params, tokenizer.last_cut)
+        tasks = _tasks(split(tokenizer.last_cut))
         encoded_parts = _encode_all(tasks, raw, info, directory / "tokenizer.json", tokenizer, processes)
     train, val = _Writer(directory / "train.bin"), _Writer(directory / "val.bin")
     with ThreadPoolExecutor(1) as thread:
@@ -119,7 +120,7 @@ def _meta(info: CorpusInfo, tokenizer: Tokenizer, train: "_Writer", val: "_Write
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Tokenizer:
+def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams, split: Split) -> Tokenizer:
     """The tokenizer that params ask for: char reads the whole corpus for its characters, bpe trains on the train split.
 
     char and bpe have an end-of-text token only if the corpus has several documents; GPT-2's always has.
@@ -139,8 +140,7 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Token
         return CharTokenizer(alphabet.characters(), end_of_text=several)
     # Any byte-pair tokenizer cuts where this one may, so the words that are counted are whole.
     gpt2 = Gpt2Tokenizer()
-    tasks = _tasks(raw, info, params, gpt2.last_cut)
-    texts = (text for name, spans in tasks if name == "train" for text in read_spans(raw, spans))
+    texts = (text for name, spans in _tasks(split(gpt2.last_cut)) if name == "train" for text in read_spans(raw, spans))
     words = (part for text in texts for part in gpt2.parts(text))  # the library gathers 256 of them
     return train_bpe(words, params.vocab_size, end_of_text=several)
 
@@ -161,24 +161,23 @@ def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
 # --- split and cut ----------------------------------------------------------------------------------------------------
 
 
-def shuffled(documents: int, val_fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The numbers of the documents to train on and of those held out, each in the order in which they are written.
+def _split(raw: Path, info: CorpusInfo, params: TokenizeParams, warn: Callable[[str], None]) -> Split:
+    """Which text is held out. Raises ValueError if that leaves next to nothing of one split."""
+    if info.kind != "documents":
+        return lambda last_cut: _text_spans(raw, info, params.val_fraction, last_cut)
+    index = DocumentIndex(raw)
+    sizes = np.diff(np.array(index.ends), prepend=0) - len('{"text": ""}\n')
+    train, val = split_documents(sizes.clip(0), params.val_fraction, params.split_seed, warn)
 
-    The rule of `Dataset.train_test_split(test_size=val_fraction, seed=seed)` of Hugging Face's `datasets`: the first
-    ceil(documents * val_fraction) of a permutation are held out. (Where none were left to train on, we leave one.)
-    """
-    permutation = np.random.default_rng(seed).permutation(documents)
-    count = min(math.ceil(val_fraction * documents), documents - 1)
-    return permutation[count:], permutation[:count]
+    def spans(last_cut: LastCut) -> Iterator[tuple[SplitName, Span]]:
+        yield from (("train", span) for span in index.spans(train))
+        yield from (("val", span) for span in index.spans(val))
+
+    return spans
 
 
-def _tasks(
-    raw: Path, info: CorpusInfo, params: TokenizeParams, last_cut: Callable[[str], int]
-) -> Iterator[tuple[SplitName, list[Span]]]:
-    """All text of the train split, then of the other; about PIECE bytes at once."""
-    spans = (
-        _text_spans(raw, info, params.val_fraction, last_cut) if info.kind == "text" else _documents(raw, info, params)
-    )
+def _tasks(spans: Iterator[tuple[SplitName, Span]]) -> Iterator[tuple[SplitName, list[Span]]]:
+    """About PIECE bytes of one split at once."""
     for name, of_split in itertools.groupby(spans, key=lambda item: item[0]):
         gathered, size = [], 0
         for _, span in of_split:
@@ -190,15 +189,8 @@ def _tasks(
         yield name, gathered
 
 
-def _documents(raw: Path, info: CorpusInfo, params: TokenizeParams) -> Iterator[tuple[SplitName, Span]]:
-    train, val = shuffled(info.documents, params.val_fraction, params.split_seed)
-    spans = document_spans(raw, itertools.chain(train, val))
-    yield from (("train", span) for span in itertools.islice(spans, len(train)))
-    yield from (("val", span) for span in spans)
-
-
 def _text_spans(
-    raw: Path, info: CorpusInfo, val_fraction: float, last_cut: Callable[[str], int]
+    raw: Path, info: CorpusInfo, val_fraction: float, last_cut: LastCut
 ) -> Iterator[tuple[SplitName, Span]]:
     """One text in spans of about PIECE bytes, cut where that does not change its tokens."""
     start = position = 0  # bytes: where the next span begins, and where the next piece of text does
@@ -248,12 +240,12 @@ def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) 
     return Encoded(ids, sum(map(utf8_bytes, texts)), len(spans) * mark_ends)
 
 
-def _counted(raw: Path, tokenizer: Tokenizer) -> Iterator[tuple[SplitName, Encoded]]:
+def _counted(raw: Path, tokenizer: Tokenizer, warn: Callable[[str], None]) -> Iterator[tuple[SplitName, Encoded]]:
     """Token files that are given, in blocks, with what they say."""
     lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
     end = tokenizer.vocab_size if tokenizer.end_of_text is None else tokenizer.end_of_text
     lengths[end:] = 0
-    for name, ids in given_tokens(raw, tokenizer):
+    for name, ids in given_tokens(raw, tokenizer, warn):
         yield name, Encoded(ids, int(lengths[ids].sum()), int((ids == end).sum()))
 
 

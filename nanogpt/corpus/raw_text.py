@@ -225,23 +225,30 @@ def read_documents(raw: Path) -> Iterator[str]:
     _check_number(raw, info, found)
 
 
-def document_spans(raw: Path, chosen: Iterable[int]) -> Iterator[Span]:
-    """Where the documents with these numbers lie, in that order. Memory: 8 bytes for each document of the corpus.
+class DocumentIndex:
+    """Where the documents of a corpus lie. Memory: 8 bytes for each.
 
-    Raises Damaged as `read_documents` does, but before the first span comes.
+    Raises Damaged as `read_documents` does.
     """
-    info = load_info(raw)
-    names, bases, ends, position = list(info.files), [0], array("q"), 0
-    for name in names:
-        for line in lines(read_file(raw, name)):
-            position += len(line)
-            ends.append(position)
-        bases.append(position)
-    _check_number(raw, info, len(ends))
-    for document in chosen:
-        start = ends[document - 1] if document else 0
-        number = bisect.bisect_right(bases, start) - 1
-        yield Span(names[number], start - bases[number], ends[document] - bases[number])
+
+    def __init__(self, raw: Path):
+        info = load_info(raw)
+        self.names, self.bases, self.ends = list(info.files), [0], array("q")  # as if the files were one
+        position = 0
+        for name in self.names:
+            for line in lines(read_file(raw, name)):
+                position += len(line)
+                self.ends.append(position)
+            self.bases.append(position)
+        _check_number(raw, info, len(self.ends))
+
+    def spans(self, chosen: Iterable[int]) -> Iterator[Span]:
+        """Those of the documents with these numbers, in that order."""
+        for document in chosen:
+            start = self.ends[document - 1] if document else 0
+            number = bisect.bisect_right(self.bases, start) - 1
+            base = self.bases[number]
+            yield Span(self.names[number], start - base, self.ends[document] - base)
 
 
 def read_spans(raw: Path, spans: Iterable[Span]) -> Iterator[str]:

@@ -152,10 +152,19 @@ def test_an_empty_prompt_is_the_start_of_a_document(tmp_path):
     assert encode_prompt(tokenizer, "ab") == [A, B]
 
 
-def test_an_empty_prompt_without_an_end_of_text_is_a_newline():
-    assert encode_prompt(CharTokenizer("\nab", end_of_text=False), "") == [0]
-    with pytest.raises(ValueError, match=r"U\+000A"):
-        encode_prompt(CharTokenizer("ab", end_of_text=False), "")
+@pytest.mark.parametrize(
+    ("characters", "first"), [("\nab", "\n"), ("\t\n ab", "\n"), (" ab", " "), ("ACGT", "A"), ("一二", "一")]
+)
+def test_an_empty_prompt_without_an_end_of_text_is_a_newline_or_a_character_of_the_corpus(characters: str, first: str):
+    tokenizer = CharTokenizer(characters, end_of_text=False)
+    assert tokenizer.decode(encode_prompt(tokenizer, "")) == first
+
+
+def test_a_model_of_one_line_continues_an_empty_prompt(tmp_path):
+    tokenizer = CharTokenizer("ACGT", end_of_text=False)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    publish(tmp_path / "model", tiny.gpt(vocab_size=4), tmp_path / "tokenizer.json")
+    assert len(complete(load_model(tmp_path / "model"), "", max_new_tokens=20)) == 20
 
 
 def test_a_character_that_the_tokenizer_does_not_know_is_named(directory):

@@ -178,12 +178,14 @@ def test_vocabulary(folder: Path, whole: bytes) -> None:
 
 def test_token_files(folder: Path) -> None:
     """The whole way, of files whose hashes are right since they were copied here."""
+    ids, npy = np.array([0, 1, 2, 0, 2], dtype="<u2"), io.BytesIO()
+    np.save(npy, ids)
     with harmless("bin:", folder, writes=True):
-        for data, draw in inputs(150, np.array([0, 1, 2, 0, 2], dtype="<u2").tobytes()):
+        for data, draw in [*inputs(150, ids.tobytes()), *inputs(150, npy.getvalue())]:
             raw = with_pair(folder, draw.choice([PICKLES[1], mutant(draw, PICKLES[1])]), data)
             shutil.rmtree(folder / "tokens", ignore_errors=True)
             if parsed("bin:", lambda raw=raw: prepare(raw, folder / "tokens", TOKENIZE, 1)) is not None:
-                assert load_split(folder / "tokens", "train").tokens.tobytes() == data
+                assert data.endswith(load_split(folder / "tokens", "train").tokens.tobytes())
 
 
 # --- tokenizer.json ---------------------------------------------------------------------------------------------------

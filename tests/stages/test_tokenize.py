@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from nanogpt.corpus import prepare
 from nanogpt.corpus.raw_text import Writer
+from nanogpt.corpus.split import shuffled
 from nanogpt.corpus.token_files import load_split
 from nanogpt.corpus.tokenizer import load_tokenizer
 from stages import download
@@ -46,7 +47,7 @@ def test_each_tokenizer(project: Project, gpt2_files: Path, kind: str, vocabular
     assert result.output == f"tokenize: {counts}, vocabulary {vocabulary} ({kind}) -> data/tokens\n"
     assert (train.meta.documents, val.meta.documents) == (45, 5)
     tokenizer = load_tokenizer(folder / "data/tokens/tokenizer.json")
-    first, second = prepare.shuffled(50, 0.1, 2357)[0][:2]
+    first, second = shuffled(50, 0.1, 2357)[0][:2]
     assert tokenizer.decode(train.tokens).startswith(f"{DOCUMENTS[first]}<|endoftext|>{DOCUMENTS[second]}<|endoftext|>")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanogpt.corpus import raw_text as raw_module
 from nanogpt.corpus.raw_text import (
-    document_spans,
+    DocumentIndex,
     lines,
     load_info,
     read_documents,
@@ -81,7 +81,7 @@ def test_any_document_is_found_by_its_number(
         patch.setattr(raw_module, "PIECE", 7)
         write_raw(raw, documents)
         numbers = [random.randrange(len(documents)) for _ in range(10)]
-        spans = list(document_spans(raw, numbers))
+        spans = list(DocumentIndex(raw).spans(numbers))
     assert list(read_spans(raw, spans)) == [documents[number] for number in numbers]
 
 
@@ -120,7 +120,7 @@ def test_an_inventory_that_is_not_of_these_files_is_refused(tmp_path: Path, chan
     write_raw(tmp_path / "raw", ["some", "text"])
     path = tmp_path / "raw/corpus.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    for read in (read_documents, lambda raw: document_spans(raw, range(2))):
+    for read in (read_documents, DocumentIndex):
         with refuses(r"says 3 documents and the files hold 2|its files are not those of \d doc", Damaged):
             list(read(tmp_path / "raw"))
 
@@ -164,7 +164,7 @@ def test_damaged_text_is_refused(tmp_path: Path, documents: list[list[str]], dam
         list(read_documents(tmp_path / "raw"))
     if len(documents) > 1:
         with refuses(rf"{name} has sha256", Damaged):
-            next(document_spans(tmp_path / "raw", [0]))
+            DocumentIndex(tmp_path / "raw")
     assert error.value.path == tmp_path / "raw" / name
 
 
