@@ -1,28 +1,26 @@
 """MLflow's page as a browser shows it at the address that `make ui` prints."""
 
 import os
-import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from tests.browser import dom, find, mlflow_page
 from tests.conftest import REPOSITORY
-from tests.pipeline.clones import Clone, closed_port
+from tests.pipeline.clones import Clone
 from tests.runs import finished_attempt, write_report
 from tracking.run_name import run_name, setting
 
 pytestmark = pytest.mark.pipeline
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 RATES, SEEDS = (0.01, 0.025, 0.04), (1337, 1338)
 
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    found = find()
     if found is None:
         missing = "no Chromium or Chrome here; `apt-get install chromium` brings one"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
@@ -74,32 +72,13 @@ def test_the_page_opens_on_the_runs_with_their_names_losses_and_what_differs(bro
     """The only test that looks at MLflow's page: its view is kept in a form that MLflow does not promise."""
     expected, clone = six_runs(tmp_path), Clone(tmp_path)
     clone.run("python -m tools sync", PYTHONPATH=str(REPOSITORY))
-    command = f"python -m tools ui --port {closed_port()}"
-    page = clone.start(command, DISPLAY="", WAYLAND_DISPLAY="", PYTHONPATH=str(REPOSITORY))
-    try:
-        printed = ""
-        while "startup complete" not in printed:
-            printed += (line := page.stdout.readline())
-            assert line, printed
-        (address,) = re.findall(r"http://127\.0\.0\.1:\d+/#\S+", printed)
-        rows = Table(dom(browser, address, tmp_path)).rows
-    finally:
-        clone.end_processes()
+    with mlflow_page(clone) as address:
+        rows = Table(dom(browser, address)).rows
     groups = [row for row in rows.values() if row["attributes.`Run Name`"].startswith("Group: ")]
     runs = [row for row in rows.values() if row not in groups]
-    assert len(runs) == len(expected) == 6, printed
+    assert len(runs) == len(expected) == 6
     for name, columns in expected.items():
         (row,) = [row for row in runs if row["attributes.`Run Name`"].endswith(name)]
         assert {key: float(row[key]) for key in columns} == columns
     means = [row["metrics.`val_loss`"] for row in groups]  # each of two seeds; the best comes first
     assert means == ["1.55(average)", "1.75(average)", "1.95(average)"]
-
-
-def dom(browser: str, address: str, folder: Path) -> str:
-    """The page as the browser has it after 30 seconds of its own time, which pass as fast as it can compute."""
-    options = [
-        *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=2400,1000"),
-        *(f"--user-data-dir={folder}/browser", "--virtual-time-budget=30000", "--dump-dom"),
-    ]
-    done = subprocess.run([browser, *options, address], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
