@@ -14,7 +14,7 @@ JOBS ?= 1
 BASE ?= HEAD~1
 REPORTS ?= .runs/verify
 
-.PHONY: help setup repro smoke queue compare ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak deps lint gc
+.PHONY: help setup repro smoke queue compare ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak pictures deps lint gc
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -82,6 +82,9 @@ test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
 
 soak: $(READY)  ## kill the pipeline at 100 random moments; nothing may be left of that (15 minutes)
 	python -m tests.faults.soak --kills 100
+
+pictures: $(READY)  ## the documentation's pictures, of the runs that are here
+	python -m tests.pictures
 
 deps: $(READY)  ## write dvc.yaml's lists of code from the imports of the stages
 	@python -m tools deps

@@ -1,4 +1,4 @@
-"""Scores the model on the whole validation split: metrics/evaluate.json."""
+"""Scores the model on the whole validation split: metrics/evaluate.json, and its loss alone in val_loss.json."""
 
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.evaluate`, in the root of the repository")
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from nanogpt.params import EvaluateParams
     from nanogpt.saved_model import PublishedModel
 
-TOKENS, MODEL, METRICS = Path("data/tokens"), Path("model"), Path("metrics/evaluate.json")
+TOKENS, MODEL = Path("data/tokens"), Path("model")
+METRICS, LOSS = Path("metrics/evaluate.json"), Path("metrics/val_loss.json")  # all scores; the one in DVC's tables
 
 
 @command("evaluate")
@@ -63,6 +64,7 @@ def main(console: Console) -> None:
             "or with model.dropout"
         )
     write_text(METRICS, json.dumps(metrics, sort_keys=True, indent=1) + "\n")
+    write_text(LOSS, json.dumps({"val_loss": metrics["val_loss"]}) + "\n")
     console.say(f"{summary} -> {METRICS}")
     losses = {name: value for name, value in metrics.items() if not name.endswith("_tokens")}
     report(console, params.tracking, sha256_tree(MODEL), params.evaluate, losses, {})

@@ -41,7 +41,7 @@ def places() -> list[str]:
     return [
         "",
         "samples        samples/samples.md",
-        "loss curve     plots/loss.csv (`dvc plots show`), metrics: `dvc metrics show`",
+        "loss curve     plots/loss.csv (`dvc plots show`), all scores: metrics/evaluate.json",
         "MLflow         `make ui`",
         "",
     ]

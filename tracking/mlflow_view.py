@@ -17,6 +17,7 @@ MAX_RUNS = 500  # the newest ones, whose parameters are compared
 MAX_PARAMS = 8  # columns of parameters that differ, besides the seed
 _SEED = "train.seed"
 _WIDTHS = {"1": 60, "attributes.`Run Name`": 300, "runDateAndNestInfo": 150}  # pixels, of the first columns
+_BY_SETTING = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "setting"}]}
 _STEP = ""  # as an axis; else a metric's name
 _CHARTS = [  # (metric, x-axis), in the order of the page
     *((LOSS, _STEP), (LOSS, TOKENS), ("train/loss", _STEP), ("train/loss", TOKENS), ("eval/train_loss", _STEP)),
@@ -41,14 +42,16 @@ def save_of(client: Any, name: str) -> str | None:
 
 def save(client: Any, experiment: str) -> None:
     """Saves the view of an experiment (its id) for the runs that it has now."""
-    runs = client.search_runs([experiment], max_results=MAX_RUNS)
-    text = json.dumps(view([run.data.params for run in runs]))
+    found = [run.data for run in client.search_runs([experiment], max_results=MAX_RUNS)]
+    trained = [run for run in found if "model.pulled" not in run.tags]
+    settings = [run.tags.get("setting") for run in trained]
+    text = json.dumps(view([run.params for run in trained], None not in settings and len({*settings}) < len(settings)))
     packed = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
     client.set_experiment_tag(experiment, TAG, f"deflate;{packed}")
 
 
-def view(runs: list[dict[str, str]]) -> dict[str, Any]:
-    """The state of MLflow's page for runs with these parameters."""
+def view(runs: list[dict[str, str]], grouped: bool) -> dict[str, Any]:
+    """The state of MLflow's page for runs with these parameters; `grouped`: below their setting, with its mean."""
     metrics = [f"metrics.`{name}`" for name in ("val_loss", "excess", "bits_per_byte")]
     params = [f"params.`{name}`" for name in [*differing(runs), _SEED]]
     # The page adds a chart for each metric that has none, but not where it was deleted.
@@ -70,6 +73,8 @@ def view(runs: list[dict[str, str]]) -> dict[str, Any]:
         "runsHiddenMode": "FIRST_20_RUNS",
         "viewMaximized": False,
         "runListHidden": False,
+        "groupBy": _BY_SETTING if grouped else None,
+        "useGroupedValuesInCharts": False,
         "isAccordionReordered": True,  # keeps the order of the charts
         "compareRunSections": [_section("curves", "Curves"), _section("system", "System metrics", display=False)],
         "compareRunCharts": [*map(_chart, _CHARTS), *map(_no_chart, uncharted)],

@@ -114,7 +114,8 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
         write_text(run.artifacts / "uncommitted.diff", diff[:DIFF_LIMIT] + cut + "\n")
     sections = ("download", "tokenize", "model", "train", "numerics")
     values = {k: v for name in sections for k, v in flatten(getattr(params, name), f"{name}.").items()}
-    differs = setting(values, committed_params(Path.cwd()), diff, commit)
+    base = git_or_none(Path.cwd(), "log", "-1", "--format=%H", "--", *EXPERIMENT) or commit  # not one of dvc.lock alone
+    differs = setting(values, committed_params(Path.cwd()), diff, base)
     tags = {
         "setting": differs,
         "git.commit": commit or "none",

@@ -115,16 +115,23 @@ def test_exp_show_has_the_metrics_of_every_experiment(experiments, shown):
     rows = [row for row in shown if row["Experiment"] or row["rev"] == "workspace"]
     for row in rows:
         if row["Experiment"] != "diverging":
-            assert row["bits_per_byte"] not in ("", "!"), row
-            assert float(row["bits_per_byte"]) > 0, row
+            assert row["val_loss"] not in ("", "!"), row
+            assert float(row["val_loss"]) > 0, row
     rate = one(shown, train__learning_rate="0.001")
     run = next(run for run in experiments.runs() if run.data.tags["dvc.experiment"] == rate["Experiment"])
-    assert float(rate["bits_per_byte"]) == run.data.metrics["bits_per_byte"]
+    assert float(rate["val_loss"]) == run.data.metrics["val_loss"]
+
+
+def test_the_table_of_a_queue_fits_120_columns_with_the_loss_and_what_differs(experiments):
+    table = experiments.run("dvc exp show --only-changed --no-pager", COLUMNS="120").splitlines()
+    assert max(map(len, table)) <= 120
+    for name in ("val_loss", "train.seed", "train.learning_rate"):
+        assert name in table[1]
 
 
 def test_metrics_and_params_can_be_compared(experiments):
     output = experiments.run("dvc metrics diff main alone")
-    row = [line.split() for line in output.splitlines() if " bits_per_byte" in line]
+    row = [line.split() for line in output.splitlines() if " val_loss" in line]
     assert len(row) == 1, output
     _, _, old, new, change = row[0]
     assert float(new) - float(old) == pytest.approx(float(change), abs=2e-5)
@@ -139,6 +146,10 @@ def test_loss_curves_of_two_revisions_are_drawn_together(experiments):
     assert "failed to load" not in output
     for revision in ("main", "alone"):
         assert re.search(rf'"rev": ?"{revision}"', page), f"{revision} is not in the page\n{output}"
+    for curve in ("train_loss", "val_loss"):
+        assert re.search(rf'"field": ?"{curve}"', page), f"{curve} is not in the page"
+    assert page.count("vegaEmbed(") >= 1
+    assert not re.search(r"(src|href) ?= ?[\"']?http", page), "the page loads something from the network"
 
 
 def test_the_smoke_run_leaves_the_workspace_alone_and_its_traces_in_the_original_repository(seed, copy_of):

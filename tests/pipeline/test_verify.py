@@ -12,7 +12,10 @@ from tests.pipeline.test_workflow import commands
 
 pytestmark = pytest.mark.pipeline
 
-OUTS = ["data/raw", "data/tokens", "metrics/train.json", "model", "plots/loss.csv", "metrics/evaluate.json", "samples"]
+OUTS = [
+    *("data/raw", "data/tokens", "metrics/train.json", "model", "plots/loss.csv"),
+    *("metrics/evaluate.json", "metrics/val_loss.json", "samples"),
+]
 COSINE = "return min_lr + share"
 
 
@@ -176,7 +179,7 @@ def test_the_steps_of_a_job_succeed(golden: Clone, copy_of, job: str):
     """The only test that finds a step of the workflow that fails, or that reports nothing."""
     clone = copy_of(golden)
     if job == "diff":
-        clone.set_params(**{"evaluate.train_tokens": 1000})
+        clone.set_params(**{"evaluate.stride": 16})
     clone.commit("Next")
     for command in commands(job):
         if command != "make setup":
@@ -185,7 +188,7 @@ def test_the_steps_of_a_job_succeed(golden: Clone, copy_of, job: str):
             )
     summary = clone.read("s.md")
     if job == "diff":
-        assert re.search(r"params\.yaml.*evaluate\.train_tokens.*2000.*1000", summary), summary
-        assert re.search(r"metrics/evaluate\.json.*train_loss", summary), summary
+        assert re.search(r"params\.yaml.*evaluate\.stride.*16", summary), summary
+        assert re.search(r"metrics/val_loss\.json.*val_loss", summary), summary
     else:
         assert len(re.findall(r"^## .*: identical$", summary, re.MULTILINE)) == 3
