@@ -47,6 +47,7 @@ LEVELS = [
     },
     {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
     {
+        "corpus.bpe_training",
         "corpus.nanogpt_bins",
         "corpus.separators",
         "corpus.floor",
