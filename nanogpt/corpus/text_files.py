@@ -146,7 +146,7 @@ class RowReader:
         if self.skipped:
             reason = str(self.first).partition("; ")[0]
             self.warn(
-                f"{self.skipped:,} rows without a text were left out (download.skip_bad_rows); the first: {reason}"
+                f"download.skip_bad_rows: rows without a text that are left out: {self.skipped:,}; the first: {reason}"
             )
 
 
@@ -156,7 +156,7 @@ def _text_of(row: object, column: str, where: str) -> str:
         raise row
     if not isinstance(row, dict):
         raise BadRow(f'{where} is no JSON object such as {{"{column}": "..."}}; correct or remove it')
-    _check_column(column, row, where)
+    _check_column(column, row, where, BadRow)
     text = row[column]
     if not isinstance(text, str):
         raise BadRow(f"{where}: column {column} holds {text!r:.40}, no text; correct it or set download.text_column")
@@ -169,10 +169,10 @@ def _text_of(row: object, column: str, where: str) -> str:
     return text
 
 
-def _check_column(column: str, columns: Iterable[str], where: str) -> None:
+def _check_column(column: str, columns: Iterable[str], where: str, error: type[ValueError]) -> None:
     if column not in columns:
         known = ", ".join(str(name)[:40] for name in itertools.islice(columns, 20))
-        raise BadRow(f"{where} has no column {column}; set download.text_column to one of: {known}")
+        raise error(f"{where} has no column {column}; set download.text_column to one of: {known}")
 
 
 def _rows(path: Path, kind: str, pieces: Iterator[str], params: DownloadParams) -> Iterator[Row]:
@@ -217,7 +217,7 @@ def _csv_rows(path: Path, data: Iterator[bytes], params: DownloadParams) -> Iter
     csv.field_size_limit(min(int(params.max_gigabytes * 1e9), 2**31 - 1))
     reader = csv.DictReader((line.decode() for line in data), strict=True)
     try:
-        _check_column(params.text_column, reader.fieldnames or (), str(path))
+        _check_column(params.text_column, reader.fieldnames or (), str(path), ValueError)
         for row in reader:
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:
@@ -230,7 +230,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        _check_column(column, file.schema_arrow.names, str(path))
+        _check_column(column, file.schema_arrow.names, str(path), ValueError)
         row = 0
         for rows in file.iter_batches(batch_size=64, columns=[column]):
             for value in rows.column(0):

@@ -197,7 +197,7 @@ def test_a_bad_row_is_refused_or_left_out_as_advised(download: Download, bad: st
     assert documents == ["one", "two"]
     [warning] = warnings
     assert re.match(
-        r"2 rows without a text were left out \(download\.skip_bad_rows\); the first: .*a\.jsonl:2", warning
+        r"download\.skip_bad_rows: rows without a text that are left out: 2; the first: .*a\.jsonl:2", warning
     )
 
 
@@ -209,7 +209,7 @@ def test_bad_rows_of_parquet_and_of_a_dataset(download: Download):
         download(f"file:{TEXTS}/a.parquet")
     documents, warnings = download(f"file:{TEXTS}/a.parquet", skip_bad_rows=True)
     assert documents == ["one", "two"]
-    assert [line.startswith("2 rows without a text") for line in warnings] == [True]
+    assert [": 2; the first: inputs/texts/a.parquet, row 2" in line for line in warnings] == [True]
     pq.write_table(pa.table({"text": ["one", None, "two"]}), TEXTS / "a.parquet")
     with refuses(r"hf:inputs/texts, row 2: column text holds None, .*or set download\.skip_bad_rows to true"):
         download(f"hf:{TEXTS}")
