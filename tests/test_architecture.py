@@ -49,6 +49,7 @@ LEVELS = [
     {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
     {
         "corpus.bpe_training",
+        "corpus.huggingface_tokenizer",
         "corpus.nanogpt_bins",
         "corpus.separators",
         "corpus.floor",

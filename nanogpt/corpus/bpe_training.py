@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from nanogpt.corpus.tokenizer import TrainedTokenizer, byte_characters
+from nanogpt.corpus.tokenizer import TrainedTokenizer, merges_of
 
 LONGEST_WORD = 1024  # characters
 _LONG_WORDS = 2**20  # characters of longer words that are counted, which are tens of bytes of memory each
@@ -34,7 +34,7 @@ def train_bpe(
     trainable.train_from_iterator(_bounded(texts, warn), trainer)
     model = json.loads(trainable.to_str())["model"]
     try:
-        return TrainedTokenizer(_merges(model["merges"]), end_of_text)
+        return TrainedTokenizer(merges_of(model["merges"]), end_of_text)
     except ValueError as error:
         raise ValueError(f"bpe: {error}; lower tokenize.vocab_size = {vocab_size}") from error
 
@@ -62,17 +62,3 @@ def _long_words(text: str) -> list[tuple[int, int]]:
     if max(map(len, text.split()), default=0) <= LONGEST_WORD and not re.search(rf"\s{{{LONGEST_WORD + 1}}}", text):
         return []  # the usual case takes little of the training's time
     return [match.span() for match in _WORD.finditer(text) if match.end() - match.start() > LONGEST_WORD]
-
-
-def _merges(pairs: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
-    """The library's merges, whose bytes are spelt as visible characters, as pairs of our ids.
-
-    A token that two merges make keeps the first, since tiktoken knows tokens, not merges.
-    """
-    ids = {character: byte for byte, character in enumerate(byte_characters())}
-    merges = []
-    for left, right in pairs:
-        if left + right not in ids:
-            merges.append((ids[left], ids[right]))
-            ids[left + right] = len(ids)
-    return merges

@@ -28,6 +28,7 @@ from typing import TypeVar
 import numpy as np
 
 from nanogpt.corpus.bpe_training import train_bpe
+from nanogpt.corpus.huggingface_tokenizer import read_huggingface
 from nanogpt.corpus.nanogpt_bins import given_tokens, tokenizer_of_given
 from nanogpt.corpus.raw_text import (
     PIECE,
@@ -150,7 +151,8 @@ def make_tokenizer(
 
 def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
     try:
-        tokenizer = load_tokenizer(Path(choice.removeprefix("file:")))
+        path = Path(choice.removeprefix("file:"))
+        tokenizer = read_huggingface(path) or load_tokenizer(path)
     except Damaged as error:
         raise ValueError(f"{error}; name another in tokenize.tokenizer") from error
     if several and tokenizer.end_of_text is None:

@@ -28,7 +28,7 @@ Ids = npt.NDArray[np.unsignedinteger]
 END_OF_TEXT = "<|endoftext|>"  # how the end-of-text token reads; in a text these characters are ordinary ones
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, end of text
 _LARGEST_VOCABULARY = 2**21  # more than Unicode has characters
-_LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
+LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
 _LONGEST_TOKEN = 2**16  # bytes
 _ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
 _PART = 2**16  # characters that are encoded at once
@@ -303,6 +303,20 @@ class TrainedTokenizer(BytePairTokenizer):
         return {"merges": [list(pair) for pair in self.merges]}
 
 
+def merges_of(pairs: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
+    """The merges of Hugging Face's tokenizers, whose bytes are spelt as visible characters, as pairs of our ids.
+
+    A token that two merges make keeps the first, since tiktoken knows tokens, not merges.
+    """
+    ids = {character: byte for byte, character in enumerate(byte_characters())}
+    merges = []
+    for left, right in pairs:
+        if left + right not in ids:
+            merges.append((ids[left], ids[right]))
+            ids[left + right] = len(ids)
+    return merges
+
+
 def byte_characters() -> list[str]:
     """How GPT-2's files spell the bytes: a visible Latin-1 character as itself, each other one from U+0100 upwards."""
     substitutes = itertools.count(0x100)
@@ -319,7 +333,7 @@ class ForeignTokenizer(ValueError):
 
 def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
     """Reads a tokenizer.json. Raises Damaged if it is missing, damaged, or not the one with the given sha256."""
-    data = read_bytes(path, _LARGEST_FILE)
+    data = read_bytes(path, LARGEST_FILE)
     try:
         tokenizer = _from_json(data)
     except ForeignTokenizer as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from nanogpt.corpus.huggingface_tokenizer import read_huggingface
 from nanogpt.corpus.meta_pickle import characters
 from nanogpt.corpus.prepare import prepare
 from nanogpt.corpus.raw_text import load_info, read_documents
@@ -324,6 +325,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "model/weights.safetensors": lambda path: load_model(path.parent),
     "model/tokenizer.json": lambda path: load_model(path.parent),
     "tokenizers/tokenizer.json": load_tokenizer,
+    "theirs/tokenizer.json": read_huggingface,
 }
 
 
@@ -339,7 +341,11 @@ def test_a_link_to_what_is_no_file_is_refused_at_once(tmp_path: Path, target: st
     model(whole)
     write_tokens(whole / "tokens")
     write_raw(whole / "raw", ["one"])
-    for name, text in (("params/params.yaml", json.dumps(SOURCE)), ("tokenizers/tokenizer.json", "")):
+    for name, text in (
+        ("params/params.yaml", json.dumps(SOURCE)),
+        ("tokenizers/tokenizer.json", ""),
+        ("theirs/tokenizer.json", ""),
+    ):
         (whole / name).parent.mkdir()
         (whole / name).write_text(text)
     paths = []

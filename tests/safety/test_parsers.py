@@ -20,6 +20,7 @@ import torch
 from ruamel.yaml import YAML
 
 from nanogpt.batches import batch
+from nanogpt.corpus.huggingface_tokenizer import read_huggingface
 from nanogpt.corpus.meta_pickle import characters
 from nanogpt.corpus.prepare import prepare
 from nanogpt.corpus.raw_text import load_info, read_documents, read_text
@@ -204,6 +205,17 @@ def test_tokenizer(folder: Path, tokenizer: Any) -> None:
             if (found := parsed("load_tokenizer", lambda: load_tokenizer(path))) is not None:
                 assert found.to_json().encode() == data
                 assert len(found.decode_bytes(range(found.vocab_size))) >= 1 or found.name == "gpt2"
+
+
+def test_tokenizer_of_hugging_face(folder: Path) -> None:
+    path, model = folder / "theirs.json", {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    theirs = {"model": model, "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+    path.touch()
+    with harmless("read_huggingface", folder):
+        for data, _ in inputs(500, dumped(theirs), changed_json(theirs)):
+            path.write_bytes(data)
+            if (found := parsed("read_huggingface", lambda: read_huggingface(path))) is not None:
+                assert found.decode(found.encode("ab")) == "ab"
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
