@@ -21,6 +21,10 @@ help:  ## this list
 
 setup: $(READY)  ## only the set-up
 
+# A virtual environment's commands name its interpreter by an absolute path, so it does not survive a move of the repository.
+PIP := $(VENV)/bin/pip
+$(shell test ! -e $(PIP) || test -x "$$(sed -n '1s/^#! *\([^ ]*\).*/\1/p' $(PIP))" || rm -rf $(VENV))
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
