@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.checkout import TRAINING_AS_NANOGPT, check_comparable, prepare, training_command
-from benchmarks.common import TEXT, benchmark, call, nanogpt_option, own_peak, row, run, shown, with_params, with_values
-from nanogpt.params import Params
+from benchmarks.common import TEXT, benchmark, call, nanogpt_option, own_peak, row, run, shown, with_params
+from nanogpt.params import Params, with_values
 
 if TYPE_CHECKING:  # torch comes after determinism.pin
     from nanogpt.model import GPT

@@ -21,7 +21,7 @@ import click
 import psutil
 from ruamel.yaml import YAML
 
-from nanogpt.params import Params, check_combinations, flatten, load_params
+from nanogpt.params import Params, load_params, parse_assignments, with_values
 from tools.preset import preset_params
 from tracking.errors import explain
 
@@ -89,33 +89,11 @@ def with_params(preset: str | None = None) -> Callable[[Command], Command]:
         @functools.wraps(main)
         def command(preset: str | None, values: tuple[str, ...], **options: Any) -> Any:
             params = load_params(PARAMS) if preset is None else preset_params(preset)
-            return main(params=with_values(params, parsed(values, params)), **options)
+            return main(params=with_values(params, parse_assignments(values), PARAMS), **options)
 
         return command
 
     return decorated
-
-
-def parsed(assignments: tuple[str, ...], params: Params) -> dict[str, Any]:
-    """From "section.key=value" to values by key. Raises ValueError where there is no such key."""
-    known, values = flatten(params), {}
-    for assignment in assignments:
-        key, _, value = assignment.partition("=")
-        if key not in known:
-            raise ValueError(f"--set {assignment}: {PARAMS} has no {key}; give section.key=value")
-        values[key] = YAML(typ="safe").load(value)
-    return values
-
-
-def with_values(params: Params, values: dict[str, Any]) -> Params:
-    """The parameters with other values, by "section.key", checked. Raises ValueError."""
-    sections = params.model_dump()
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        sections[section][name] = value
-    changed = Params.model_validate(sections)
-    check_combinations(changed, PARAMS)
-    return changed
 
 
 def write_params(params: Params, path: Path) -> None:

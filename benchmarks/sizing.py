@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from benchmarks.checkout import AS_NANOGPT
-from benchmarks.common import benchmark, call, own_peak, row, with_values
-from nanogpt.params import load_params
+from benchmarks.common import benchmark, call, own_peak, row
+from nanogpt.params import load_params, with_values
 
 NAMES = ("n_layer", "n_embd", "n_head", "block_size", "vocab_size", "batch_size")
 SHAPES = [

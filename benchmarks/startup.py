@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from benchmarks.common import benchmark, call, cpu_seconds, row, with_values, write_params
-from nanogpt.params import load_params
+from benchmarks.common import benchmark, call, cpu_seconds, row, write_params
+from nanogpt.params import load_params, with_values
 from tools.__main__ import COMMANDS
 from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
 from tracking.git import git

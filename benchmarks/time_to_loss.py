@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 from benchmarks.checkout import prepare, training_command
-from benchmarks.common import TEXT, Missed, benchmark, nanogpt_option, row, with_params, with_values, write_params
-from nanogpt.params import Params
+from benchmarks.common import TEXT, Missed, benchmark, nanogpt_option, row, with_params, write_params
+from nanogpt.params import Params, with_values
 from tools.preset import preset_params
 from tracking.clean_clone import clean_clone
 from tracking.run import runs_in

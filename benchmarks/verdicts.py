@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from benchmarks.common import benchmark
-from nanogpt.params import load_params
+from nanogpt.params import load_params, with_values
 from tracking.first_steps import TOKENS
 from tracking.significance import ALPHA, corrected, difference, evidence, seeds_needed
 
-SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32}
-SHORT = {"max_iters": 60, "eval_interval": 60, "lr_decay_iters": None, "warmup_iters": 0, "eval_iters": 20}
+SMALL = {"model.n_layer": 1, "model.n_head": 2, "model.n_embd": 32, "model.block_size": 32}
+SHORT = {"train.max_iters": 60, "train.eval_interval": 60, "train.warmup_iters": 0, "train.eval_iters": 20}
 
 
 @benchmark
@@ -73,8 +73,7 @@ def train(pool: int) -> list[float]:
 
     losses = []
     for seed in range(pool):
-        settings = params.train.model_copy(update={**SHORT, "seed": seed})
-        small = params.model_copy(update={"train": settings, "model": params.model.model_copy(update=SMALL)})
+        small = with_values(params, {**SMALL, **SHORT, "train.seed": seed})
         recipe = load_recipe(small, numerics, TOKENS)
         state = recipe.new_state()
         train(state, recipe.batches(state), small, recipe.evaluator(), [])

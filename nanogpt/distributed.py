@@ -214,7 +214,7 @@ def _device(device_type: str, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"train.processes asks for more processes than this machine has GPUs ({torch.cuda.device_count()}); lower "
-            "train.processes or use more machines (docs/distributed.md)"
+            "train.processes or use more machines (docs/gpus.md)"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

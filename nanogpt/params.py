@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -195,6 +195,33 @@ def parse_params(text: str, path: Path) -> Params:
         raise Damaged(path, f"is not valid YAML ({line}); correct it") from error
     if not isinstance(values, dict):
         raise Damaged(path, "holds no sections")
+    return _validated(values, path)
+
+
+def with_values(params: Params, values: Mapping[str, Any], source: Path = Path("params.yaml")) -> Params:
+    """The parameters with other values, by "section.key". Raises ParamsError, which names `source`."""
+    sections = params.model_dump()
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return _validated(sections, source)
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """key -> value of each "section.key=value", whose value is YAML. Raises ParamsError."""
+    values = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or "." not in key:
+            raise ParamsError(f"-S {assignment} is refused: write section.key=value, such as train.max_iters=100")
+        try:
+            values[key] = YAML(typ="safe").load(text)
+        except YAMLError as error:
+            raise ParamsError(f"-S {assignment} is refused: the value is not YAML") from error
+    return values
+
+
+def _validated(values: dict[str, Any], path: Path) -> Params:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:

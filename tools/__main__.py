@@ -23,6 +23,7 @@ COMMANDS = {
     "golden": "Writes the golden file of this environment.",
     "lineage": "Shows where a model comes from and how to make it again.",
     "preset": "Makes params.yaml that of a preset, or lists the presets.",
+    "reference": "Writes docs/reference.md from params.yaml, the commands and MLflow's names.",
     "replay": "Recomputes one training step and compares it with the journal.",
     "serve": "Serves the champion until Ctrl-C.",
     "size": "Shows what the training that params.yaml describes will cost.",

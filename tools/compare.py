@@ -66,7 +66,8 @@ def gather(
         results, left_out = comparison.journal_results(root)
     wanted = [result for argument in arguments for result in comparison.select(results, argument, root)]
     if not arguments:
-        wanted = [result for result in results if result.experiment == experiment_here()]
+        here = experiment_here()
+        wanted = [result for result in results if result.experiment == here]
     else:
         left_out = []  # nobody asked for them
     is_baseline = None

@@ -5,18 +5,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from nanogpt.files import write_text
-from nanogpt.params import Params, flatten, parse_params
+from nanogpt.params import Params, flatten, load_params, parse_assignments, parse_params, with_values
 from tools.command import command
-from tools.preset import changed
 from tracking.comparison import SEED, Result, journal_results, select
 from tracking.console import repository
 from tracking.errors import explain
@@ -26,6 +23,7 @@ from tracking.history import experiment_refs
 from tracking.mlflow_server import as_text
 from tracking.significance import Evidence, evidence
 
+WITH_OVERRIDES = Path("params.yaml with -S")  # the name of that in errors
 LEDGER = Path("experiments/ledger.md")
 HEAD = """# Ledger of trials
 
@@ -134,12 +132,14 @@ def plan(root: Path, name: str, assignments: Sequence[str], baseline: str | None
     """The two sides of a trial, checked. Raises ValueError for wrong parameters and unequal budgets."""
     if not assignments and baseline is None:
         raise ValueError("there is nothing to try: give -S KEY=VALUE, or --baseline for the code and params.yaml here")
-    text = (root / "params.yaml").read_text(encoding="utf-8")
+    here, overrides = load_params(root / "params.yaml"), parse_assignments(assignments)
+    if SEED in overrides:
+        raise ValueError(f"-S {SEED} is refused: a trial sets the seeds itself")
     code = code_hash(root, "stages.train")
-    idea = overridden(name, text, parse_assignments(assignments), code)
-    other = overridden("params.yaml", text, {}, code) if baseline is None else committed(root, text, baseline, code)
+    idea = Side(name, with_values(here, overrides, WITH_OVERRIDES), code, overrides)
+    other = Side("params.yaml", here, code, {}) if baseline is None else committed(root, here, baseline, code)
     if budget == "flops":
-        idea = with_equal_flops(idea, other, text)
+        idea = with_equal_flops(idea, other)
     elif (mine := tokens_of(idea.params)) != (theirs := tokens_of(other.params)):
         raise ValueError(
             f"{name} trains on {mine:,} tokens and {other.name} on {theirs:,}: set train.max_iters so that both are "
@@ -148,35 +148,7 @@ def plan(root: Path, name: str, assignments: Sequence[str], baseline: str | None
     return Trial(idea, other)
 
 
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """key -> value of each "key=value". Raises ValueError."""
-    values = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or "." not in key:
-            raise ValueError(
-                f"-S {assignment!r} is refused: write it as section.key=value, such as train.max_iters=100"
-            )
-        if key == SEED:
-            raise ValueError(f"-S {assignment} is refused: a trial sets the seeds itself")
-        try:
-            values[key] = YAML(typ="safe").load(text)
-        except YAMLError as error:
-            raise ValueError(f"-S {assignment!r} is refused: the value is not YAML") from error
-    return values
-
-
-def overridden(name: str, text: str, overrides: dict[str, Any], code: str) -> Side:
-    """params.yaml's text with some values changed. Raises ValueError for unknown keys and refused values."""
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in overrides.items():
-        section, _, entry = key.partition(".")
-        sections.setdefault(section, {})[entry] = value
-    after, _ = changed(text, "params.yaml", ("-S", sections))
-    return Side(name, parse_params(after, Path("params.yaml with -S")), code, overrides)
-
-
-def committed(root: Path, text: str, revision: str, code: str) -> Side:
+def committed(root: Path, here: Params, revision: str, code: str) -> Side:
     """An experiment or a commit as a baseline: its params.yaml, and the code of its runs. Raises ValueError."""
     references = experiment_refs(root, revision) or [revision]
     if len(references) > 1:
@@ -187,9 +159,8 @@ def committed(root: Path, text: str, revision: str, code: str) -> Side:
             f"--baseline {revision!r} is no experiment and no commit with a params.yaml; see `dvc exp show`"
         )
     params = parse_params(theirs, Path(f"params.yaml of {revision}"))
-    here = flatten(parse_params(text, Path("params.yaml")))
-    tracked = tuple(f"{name}." for name in (*SECTIONS, "evaluate"))
-    differing = {k: v for k, v in flatten(params).items() if k.startswith(tracked) and here.get(k) != v and k != SEED}
+    tracked, flat = tuple(f"{name}." for name in (*SECTIONS, "evaluate")), flatten(here)
+    differing = {k: v for k, v in flatten(params).items() if k.startswith(tracked) and flat[k] != v and k != SEED}
     results, _ = journal_results(root)
     with suppress(ValueError):  # no run of it is here: its seeds are trained with the code that is
         code = select(results, revision, root)[0].tags.get("code.sha256", code)
@@ -202,12 +173,14 @@ def tokens_of(params: Params) -> int:
     return train.last_step * train.batch_size * train.gradient_accumulation_steps * (params.model.block_size or 1)
 
 
-def with_equal_flops(idea: Side, baseline: Side, text: str) -> Side:
+def with_equal_flops(idea: Side, baseline: Side) -> Side:
     """The idea with as many steps as the baseline's FLOPs pay for, rounded. Raises ValueError if the idea sets them."""
     if "train.max_iters" in idea.overrides:
         raise ValueError("--budget flops sets train.max_iters itself: leave out -S train.max_iters")
     steps = max(1, round(baseline.params.train.last_step * flops_per_step(baseline) / flops_per_step(idea)))
-    return overridden(idea.name, text, {**idea.overrides, "train.max_iters": steps}, idea.code)
+    budget = {"train.max_iters": steps}
+    params = with_values(idea.params, budget, WITH_OVERRIDES)
+    return replace(idea, params=params, overrides={**idea.overrides, **budget})
 
 
 def flops_per_step(side: Side) -> int:

@@ -169,7 +169,7 @@ def journal_results(root: Path) -> tuple[list[Result], list[str]]:
                 found.append(_result(run, str(place), scores.get(run.result["model_sha256"])))
             else:
                 why = {"open": "has not finished, or was killed", "failed": "failed", "killed": "was stopped"}
-                left_out.append(f"{run.info['name']} ({place}) {why.get(run.status, 'has not begun')}")
+                left_out.append(f"{printable(run.info['name'])} ({place}) {why.get(run.status, 'has not begun')}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             left_out.append(f"{place} is damaged ({type(error).__name__}: {error})")
     return found, left_out
@@ -198,7 +198,7 @@ def _result(run: Run, place: str, report: dict[str, Any] | None) -> Result:
     made = {f"model.{name}": str(result[f"model_{name}"]) for name in ("sha256", "md5") if f"model_{name}" in result}
     return Result(
         id=run.mlflow.get("run_id") or place,
-        name=info["name"],
+        name=printable(info["name"]),
         experiment=info["experiment"],
         params={key: as_text(value) for key, value in info["params"].items()},
         tags={**info["tags"], **made, "attempt": place, "published": result.get("published", "best")},
@@ -303,10 +303,15 @@ def name_differences(settings: Sequence[Setting]) -> None:
     codes = {result.tags.get("code.sha256", "") for result in first}
     by_commit = len({result.code for result in first}) == len(codes)
     for setting, result in zip(settings, first, strict=True):
-        setting.differs = {names[key]: result.params.get(key, "none") for key in differing}
+        setting.differs = {names[key]: printable(result.params.get(key, "none")) for key in differing}
         setting.differs |= {name: result.tags.get(tag, "none")[:7] for name, tag in differing_hashes.items()}
         if len(codes) > 1:
             setting.differs["code"] = result.code if by_commit else f"{result.code}~{result.tags['code.sha256'][:4]}"
+
+
+def printable(text: str) -> str:
+    """A text without what would move a terminal's cursor, change its colours or break a line."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 # --- which runs an argument means

@@ -255,17 +255,21 @@ class Replica:
         self.run.write_mlflow(self._state)
 
 
-def deliver_report(path: Path, uri: str, repository: Path, again: bool = False) -> str:
+def deliver_report(path: Path, uri: str, repository: Path, again: bool = False) -> str | None:
     """Adds what `evaluate` or `sample` wrote to the run that trained their model; returns the run's id.
 
-    The run keeps its status and end. If this server has no run of that model, one is made that says so. Raises
-    TrackingError when the server fails; deliver it again later. `again`: also if the server has confirmed it.
+    The run keeps its status and end. If this server has no run of that model, one is made that says so; None if the
+    user has deleted it there, which is left alone. Raises TrackingError when the server fails; deliver it again later.
+    `again`: also if the server has confirmed it.
     """
     with explained(uri), RunLock(path.parent, name="reports.lock"):
         report: dict[str, Any] = json.loads(path.read_bytes())
         client = connect(uri, repository)
-        _send_training(client, report["model"], uri, repository)
-        run = _run_of(client, report["model"]) or _run_without_training(client, uri, repository, report)
+        deleted = _send_training(client, report["model"], uri, repository)
+        run = _run_of(client, report["model"])
+        if run is None and deleted:
+            return None
+        run = run or _run_without_training(client, uri, repository, report)
         mark = {**_mark(report, uri), "run_id": run.info.run_id}
         if again or _known(path) != mark:
             _add_report(client, run, report)
@@ -298,14 +302,20 @@ def _known(path: Path) -> dict[str, str]:
         return {}
 
 
-def _send_training(client: Any, model: str, uri: str, repository: Path) -> None:
-    """Sends the training of that model first, if it lies here and has not reached the server."""
+def _send_training(client: Any, model: str, uri: str, repository: Path) -> bool:
+    """Sends the training of that model first, if it lies here and has not reached the server.
+
+    Returns whether the user has deleted its run there.
+    """
+    deleted = False
     for run in runs_in(repository):
         if run.status == "finished" and run.result.get("model_sha256") == model:
             replica = Replica(run, uri)
             if not has_run(client, replica.finished_run()):
                 with run.sending_lock():
                     replica.finish()
+                deleted = deleted or replica.deleted
+    return deleted
 
 
 def _run_of(client: Any, model: str) -> Any | None:

@@ -186,7 +186,8 @@ def sync(repository: Path, chosen: list[Run], uri: str, again: bool, say: Say) -
 
 
 def _deliver(path: Path, uri: str, repository: Path, again: bool) -> str:
-    return f"is in MLflow run {deliver_report(path, uri, repository, again)}"
+    run_id = deliver_report(path, uri, repository, again)
+    return f"is in MLflow run {run_id}" if run_id else "its run was deleted in MLflow: left alone"
 
 
 def _send_locked(run: Run, uri: str, again: bool) -> str:

@@ -40,4 +40,4 @@ def report(
         reason = redact(str(error))[:200]
         console.warn(f"MLflow did not take the report ({reason}); `python -m tools sync` sends it later")
     else:
-        console.say(f"recorded in MLflow run {run}")
+        console.say(f"recorded in MLflow run {run}" if run else "the model's run was deleted in MLflow: left alone")

@@ -11,9 +11,8 @@ from click.testing import CliRunner, Result
 from benchmarks import against_nanogpt
 from benchmarks.against_nanogpt import MEASURES, main, measure_nanogpt, measure_ours, nanogpt_loss, whole_loss
 from benchmarks.checkout import prepare, training_command
-from benchmarks.common import with_values
 from nanogpt.nanogpt_checkpoint import save_nanogpt, to_nanogpt
-from nanogpt.params import Params, flatten
+from nanogpt.params import Params, flatten, with_values
 from tests.conftest import REPOSITORY
 from tools.preset import preset_params
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.clones import REPOSITORY, Clone, wait_until
+from tools.reference import TAG_NOTES
 
 pytestmark = pytest.mark.pipeline
 
@@ -23,6 +24,7 @@ ELSEWHERE = {  # run by other tests
     "python -m tools export --format huggingface build/exported": "test_export.py",
 }
 WITH_NANOGPT = "--nanogpt"  # needs a checkout of nanoGPT, which is not here
+STAGES_WITH_TAGS = ("evaluate.", "sample.")  # their parameters, each with a row of its own
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -38,12 +40,12 @@ def commands(page: str) -> list[str]:
 def to_run(page: str) -> list[str]:
     """The commands of a page that its test runs, as it runs them.
 
-    A command of our own that the README has is not run again for another page. A sweep has two values, and but for the
-    README's first one experiments end with their training: evaluate and sample do not make them differ.
+    A command of our own is run for the first page that has it. A sweep has two values, and but for the README's first
+    one experiments end with their training: evaluate and sample do not make them differ.
     """
     known = {*BY_CI, *ELSEWHERE}
-    if page != "README.md":
-        known.update(command for command in commands("README.md") if command.startswith("python -m"))
+    for earlier in PAGES[: PAGES.index(page)]:
+        known.update(command for command in commands(earlier) if command.startswith(("make", "python -m")))
     chosen, seen = [], page != "README.md"
     for command in commands(page):
         if command in known or WITH_NANOGPT in command:
@@ -60,9 +62,11 @@ def to_run(page: str) -> list[str]:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A user's home with a text of their own."""
-    for path in (tmp_path / "home" / "book.txt", tmp_path / "home" / "texts" / "book.txt"):
+    line = "It was a bright cold day in April, and the clocks were striking.\n"
+    for name, end in (("book.txt", ""), ("texts/book.txt", ""), ("stories.txt", "<|endoftext|>\n")):
+        path = tmp_path / "home" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("It was a bright cold day in April, and the clocks were striking.\n" * 200)
+        path.write_text((line + end) * 200)
     return tmp_path / "home"
 
 
@@ -137,11 +141,9 @@ def test_the_tests_that_the_readme_names_are_what_ci_runs() -> None:
     assert all(command in script and command in commands("README.md") for command in BY_CI)
 
 
-def test_links_between_the_pages_lead_somewhere() -> None:
-    for page in PAGES:
-        text = (REPOSITORY / page).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
-            assert (REPOSITORY / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+def test_the_reference_names_every_tag_of_a_run(seed: Clone) -> None:
+    tags = {tag for run in seed.runs() for tag in run.data.tags if not tag.startswith(("mlflow.", *STAGES_WITH_TAGS))}
+    assert tags - TAG_NOTES.keys() == set()
 
 
 def test_the_architecture_names_every_module_of_the_core() -> None:

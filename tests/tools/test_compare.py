@@ -142,10 +142,12 @@ def test_the_page_stands_alone_and_shows_all(root):
 
 def test_the_page_escapes_what_runs_are_called(root):
     for i, name in enumerate(("<b>one</b>", "two, \x1b[31m & co")):
-        scored_run(root, f"run-{i}", 2.0, params={"train.batch_size": i})
+        scored_run(root, f"run-{i}", 2.0, params={"train.batch_size": f"\x1b[31m{i}\n"})
         info = root / f".runs/run-{i}/attempt-1/run.json"
         info.write_text(json.dumps(json.loads(info.read_text()) | {"name": name}))
-    compare("--html", "page.html")
+    printed = compare("--html", "page.html").stdout
+    assert "\\x1b[31m0\\n" in printed
+    assert "\x1b" not in printed + (root / "page.html").read_text()
     page = Page((root / "page.html").read_text())
     assert "b" not in page.tags
     assert "<b>one</b>" in page.text

@@ -111,9 +111,9 @@ def test_runs_of_other_code_or_without_a_score_are_not_used_again(root, monkeypa
     ("arguments", "message"),
     [
         ((), "there is nothing to try: give -S KEY=VALUE, or --baseline"),
-        (("-S", "train.muon_lr=1"), "-S sets train.muon_lr, which params.yaml does not have"),
+        (("-S", "train.muon_learn_rate=1"), "not a known parameter; did you mean train.muon_learning_rate?"),
         (("-S", "train.batch_size=x"), "train.batch_size = 'x' is refused"),
-        (("-S", "batch_size"), "write it as section.key=value"),
+        (("-S", "batch_size"), "write section.key=value"),
         (("-S", "train.seed=3"), "a trial sets the seeds itself"),
         (("-S", "train.max_iters=[1"), "the value is not YAML"),
         (("-S", "train.max_iters=300"), "idea trains on 307,200 tokens and params.yaml on 614,400"),

@@ -432,6 +432,9 @@ def test_what_the_user_deleted_stays_deleted(repository: Path) -> None:
     again.finish()
     assert again.deleted
     assert again.run_id == replica.run_id
+    report = write_report(repository)
+    assert deliver_report(report, replica.uri, repository) is None
+    assert replica._client.search_runs([replica._experiment]) == []  # no other run is made for it
 
 
 def test_two_runs_that_add_the_same_dataset_at_once_both_succeed(

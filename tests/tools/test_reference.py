@@ -1,0 +1,16 @@
+"""docs/reference.md is what the code says."""
+
+from nanogpt.params import flatten, load_params
+from tests.pipeline.clones import REPOSITORY
+from tools.reference import METRIC_NOTES, PAGE, metrics, page
+
+
+def test_the_page_is_as_the_code_has_it() -> None:
+    remedy = "run `python -m tools reference`"
+    assert (REPOSITORY / PAGE).read_text(encoding="utf-8") == page(), remedy
+
+
+def test_every_key_and_every_metric_is_there() -> None:
+    text = page()
+    assert [key for key in flatten(load_params(REPOSITORY / "params.yaml")) if f"| `{key}` |" not in text] == []
+    assert set(metrics()) == METRIC_NOTES.keys()
