@@ -42,9 +42,8 @@ def report(
     if not path.exists():  # a stage that was killed after it reported has the same to say, of the same time
         write_text(path, json.dumps({**content, "t": time.time_ns() // 1_000_000}, sort_keys=True, indent=1) + "\n")
     try:
-        run = within(
-            2 * tracking.wait_seconds + 60, lambda: deliver_report(path, resolve_uri(repository()), repository())
-        )
+        limit = max(LEAST_WAIT, tracking.wait_seconds)
+        run = within(limit, lambda: deliver_report(path, resolve_uri(repository()), repository()))
     except Exception as error:  # whatever a tracking server does, the stage's result stands
         reason = redact(str(error))[:200]
         console.warn(f"MLflow did not take the report ({reason}); `python -m tools sync` sends it later")
