@@ -147,7 +147,7 @@ def verdict_lines(found: Comparison) -> list[str]:
     for setting, diff in zip(found.others, found.differences, strict=True):
         shown = f"{number_of(found, setting):>2}  {diff.mean:+.4f}"
         if diff.p is not None:
-            kind = _count(diff.seeds, "pair") if diff.paired else "Welch"
+            kind = "paired" if diff.paired else "Welch"
             shown += f"  {interval(diff)}  {kind}  {p_value(diff.p)}"
         lines.append(f"{shown}  {words(diff)}")
     return lines
