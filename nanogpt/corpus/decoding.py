@@ -53,7 +53,7 @@ def _undecodable(path: Path, error: UnicodeDecodeError, start: int, encoding: st
     wrong = f"{path}: byte 0x{error.object[error.start]:02x} at {position} is not {encoding or 'UTF-8'}"
     if encoding is not None:
         return ValueError(f"{wrong}; correct download.encoding (null: UTF-8), or remove the damage")
-    if error.reason == "unexpected end of data":
+    if error.reason == "unexpected end of data" and len(error.object) - error.start > 1:
         return ValueError(f"{wrong}: the file ends within a character; make or fetch it again, or remove that")
     sample = error.object[max(0, error.start - _SAMPLE) : error.start + _SAMPLE]
     if (guess := _guess(sample)) == "utf-8":

@@ -261,6 +261,14 @@ def test_an_encoding_that_is_guessed_gives_the_text(download: Download, kind: st
     assert download(f"file:{TEXTS}/a.{kind}", **advised(error.value)) == ([text], [])
 
 
+def test_a_file_that_ends_in_one_letter_of_another_encoding_is_not_taken_for_cut_off(download: Download):
+    text = ENGLISH.encode("ascii", "ignore").decode() + "caf\xe9"
+    (TEXTS / "a.txt").write_bytes(text.encode("cp1252"))
+    with refuses(r"byte 0xe9 at position \d+ is not UTF-8; by its bytes it may be cp1252") as error:
+        download(f"file:{TEXTS}/a.txt")
+    assert download(f"file:{TEXTS}/a.txt", **advised(error.value))[0] == [text]
+
+
 def test_a_damaged_byte_in_utf_8_is_no_other_encoding(download: Download):
     (TEXTS / "a.txt").write_bytes(GERMAN.encode() + b"\xff" + GERMAN.encode())
     with refuses(r"byte 0xff at position \d+ is not UTF-8, and what surrounds it is; the file is damaged there"):
