@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,14 @@ class Replica:
             self._describe(killed)
             # Last, because a run that is FINISHED is one that has everything.
             self._client.set_terminated(self.run_id, end["status"], end_time=end["t"])
-            mlflow_view.save(self._client, self._experiment)
             self._save(finished=mark)
+            self._save_view()
+
+    def _save_view(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):  # a convenience, which a shared server may refuse
+            mlflow_view.save(self._client, self._experiment)
 
     def finished_run(self) -> str | None:
         """The run's id if this server has confirmed all of it; known without asking it, from mlflow.json."""
