@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracking.console import Console, command, repository
 from tracking.launch import check_started, launch, run_to_exit, started
+from tracking.mlflow_server import check_variables
 
 if TYPE_CHECKING:
     from nanogpt.checkpoint import Checkpoints
@@ -31,6 +32,7 @@ def main(console: Console) -> None:
     from nanogpt.params import load_params
 
     params = load_params()
+    check_variables(params.tracking.experiment)
     numerics = determinism.pin(params.numerics, params.runtime.device)
     if params.train.processes > 1 and started() is None:
         sys.exit(launch(params.train.processes, params.tracking.wait_seconds, "-m", "stages.train"))

@@ -55,6 +55,12 @@ def lock_state() -> str:
     changed = git(Path.cwd(), "diff", "HEAD", "--name-only", "--", "dvc.lock", "params.yaml", "nanogpt", "stages")
     if "dvc.lock" not in changed.splitlines():
         return "dvc.lock is the committed one: this result is bit for bit what the commit says"
+    if untracked := untracked_deps():
+        names = ", ".join(untracked[:3]) + ("" if len(untracked) <= 3 else f" and {len(untracked) - 3} more")
+        return (
+            f"dvc.lock counts {names}, which git does not track and a clone would lack: commit it too, or move it away "
+            "and `dvc repro`"
+        )
     if DvcLock.parse(committed).outs() == DvcLock.parse(LOCK.read_text()).outs():
         return "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: commit it"
     if changed.splitlines() == ["dvc.lock"]:
@@ -63,3 +69,12 @@ def lock_state() -> str:
             "(not the environment of constraints.txt?); see `git diff dvc.lock`"
         )
     return "dvc.lock is new, as code or params differ from the commit: `git commit` it with them to keep this result"
+
+
+def untracked_deps() -> list[str]:
+    """Files in what the stages depend on, their own outs apart, that git neither tracks nor ignores."""
+    stages = DvcLock.of_workspace(Path()).stages.values()
+    deps = {dep for stage in stages for dep in stage.deps} - {out for stage in stages for out in stage.outs}
+    inside = sorted(dep for dep in deps if not Path(dep).is_absolute())  # what lies elsewhere is no business of git's
+    found = git(Path.cwd(), "ls-files", "-z", "--others", "--exclude-standard", "--", *inside) if inside else ""
+    return [name for name in found.split("\0") if name]

@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +17,9 @@ from tracking.dvc_files import dvc_process
 from tracking.errors import errors_in_one_line, warn
 from tracking.launch import rank, started
 from tracking.stop import end_with
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 Update = Callable[..., None]
 Item = TypeVar("Item")
@@ -34,6 +38,7 @@ class Console:
 
     def __init__(self, name: str):
         self.name, self.silent = name, rank() > 0
+        self._bar: Progress | None = None
         self.log = repository() / ".runs" / "logs" / os.environ.get("DVC_EXP_NAME", "workspace") / f"{name}.log"
         if not self.silent:
             self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -41,13 +46,25 @@ class Console:
 
     def say(self, line: str) -> None:
         if not self.silent:
-            click.echo(f"{self.name}: {line}")
+            with self._above_the_bar():
+                click.echo(f"{self.name}: {line}")
             self.record(line)
 
     def warn(self, line: str) -> None:
         if not self.silent:
-            warn(self.name, line)
+            with self._above_the_bar():
+                warn(self.name, line)
             self.record(f"warning: {line}")
+
+    @contextmanager
+    def _above_the_bar(self) -> Iterator[None]:
+        """Takes the bar away while whole lines are printed, on stdout or stderr, and shows it again below them."""
+        bar = self._bar
+        if bar:
+            bar.stop()
+        yield
+        if bar:
+            bar.start()
 
     def record(self, line: str) -> None:
         # Without a copy on a full disk: what is to be told is told on the screen.
@@ -61,8 +78,12 @@ class Console:
             yield lambda done, **fields: None
             return
         if sys.stderr.isatty():
-            with _bar(what, total, done) as update:
-                yield update
+            with _bar(what, total) as self._bar:
+                task = self._bar.add_task(what, total=total, completed=done, text="")
+                try:
+                    yield partial(_update, self._bar, task)
+                finally:
+                    self._bar = None
             return
         last = time.monotonic()
 
@@ -86,25 +107,29 @@ def counting(items: Iterable[Item], update: Update) -> Iterator[Item]:
     update(done)
 
 
-@contextmanager
-def _bar(what: str, total: int | None, done: int) -> Iterator[Update]:
+def _bar(what: str, total: int | None) -> "Progress":
+    """One line, whatever the width of the terminal: the bar takes what the text leaves."""
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+    text = TextColumn("{task.fields[text]}")
     columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
+        (
+            TextColumn(what),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,}/{task.total:,}"),
+            text,
+            TimeRemainingColumn(),
+        )
+        if total
+        else (SpinnerColumn("line"), TextColumn(what + " {task.completed:,}"), text)
     )
-    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total, completed=done, text="")
+    terminal = RichConsole(stderr=True)
+    return Progress(*columns, console=terminal, transient=True, expand=bool(total), redirect_stdout=False)
 
-        def update(done: int, **fields: str) -> None:
-            bar.update(task, completed=done, text="  ".join(f"{name} {value}" for name, value in fields.items()))
 
-        yield update
+def _update(bar: "Progress", task: "TaskID", done: int, **fields: str) -> None:
+    bar.update(task, completed=done, text="  ".join(f"{name} {value}" for name, value in fields.items()))
 
 
 def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:

@@ -183,7 +183,13 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             if experiment.lifecycle_stage != "active":
-                raise TrackingError(f"the MLflow experiment {name!r} is deleted: restore it or set tracking.experiment")
+                other = _present_experiment(repository)
+                if other not in {None, name}:
+                    return experiment_id(client, uri, repository, str(other))
+                raise TrackingError(
+                    f"the MLflow experiment {name!r} is deleted: restore it (`mlflow experiments restore "
+                    f"--experiment-id {experiment.experiment_id}`), or set tracking.experiment in params.yaml"
+                )
             _check_location(uri, repository, experiment.artifact_location)
             return str(experiment.experiment_id)
         # Not quoted: MLflow takes a % in a path for an escape when it loads a model. Each run has its own folder below.
@@ -196,6 +202,28 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
     raise TrackingError(f"the MLflow experiment {name!r} can neither be created nor found")
+
+
+def _present_experiment(repository: Path) -> str | None:
+    """tracking.experiment as it is now, where it replaces a recorded name that cannot be used any more."""
+    from nanogpt.params import load_params
+
+    try:
+        return load_params(repository / "params.yaml").tracking.experiment
+    except (OSError, ValueError):
+        return None
+
+
+def check_variables(experiment: str) -> None:
+    """Raises ValueError for variables of MLflow that would have no effect on the runs made here."""
+    for name, remedy in {
+        "MLFLOW_EXPERIMENT_NAME": "set tracking.experiment in params.yaml",
+        "MLFLOW_EXPERIMENT_ID": "set tracking.experiment in params.yaml to the experiment's name",
+        "MLFLOW_RUN_ID": "each training is a run of its own",
+    }.items():
+        value = os.environ.get(name)
+        if value and (name, value) != ("MLFLOW_EXPERIMENT_NAME", experiment):
+            raise ValueError(f"{name} = {value} has no effect here: {remedy}, and `unset {name}`")
 
 
 def _check_location(uri: str, repository: Path, location: str) -> None:

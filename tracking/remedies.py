@@ -21,7 +21,7 @@ def remedy(error: Exception) -> str:
         return _restore(error.path)
     if isinstance(error, Missing):
         return (
-            "under `dvc exp run --temp` and in the queue, files that git does not track are absent: `git add` them, "
+            "under `dvc exp run --temp` and in the queue, files that git does not track are absent: commit them, "
             "or give an absolute path"
         )
     if isinstance(error, OSError) and error.errno in _SYSTEM:

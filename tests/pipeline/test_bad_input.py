@@ -52,6 +52,10 @@ def test_a_param_that_dvc_does_not_track_is_refused_too(clone):
     refused(clone, "python -m stages.train", "train", "runtime.device = cuda, but torch .* sees 0 CUDA devices")
 
 
+def test_a_variable_of_mlflow_that_has_no_effect_is_refused(clone):
+    refused(clone, "MLFLOW_RUN_ID=0123 python -m stages.train", "train", "MLFLOW_RUN_ID = 0123 has no effect here: ")
+
+
 def test_set_param_with_a_wrong_value_changes_neither_model_nor_mlflow(seed, clone):
     output = clone.run("dvc exp run -S train.learning_rate=abc", check=None)
     assert "Error: train: params.yaml: train.learning_rate = 'abc' is refused" in output

@@ -56,6 +56,23 @@ def test_the_same_bits_of_other_code_are_told_as_such(repository: Path) -> None:
     assert "this result is bit for bit the committed one: commit it" in summary()
 
 
+def test_a_file_that_only_lies_here_is_named_before_a_commit_that_no_clone_could_confirm(repository: Path) -> None:
+    (repository / "texts").mkdir()
+    (repository / "texts/kept.txt").touch()
+    git("add", "texts")
+    (repository / "dvc.lock").write_text(lock("a").replace("a.py", "texts"))
+    git("commit", "-qam", "2")
+    (repository / "texts/left over.txt").touch()
+    changed = lock("a", code="c1").replace("a.py", "texts")
+    (repository / "dvc.lock").write_text(changed)
+    assert summary().splitlines()[-1] == (
+        "dvc.lock counts texts/left over.txt, which git does not track and a clone would lack: commit it too, or move "
+        "it away and `dvc repro`"
+    )
+    (repository / "texts/left over.txt").unlink()
+    assert "commit it" in summary()
+
+
 def test_other_params_explain_another_lock(repository: Path) -> None:
     (repository / "dvc.lock").write_text(lock("b"))
     (repository / "params.yaml").write_text("train: {seed: 2}\n")

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -187,6 +188,46 @@ def test_a_server_chooses_where_artifacts_lie(repository: Path, uri: str) -> Non
     client = connect(resolve_uri(repository), repository)
     experiment = client.get_experiment(mlflow_server.experiment_id(client, uri, repository, "an experiment"))
     assert not experiment.artifact_location.startswith((repository / "mlartifacts" / "an_experiment").as_uri())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MLFLOW_EXPERIMENT_NAME", "team", "= team has no effect here: set tracking.experiment in params.yaml, and"),
+        ("MLFLOW_EXPERIMENT_ID", "3", "tracking.experiment in params.yaml to the experiment's name, and `unset "),
+        ("MLFLOW_RUN_ID", "abc", "MLFLOW_RUN_ID = abc has no effect here: each training is a run of its own, and"),
+    ],
+)
+def test_variables_without_effect_are_refused(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow_server.check_variables("nanogpt")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mlflow_server.check_variables("nanogpt")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "nanogpt")
+    if name == "MLFLOW_EXPERIMENT_NAME":
+        mlflow_server.check_variables("nanogpt")  # it says the same
+
+
+def test_a_deleted_experiment_is_refused_and_both_remedies_work_for_a_recorded_run(repository: Path) -> None:
+    attempt = finished_attempt(repository)
+    client = connect(resolve_uri(repository), repository)
+    client.delete_experiment(
+        mlflow_server.experiment_id(client, resolve_uri(repository), repository, "test/one experiment")
+    )
+    params = (Path(__file__).parents[2] / "params.yaml").read_text()
+    (repository / "params.yaml").write_text(re.sub("experiment: nanogpt ", "experiment: test/one experiment ", params))
+    with pytest.raises(TrackingError, match=r"'test/one experiment' is deleted: .*set tracking.experiment") as error:
+        Replica(Run(attempt), resolve_uri(repository)).push()
+    (repository / "params.yaml").write_text(params)
+    replica, _ = finish(attempt, repository)
+    assert client.get_experiment(replica._experiment).name == "nanogpt"
+    command = str(error.value).split("`")[1].split()
+    subprocess.run(command, env={**os.environ, "MLFLOW_TRACKING_URI": resolve_uri(repository)}, check=True)
+    replica = Replica(Run(make_attempt(repository, "second")), resolve_uri(repository))
+    replica.push()
+    assert client.get_experiment(replica._experiment).name == "test/one experiment"
 
 
 CREATE = """

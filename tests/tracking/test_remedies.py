@@ -64,7 +64,7 @@ def test_a_text_that_is_missing_may_be_untracked(source, problem):
         write_corpus(DownloadParams(**values | {"source": source}), Path("raw"))
     assert explain(caught.value) == (
         f"{problem}; under `dvc exp run --temp` and in the queue, files that git does not track are absent: "
-        "`git add` them, or give an absolute path"
+        "commit them, or give an absolute path"
     )
 
 
