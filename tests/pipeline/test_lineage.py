@@ -38,8 +38,10 @@ def clone(traced: Clone, copy_of: Callable[..., Clone]) -> Clone:
     return copy_of(traced)
 
 
-def run_named(clone: Clone, beginning: str) -> Any:
-    (run,) = [run for run in clone.runs() if run.info.run_name.startswith(beginning)]
+def run_tagged(clone: Clone, **tags: str) -> Any:
+    """The only run with these tags; underscores in names stand for dots."""
+    wanted = {name.replace("_", "."): value for name, value in tags.items()}.items()
+    (run,) = [run for run in clone.runs() if wanted <= run.data.tags.items()]
     return run
 
 
@@ -96,7 +98,7 @@ def test_a_model_directory_is_the_same_as_its_run_and_comes_from_the_cache(clone
 
 
 def test_an_experiment_is_made_again_in_a_clone_that_had_not_got_it(clone: Clone) -> None:
-    run = run_named(clone, "elsewhere")
+    run = run_tagged(clone, dvc_experiment="elsewhere")
     found = told(clone, run.info.run_id)
     assert found["run"]["dvc.experiment"] == "elsewhere"
     assert found["run"]["git.commit"] == clone.run("git rev-parse main").strip()
@@ -113,7 +115,7 @@ def test_an_experiment_is_made_again_in_a_clone_that_had_not_got_it(clone: Clone
 @pytest.mark.parametrize("told_by", ["journal", "mlflow"])
 def test_a_run_that_no_commit_holds_is_made_again_from_its_changes(clone: Clone, told_by: str) -> None:
     baseline = clone.run("git rev-parse main").strip()
-    run = run_named(clone, baseline[:7])
+    run = run_tagged(clone, git_dirty="true", dvc_experiment="none")
     if told_by == "mlflow":
         shutil.rmtree(clone.path / ".runs")
     else:

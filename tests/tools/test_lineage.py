@@ -127,10 +127,10 @@ def fails(argument: str) -> str:
 # --- what the argument may be
 
 
-@pytest.mark.parametrize("argument", [sha256(A), sha256(A)[:7], md5(A), md5(A)[:32], md5(A)[:9], "the run"])
+@pytest.mark.parametrize("argument", [sha256(A), sha256(A)[:7], md5(A), md5(A)[:32], md5(A)[:9], "the run", "wide"])
 def test_a_hash_or_its_beginning_or_a_name_leads_to_run_and_commit(repository: Path, argument: str) -> None:
     trained_at = git("rev-parse", "HEAD")
-    train("the run", A)
+    train("the run", A, **{"dvc.experiment": "wide"})
     train("another", B)
     kept = commit_result(md5(A))
     found = told(argument)
