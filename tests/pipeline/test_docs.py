@@ -40,12 +40,14 @@ def commands(page: str) -> list[str]:
 def to_run(page: str) -> list[str]:
     """The commands of a page that its test runs, as it runs them.
 
-    A command of our own is run for the first page that has it. A sweep has two values, and but for the README's first
-    one experiments end with their training: evaluate and sample do not make them differ.
+    A command of our own, or an experiment, is run for the first page that has it. A sweep has two values, and but for
+    the README's first one experiments end with their training: evaluate and sample do not make them differ.
     """
     known = {*BY_CI, *ELSEWHERE}
     for earlier in PAGES[: PAGES.index(page)]:
-        known.update(command for command in commands(earlier) if command.startswith(("make", "python -m")))
+        known.update(
+            command for command in commands(earlier) if command.startswith(("make", "python -m", "dvc exp run"))
+        )
     chosen, seen = [], page != "README.md"
     for command in commands(page):
         if command in known or WITH_NANOGPT in command:
