@@ -19,13 +19,16 @@ REPORTS ?= .runs/verify
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-setup: $(READY)  ## only the set-up
+setup: $(READY)  ## only the set-up (TORCH=default, cpu, cu126, … for another build of torch)
+
+# A virtual environment's commands name its interpreter by an absolute path, so it does not survive a move of the repository.
+PIP := $(VENV)/bin/pip
+$(shell test ! -e $(PIP) || test -x "$$(sed -n '1s/^#! *\([^ ]*\).*/\1/p' $(PIP))" || rm -rf $(VENV))
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),pip install --quiet $$(grep ^torch== constraints.txt) --index-url $(TORCH_INDEX))
-	pip install --quiet --constraint constraints.txt '.[dev]'
+	@$(PYTHON) -m venv $(VENV)
+	@TORCH='$(TORCH)' tools/install.sh
 	@touch $(READY)
 
 repro: $(READY)  ## run the pipeline (what changed of it) and sum up the result

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
@@ -42,6 +42,14 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError) as error:
+        raise ValueError("no text encoding of Python has this name; take one such as cp1252, or null") from error
+    return name
+
+
 class DownloadParams(Section):
     source: Annotated[str, Field(pattern=r"^(grammar|shakespeare|openwebtext|hf:.+|file:.+|bin:.+)$")]
     documents: Annotated[int, Field(ge=2, le=LARGEST_INTEGER)]
@@ -49,6 +57,9 @@ class DownloadParams(Section):
     texts: Text
     text_column: Text
     separator: Text | None
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None
+    skip_bad_rows: bool
+    follow_links: bool
     split: Text
     revision: Text | None
     max_gigabytes: Positive

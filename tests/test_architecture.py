@@ -37,6 +37,7 @@ LEVELS = [
         "files",
         "seeds",
         "startup",
+        "corpus.decoding",
         "corpus.meta_pickle",
         "corpus.split",
         "corpus.words",
@@ -47,6 +48,7 @@ LEVELS = [
     },
     {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
     {
+        "corpus.bpe_training",
         "corpus.nanogpt_bins",
         "corpus.separators",
         "corpus.floor",
@@ -56,8 +58,8 @@ LEVELS = [
         "model",
         "optimizer",
     },
-    {"corpus.prepare", "corpus.sources", "evaluate", "flops", "generate", "train_state", "weights"},
-    {"checkpoint", "huggingface", "nanogpt_checkpoint", "saved_model", "sizing"},
+    {"corpus.prepare", "corpus.text_files", "evaluate", "flops", "generate", "train_state", "weights"},
+    {"checkpoint", "corpus.sources", "huggingface", "nanogpt_checkpoint", "saved_model", "sizing"},
     {"complete", "pretrained", "train"},
     {"recipe", "timing"},
 ]

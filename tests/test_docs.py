@@ -37,10 +37,12 @@ def test_the_pages_that_code_and_parameters_name_exist() -> None:
 
 
 def test_errors_are_quoted_as_the_code_prints_them() -> None:
-    """An ellipsis stands for what differs; what DVC itself prints is marked."""
+    """An ellipsis stands for what differs; what DVC and torch print is marked."""
     text = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
     cells = [row.split(" | ")[0] for row in text.split("## A check says")[0].splitlines() if row.startswith("| `")]
-    quoted = [text for cell in cells if "(DVC)" not in cell for text in re.findall("`([^`]+)`", cell)]
+    quoted = [
+        text for cell in cells if not cell.endswith(("(DVC)", "(torch)")) for text in re.findall("`([^`]+)`", cell)
+    ]
     pieces = {piece.strip(" ,;") for text in quoted for piece in text.split("…") if len(piece) > 12}
     code = "\n".join(path.read_text(encoding="utf-8") for path in CODE)
     texts = re.sub(r"\"\s*f?\"", "", code)  # a text that goes on in the next line

@@ -142,22 +142,23 @@ def verdict_lines(found: Comparison) -> list[str]:
         return ["", "one setting: nothing to compare it with"]
     tests = _count(found.tests, "comparison")
     chosen = ", the best" if found.chosen else ", the baseline"
-    lines = ["", f"against {number_of(found, found.reference)}{chosen}; 95 % interval; p corrected for {tests}"]
+    against = f"against {number_of(found, found.reference)}{chosen}: difference, 95 % interval, p over {tests}"
+    lines = ["", against]
     for setting, diff in zip(found.others, found.differences, strict=True):
-        shown = f"{number_of(found, setting):>4}  {diff.mean:+.4f}"
+        shown = f"{number_of(found, setting):>2}  {diff.mean:+.4f}"
         if diff.p is not None:
-            kind = _count(diff.seeds, "pair") if diff.paired else "Welch"
+            kind = "paired" if diff.paired else "Welch"
             shown += f"  {interval(diff)}  {kind}  {p_value(diff.p)}"
         lines.append(f"{shown}  {words(diff)}")
     return lines
 
 
 def words(diff: Difference) -> str:
-    """The verdict: "worse", or "cannot tell: 4 more seeds would"."""
+    """The verdict: "worse", or "cannot tell: 4 more seeds", which would show a difference of that size."""
     if diff.p is None:
         return "cannot tell: one seed cannot"
     if diff.more_seeds is not None:
-        return f"cannot tell: {_count(diff.more_seeds, 'more seed')} would"
+        return f"cannot tell: {_count(diff.more_seeds, 'more seed')}"
     if diff.verdict == "cannot tell":
         return "the same" if diff.mean == 0 and diff.low == 0 else "cannot tell"
     return diff.verdict
@@ -168,7 +169,7 @@ def interval(diff: Difference) -> str:
 
 
 def p_value(p: float) -> str:
-    return "p < 0.0001" if p < 0.0001 else f"p = {p:.4f}"
+    return "p<0.0001" if p < 0.0001 else f"p={p:.4f}"
 
 
 def number_of(found: Comparison, setting: Setting) -> str:

@@ -7,14 +7,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import click
 
 from tools.command import command
 from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
-from tracking.mlflow_server import connect, resolve_uri
+from tracking.mlflow_server import connect, local_folder, resolve_uri
 from tracking.redaction import redact
 from tracking.run import attempts_of
 
@@ -107,10 +106,9 @@ def locations(client: Any) -> list[str]:
 
 def inside(repository: Path, location: str) -> Path | None:
     """The folder that an artifact location names; None if it is not in the repository, by a link for example."""
-    address = urlsplit(location)
-    folder = Path(unquote(address.path) if address.scheme else location)
-    held = address.scheme in {"", "file"} and folder.resolve().is_relative_to(repository.resolve())
-    return folder if held and folder.is_relative_to(repository) else None
+    folder = local_folder(location)
+    held = folder and folder.resolve().is_relative_to(repository.resolve())
+    return folder if held and folder and folder.is_relative_to(repository) else None
 
 
 def free_deleted_runs(repository: Path, uri: str, folders: list[Path]) -> None:

@@ -25,7 +25,7 @@ def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, ag
     """
     root = repository()
     # Before MLflow is imported; and the workspace of an experiment may be deleted while its training is still sent.
-    runs = [Run(path.resolve()) for path in attempts]
+    runs = [Run(path.absolute()) for path in attempts]
     from tracking import mlflow_server, mlflow_sync
 
     uri = mlflow_server.resolve_uri(root)

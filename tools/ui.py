@@ -64,10 +64,11 @@ def saved_view(uri: str) -> str | None:
     """Saves the view of the newest run's experiment; its id, None if there is no run yet. Raises TrackingError."""
     root = repository()
     name = newest_experiment(root)
-    if name is None:
+    if name is None and not (root / "mlflow.db").exists():
         return None
     with explained(uri):
-        return save_of(connect(uri, root), name)
+        client = connect(uri, root)  # which finds out whether the repository was moved
+        return save_of(client, name) if name else None
 
 
 def newest_experiment(root: Path) -> str | None:

@@ -19,8 +19,7 @@ from tracking import mlflow_models, mlflow_page, mlflow_view
 from tracking.journal import START, JournalDamaged, Position, RunLock, read_records
 from tracking.mlflow_client import fit_file
 from tracking.mlflow_page import Page, Point
-from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run
-from tracking.redaction import redact
+from tracking.mlflow_server import as_text, connect, experiment_id, explained, find_run, has_run, store_name
 from tracking.run import Run, runs_in
 
 SAMPLES, CHECKPOINTS = "samples.json", "checkpoints.json"  # shown as tables
@@ -37,7 +36,8 @@ class Replica:
 
     def __init__(self, run: Run, uri: str):
         self.run, self.uri, self.info = run, uri, run.info
-        self.repository = Path(self.info["repository"])
+        self.repository = run.repository
+        self.store = store_name(uri, self.repository)
         self.page = Page(self.info["max_iters"])
         self.run_id = ""
         self.deleted = False  # in MLflow, by the user
@@ -95,7 +95,7 @@ class Replica:
     def finished_run(self) -> str | None:
         """The run's id if this server has confirmed all of it; known without asking it, from mlflow.json."""
         state, end = self.run.mlflow, self.run.end
-        if state.get("uri") != redact(self.uri) or end is None:
+        if state.get("uri") != self.store or end is None:
             return None
         return str(state["run_id"]) if (state.get("finished") or [])[:2] == [end["status"], end["t"]] else None
 
@@ -115,8 +115,8 @@ class Replica:
         run_id = run.info.run_id
         self.deleted = run.info.lifecycle_stage != "active"
         state = self.run.mlflow
-        same = state.get("uri") == redact(self.uri) and state.get("run_id") == run_id
-        self._state = state if same else {"uri": redact(self.uri), "run_id": run_id}
+        same = state.get("uri") == self.store and state.get("run_id") == run_id
+        self._state = state if same else {"uri": self.store, "run_id": run_id}
         if not self.deleted and not self._state.get("begun"):
             self._begin(run_id, tags)
         self.run_id = run_id
@@ -216,7 +216,8 @@ class Replica:
             self._upload("environment.json", (json.dumps(starts, indent=1) + "\n").encode())
             self._save(starts=len(starts))
         folder = self.run.artifacts
-        files = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.rglob("*")) if p.is_file()}
+        found = {str(p.relative_to(folder)): p.stat() for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
         if files and self._state.get("artifacts") != files:
             self._client.log_artifacts(self.run_id, str(folder))
             self._save(artifacts=files)
@@ -270,24 +271,24 @@ def deliver_report(path: Path, uri: str, repository: Path, again: bool = False) 
         if run is None and deleted:
             return None
         run = run or _run_without_training(client, uri, repository, report)
-        mark = {**_mark(report, uri), "run_id": run.info.run_id}
+        mark = {**_mark(report, uri, repository), "run_id": run.info.run_id}
         if again or _known(path) != mark:
             _add_report(client, run, report)
             write_text(_marker(path), json.dumps(mark, sort_keys=True, indent=1) + "\n")
         return str(run.info.run_id)
 
 
-def delivered_to(path: Path, uri: str) -> str | None:
+def delivered_to(path: Path, uri: str, repository: Path) -> str | None:
     """The run to which this very report was added on this server; known without asking it."""
     known = _known(path)
-    mark = _mark(json.loads(path.read_bytes()), uri)
+    mark = _mark(json.loads(path.read_bytes()), uri, repository)
     return known["run_id"] if mark.items() <= known.items() else None
 
 
-def _mark(report: dict[str, Any], uri: str) -> dict[str, str]:
+def _mark(report: dict[str, Any], uri: str, repository: Path) -> dict[str, str]:
     """What a report's marker says; the same for a report that a repeated stage wrote again at another time."""
     content = json.dumps({**report, "t": None}, sort_keys=True)
-    return {"uri": redact(uri), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    return {"uri": store_name(uri, repository), "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def _marker(path: Path) -> Path:

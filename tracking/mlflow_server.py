@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from tracking.journal import JournalDamaged, RunLock
 from tracking.mlflow_client import StoreClient
@@ -26,6 +28,14 @@ _ENVIRONMENT = {
 }
 
 
+# Where MLflow keeps locations of artifacts, all of them absolute.
+_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")  # scheme, path
 
 
@@ -58,6 +68,19 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://", "databricks", "uc:"))
 
 
+def store_name(uri: str, repository: Path) -> str:
+    """What the records of what was sent call a store: no password, and the same after the repository has moved."""
+    return redact(uri.replace(f"{repository}/", "", 1))
+
+
+def local_folder(location: str) -> Path | None:
+    """The folder on this machine that an artifact location names; None if it is another kind of store."""
+    address = urlsplit(location)
+    if address.scheme not in {"", "file"}:
+        return None
+    return Path(unquote(address.path) if address.scheme else location)
+
+
 def as_text(value: Any) -> str:
     """A value of a param or tag as MLflow keeps it."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -70,6 +93,8 @@ def connect(uri: str, repository: Path) -> Any:
         if path := _sqlite_path(uri):
             with RunLock(repository / ".runs", name="mlflow.lock"):
                 _prepare_sqlite(path)
+                if path.parent == repository:
+                    _move_locations(path, repository)
         client = StoreClient(uri)
         client.search_experiments(max_results=1)
         return client
@@ -95,6 +120,33 @@ def _prepare_sqlite(path: Path) -> None:
     try:
         if database.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
             database.execute("PRAGMA journal_mode=wal")  # lets several runs write at once; stays set in the file
+    finally:
+        database.close()
+
+
+def _move_locations(path: Path, repository: Path) -> None:
+    """Has a database that lies in the repository name the artifacts there, after both were moved or copied.
+
+    MLflow keeps absolute locations. What lies in another place is left as it is.
+    """
+    database = sqlite3.connect(path, timeout=30)
+    try:
+        with database:
+            for (old,) in database.execute(
+                "SELECT artifact_location FROM experiments WHERE artifact_location LIKE '%/mlartifacts/%'"
+            ).fetchall():
+                root, _, folder = old.rpartition("/mlartifacts/")
+                new = f"{repository.as_uri()}/mlartifacts/{folder}"
+                was = local_folder(root)
+                here = (repository / "mlartifacts" / folder).is_dir()
+                if was is None or was == repository or (was.is_dir() and not here):
+                    continue
+                for table, column in _LOCATIONS:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
+                        f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'",
+                        {"old": old, "new": new},
+                    )
     finally:
         database.close()
 
@@ -132,6 +184,7 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
         if experiment is not None:
             if experiment.lifecycle_stage != "active":
                 raise TrackingError(f"the MLflow experiment {name!r} is deleted: restore it or set tracking.experiment")
+            _check_location(uri, repository, experiment.artifact_location)
             return str(experiment.experiment_id)
         # Not quoted: MLflow takes a % in a path for an escape when it loads a model. Each run has its own folder below.
         folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:100]  # the location has a limit too
@@ -143,6 +196,17 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
     raise TrackingError(f"the MLflow experiment {name!r} can neither be created nor found")
+
+
+def _check_location(uri: str, repository: Path, location: str) -> None:
+    """Raises TrackingError for artifacts in a repository that is gone, which MLflow would make anew as a folder."""
+    root, found, _ = location.rpartition("/mlartifacts/")
+    was = local_folder(root)
+    if found and was and not is_server(uri) and not was.exists():
+        raise TrackingError(
+            f"MLflow at {redact(uri)} keeps artifacts in {location}, and {was} is gone; if this repository was moved "
+            f"from there, `{shlex.join(['ln', '-s', str(repository), str(was)])}` leads to it"
+        )
 
 
 def has_run(client: Any, run_id: str | None) -> bool:

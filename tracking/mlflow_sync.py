@@ -171,7 +171,7 @@ def sync(repository: Path, chosen: list[Run], uri: str, again: bool, say: Say) -
             work[run.directory] = partial(_send_locked, run, uri, again)
     reports = [] if chosen else list((repository / ".runs" / "reports").glob("*.json"))
     for path in sorted(reports, key=lambda path: float(json.loads(path.read_bytes())["t"])):
-        if again or not mlflow_server.has_run(client, delivered_to(path, uri)):
+        if again or not mlflow_server.has_run(client, delivered_to(path, uri, repository)):
             work[path] = partial(_deliver, path, uri, repository, again)
     complete = True
     for path, do in work.items():

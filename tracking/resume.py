@@ -135,7 +135,6 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
         "dataset": dataset,
         "started": time.time_ns() // 1_000_000,
         "max_iters": params.train.last_step,
-        "repository": str(repository()),
     }
     run.write_info(info)
 

@@ -47,6 +47,11 @@ class Run:
     # --- run.json
 
     @property
+    def repository(self) -> Path:
+        """Where it lies now; recorded nowhere, since a repository can be moved."""
+        return self.directory.absolute().parents[2].resolve()
+
+    @property
     def is_described(self) -> bool:
         """Whether run.json exists, so that MLflow's run can be made."""
         return self._info_path.exists()

@@ -6,7 +6,7 @@ end-of-text token after each, as nanoGPT does with OpenWebText. Token files that
 The main process decides where pieces of text begin and end, and several processes read and encode them. Long texts are
 cut only where that does not change their tokens, and what was encoded is written in order, so neither the cuts nor the
 number of processes can be seen in the result, and memory stays flat. (It grows by some 30 bytes per document for the
-split, and a text without any white space is one piece for a byte-pair tokenizer.)
+split, and a word of more than LONGEST_SPAN bytes gets the tokens of its parts.)
 """
 
 import functools
@@ -27,6 +27,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from nanogpt.corpus.bpe_training import train_bpe
 from nanogpt.corpus.nanogpt_bins import given_tokens, tokenizer_of_given
 from nanogpt.corpus.raw_text import (
     PIECE,
@@ -48,7 +49,6 @@ from nanogpt.corpus.tokenizer import (
     Ids,
     Tokenizer,
     load_tokenizer,
-    train_bpe,
 )
 from nanogpt.files import Damaged
 from nanogpt.params import TokenizeParams
@@ -57,6 +57,7 @@ Item = TypeVar("Item")
 LastCut = Callable[[str], int]  # a tokenizer's: where a text may be cut
 Split = Callable[[LastCut], Iterator[tuple[SplitName, Span]]]  # all text to train on, then what is held out
 
+LONGEST_SPAN = 2**22  # bytes of one text without a cut, which are in memory at once
 POOL_BYTES = 40_000_000  # a smaller corpus is encoded before other processes have started
 
 
@@ -84,7 +85,7 @@ def prepare(
     directory.mkdir(parents=True)
     info = load_info(raw)
     split = _split(raw, info, params, warn)
-    tokenizer = make_tokenizer(raw, info, params, split)
+    tokenizer = make_tokenizer(raw, info, params, split, warn)
     if params.tokenizer == "bpe" and tokenizer.vocab_size < params.vocab_size:
         warn(f"the text yields {tokenizer.vocab_size} tokens, not tokenize.vocab_size = {params.vocab_size}")
     tokenizer.save(directory / "tokenizer.json")
@@ -120,7 +121,9 @@ def _meta(info: CorpusInfo, tokenizer: Tokenizer, train: "_Writer", val: "_Write
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams, split: Split) -> Tokenizer:
+def make_tokenizer(
+    raw: Path, info: CorpusInfo, params: TokenizeParams, split: Split, warn: Callable[[str], None]
+) -> Tokenizer:
     """The tokenizer that params ask for: char reads the whole corpus for its characters, bpe trains on the train split.
 
     char and bpe have an end-of-text token only if the corpus has several documents; GPT-2's always has.
@@ -142,7 +145,7 @@ def make_tokenizer(raw: Path, info: CorpusInfo, params: TokenizeParams, split: S
     gpt2 = Gpt2Tokenizer()
     texts = (text for name, spans in _tasks(split(gpt2.last_cut)) if name == "train" for text in read_spans(raw, spans))
     words = (part for text in texts for part in gpt2.parts(text))  # the library gathers 256 of them
-    return train_bpe(words, params.vocab_size, end_of_text=several)
+    return train_bpe(words, params.vocab_size, several, warn)
 
 
 def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
@@ -192,11 +195,13 @@ def _tasks(spans: Iterator[tuple[SplitName, Span]]) -> Iterator[tuple[SplitName,
 def _text_spans(
     raw: Path, info: CorpusInfo, val_fraction: float, last_cut: LastCut
 ) -> Iterator[tuple[SplitName, Span]]:
-    """One text in spans of about PIECE bytes, cut where that does not change its tokens."""
+    """One text in spans of about PIECE bytes, cut where that does not change its tokens, or at LONGEST_SPAN."""
     start = position = 0  # bytes: where the next span begins, and where the next piece of text does
     for name, text, ends in _split_by_position(read_text(raw), info, val_fraction):
         cut = len(text) if ends else last_cut(text)
         position += utf8_bytes(text)
+        if not cut and position - start >= LONGEST_SPAN:
+            cut = len(text)
         stop = position - utf8_bytes(text[cut:])
         if cut or (ends and stop > start):
             yield name, Span("text.txt", start, stop)

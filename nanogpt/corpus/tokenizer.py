@@ -32,6 +32,7 @@ _LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merg
 _LONGEST_TOKEN = 2**16  # bytes
 _ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
 _PART = 2**16  # characters that are encoded at once
+_LONGEST_PART = 2**20  # characters; a longer word is cut there, which keeps memory bounded
 
 
 class Tokenizer(abc.ABC):
@@ -58,14 +59,17 @@ class Tokenizer(abc.ABC):
         """What tokenizer.json holds beside name, vocab_size and end_of_text."""
 
     def parts(self, text: str) -> Iterator[str]:
-        """The text in parts of about _PART characters, longer where there is no cut that does not change its tokens."""
+        """The text in parts of about _PART characters, longer where there is no cut that does not change its tokens.
+
+        None is longer than _LONGEST_PART: a word that is gets the tokens of its parts.
+        """
         start = 0
         while start < len(text):
             size, length = _PART, 0
-            while not length and start + size < len(text):
+            while not length and start + size < len(text) and size <= _LONGEST_PART:
                 length = self.last_cut(text[start : start + size])
                 size *= 2
-            length = length or len(text) - start
+            length = length or min(_LONGEST_PART, len(text) - start)
             yield text[start : start + length]
             start += length
 
@@ -196,9 +200,12 @@ class Alphabet:
 
 # --- byte pairs -------------------------------------------------------------------------------------------------------
 
-# A cut before a space or line feed that follows anything but white space. GPT-2's pattern, which splits text into words
-# before any merge, always begins a word there, looks ahead only from white space, and never back.
-_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+# A cut before a space or line feed that follows anything but white space, or, as in Chinese, before a letter that
+# follows punctuation. GPT-2's pattern, which splits text into words before any merge, always begins a word there, looks
+# ahead only from white space, and never back.
+_CUT = re.compile(
+    r".*(?:\S(?=[ \n])|[,.;:!?)\]\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f](?=[A-Za-z\u4e00-\u9fff]))", re.DOTALL
+)
 
 
 class BytePairTokenizer(Tokenizer):
@@ -294,38 +301,6 @@ class TrainedTokenizer(BytePairTokenizer):
 
     def _content(self) -> dict[str, Any]:
         return {"merges": [list(pair) for pair in self.merges]}
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, end_of_text: bool) -> TrainedTokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens (a small corpus may have fewer), end of text included.
-
-    The same texts give the same tokenizer, whatever the number of threads. Memory grows with the number of distinct
-    words, not with the texts.
-    """
-    from tokenizers import Tokenizer as Trainable
-    from tokenizers import models, pre_tokenizers, trainers
-
-    trainable = Trainable(models.BPE())
-    trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - end_of_text, initial_alphabet=alphabet, show_progress=False)
-    trainable.train_from_iterator(texts, trainer)
-    model = json.loads(trainable.to_str())["model"]
-    return TrainedTokenizer(_merges(model["merges"]), end_of_text)
-
-
-def _merges(pairs: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
-    """The library's merges, whose bytes are spelt as visible characters, as pairs of our ids.
-
-    A token that two merges make keeps the first, since tiktoken knows tokens, not merges.
-    """
-    ids = {character: byte for byte, character in enumerate(byte_characters())}
-    merges = []
-    for left, right in pairs:
-        if left + right not in ids:
-            merges.append((ids[left], ids[right]))
-            ids[left + right] = len(ids)
-    return merges
 
 
 def byte_characters() -> list[str]:

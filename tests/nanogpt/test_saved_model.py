@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanogpt.complete import complete, continuations, encode_prompt, stream
-from nanogpt.corpus.tokenizer import CharTokenizer, train_bpe
+from nanogpt.corpus.bpe_training import train_bpe
+from nanogpt.corpus.tokenizer import CharTokenizer
 from nanogpt.files import Damaged, sha256_file
 from nanogpt.generate import Sampling
 from nanogpt.saved_model import FILES, load_model, save_model

@@ -74,8 +74,8 @@ class Clone:
         """A copy that lives by itself; without `runs` it has no run directories, and MLflow's database is empty."""
         left_out = shutil.ignore_patterns(*(() if runs else (".runs", "mlartifacts")))
         shutil.copytree(self.path, path, symlinks=True, ignore=left_out)
-        if (path / "mlflow.db").exists():
-            _move_runs(path, self.path) if runs else _forget_runs(path / "mlflow.db")
+        if (path / "mlflow.db").exists() and not runs:
+            _forget_runs(path / "mlflow.db")
         return Clone(path, mlflow)
 
     # --- commands
@@ -210,9 +210,9 @@ class Clone:
         return Checkpoints(run.checkpoints, run.info["tags"]["fingerprint"])
 
     def client(self) -> Any:
-        from mlflow import MlflowClient
+        from tracking.mlflow_server import connect
 
-        return MlflowClient(f"sqlite:///{self.path}/mlflow.db")
+        return connect(f"sqlite:///{self.path}/mlflow.db", self.path)
 
     def runs(self) -> list[Any]:
         """All runs in MLflow, oldest first."""
@@ -295,21 +295,3 @@ def _forget_runs(path: Path) -> None:
             if table != "alembic_version":
                 database.execute(f"DELETE FROM {table}")
     database.close()
-
-
-def _move_runs(path: Path, origin: Path) -> None:
-    """Tells MLflow's database and the run directories where they are now; both hold absolute paths."""
-    database = sqlite3.connect(path / "mlflow.db")
-    with database:
-        for table, column in (
-            ("experiments", "artifact_location"),
-            ("runs", "artifact_uri"),
-            ("logged_models", "artifact_location"),
-        ):
-            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(origin), str(path)))
-    database.close()
-    for file in (path / ".runs").glob("*/attempt-*/*.json"):
-        text = file.read_text().replace(str(origin), str(path))
-        stat = file.stat()
-        file.write_text(json.dumps(json.loads(text), sort_keys=True, indent=1) + "\n")
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))

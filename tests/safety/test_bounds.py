@@ -368,10 +368,10 @@ def write_bomb(path: Path) -> None:
     write_corpus(DownloadParams(**values), path.parent / "raw")
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv"])
 def test_a_gzip_bomb_stops_at_max_gigabytes(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"bomb.{suffix}.gz"
-    start = b'{"text": "' if suffix == "jsonl" else b""
+    start = {"txt": b"", "jsonl": b'{"text": "', "json": b'[{"text": "', "csv": b'text\n"'}[suffix]
     path.write_bytes(gzip.compress(start) + gzip.compress(b"x" * 2**20) * 2000)
     [line] = read(write_bomb, path)
     assert line.startswith("ValueError")

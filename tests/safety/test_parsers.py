@@ -280,11 +280,14 @@ def changed_lines(draw: Random) -> bytes:
 
 TEXT = b"some text\nand z\xc3\xb6re\n"
 LINES = b'{"text": "one"}\n{"text": "zw\xc3\xb6lf", "id": 2}\n'
+ARRAY = [{"text": "one"}, {"text": "two", "id": 2}]
 SOURCES: dict[str, list[bytes | Callable[[Random], bytes]]] = {
     "txt": [TEXT],
     "txt.gz": [gzip.compress(TEXT, mtime=0), lambda draw: gzip.compress(mutant(draw, TEXT))],
     "jsonl": [LINES, changed_lines],
     "jsonl.gz": [gzip.compress(LINES, mtime=0), lambda draw: gzip.compress(mutant(draw, LINES))],
+    "json": [b'[{"text": "one"}, {"text": "zw\xc3\xb6lf", "id": 2}]', lambda draw: dumped(swapped(draw, ARRAY))],
+    "csv": [b'id,text\n1,one\n2,"zw\xc3\xb6lf, ""or"" so"\n'],
     "parquet": [parquet(["one", "two"])],
 }
 

@@ -42,8 +42,8 @@ def test_the_table(root):
         " 1  0.04                      3  1.9200 ± 0.0200     0.9600  0.9200     40   0 s\n"
         " 2  0.02                      3  2.0200 ± 0.0265     1.0100  1.0200     40   0 s\n"
         "\n"
-        "against 1, the best; 95 % interval; p corrected for 1 comparison\n"
-        "   2  +0.1000  [+0.0752, +0.1248]  3 pairs  p = 0.0033  worse\n"
+        "against 1, the best: difference, 95 % interval, p over 1 comparison\n"
+        " 2  +0.1000  [+0.0752, +0.1248]  paired  p=0.0033  worse\n"
     )
 
 
@@ -54,6 +54,17 @@ def test_a_table_of_long_names_fits_80_columns(root):
     lines = compare().stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.strip() == "…" for line in lines)
+
+
+def test_a_line_of_a_verdict_fits_80_columns(root):
+    for seed in range(1, 13):
+        for i in range(3):
+            scored_run(
+                root, f"run-{i}-{seed}", 2 + i / 100 + (seed * (i + 3) % 7) / 20, seed=seed, params={"train.n": i}
+            )
+    lines = compare().stdout.splitlines()
+    assert any("paired" in line and "more seeds" in line for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_one_run_and_none(root):
@@ -67,7 +78,7 @@ def test_one_run_and_none(root):
 def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "a", 2.0)
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
-    assert compare().stdout.endswith("   2  +1.0000  cannot tell: one seed cannot\n")
+    assert compare().stdout.endswith(" 2  +1.0000  cannot tell: one seed cannot\n")
 
 
 def test_what_is_left_out_goes_to_stderr(root):
@@ -94,7 +105,7 @@ def test_markdown_and_json_say_the_same(root):
     two_settings(root)
     markdown = compare("--markdown").stdout
     assert "| 0.02 | 3 | 2.0200 ± 0.0265 |" in markdown
-    assert "| +0.1000 | [+0.0752, +0.1248] | p = 0.0033 | worse |" in markdown
+    assert "| +0.1000 | [+0.0752, +0.1248] | p=0.0033 | worse |" in markdown
     (found,) = json.loads(compare("--json").stdout)["comparisons"]
     best, other = found["settings"]
     assert best["difference"] is None
@@ -136,7 +147,7 @@ def test_the_page_stands_alone_and_shows_all(root):
     assert not {"script", "link", "img"} & {*page.tags}
     assert not re.search(r"url\((?!#)|@import", text)
     assert [tag for tag, _ in page.lines] == 2 * (2 * ["polygon"] + 2 * ["polyline"])  # two charts of two settings
-    for shown in ("worse", "p = 0.0033", "muon_learning_rate=0.04", "slow-2", "lineage", "text of 40 <!-- x -->"):
+    for shown in ("worse", "p=0.0033", "muon_learning_rate=0.04", "slow-2", "lineage", "text of 40 <!-- x -->"):
         assert shown in page.text, shown
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from nanogpt.complete import complete
-from nanogpt.corpus.tokenizer import END_OF_TEXT, CharTokenizer, Gpt2Tokenizer, Tokenizer, TrainedTokenizer, train_bpe
+from nanogpt.corpus.bpe_training import train_bpe
+from nanogpt.corpus.tokenizer import END_OF_TEXT, CharTokenizer, Gpt2Tokenizer, Tokenizer, TrainedTokenizer
 from nanogpt.files import sha256_file, sha256_tree
 from nanogpt.generate import Sampling, generate
 from nanogpt.nanogpt_checkpoint import load_nanogpt

@@ -11,7 +11,7 @@ from tests.runs import finished_attempt
 from tools.__main__ import main
 from tracking.journal import RunLock
 from tracking.mlflow_run import Replica
-from tracking.mlflow_server import connect, resolve_uri
+from tracking.mlflow_server import connect, resolve_uri, store_name
 from tracking.run import Run
 
 
@@ -44,7 +44,7 @@ def repository(committed: Path, empty_database: Path, tmp_path: Path, monkeypatc
 def confirmed(attempt: Path) -> dict[str, object]:
     """What the replica notes when MLflow has everything."""
     end = json.loads((attempt / "journal.jsonl").read_text().splitlines()[-1])
-    uri = resolve_uri(Path(json.loads((attempt / "run.json").read_text())["repository"]))
+    uri = store_name(resolve_uri(Path.cwd()), Path.cwd())
     return {"uri": uri, "run_id": "1", "finished": [end["status"], end["t"], 1]}
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from tests.runs import make_attempt
 from tools.__main__ import main
 from tracking.mlflow_run import Replica
-from tracking.mlflow_server import resolve_uri
+from tracking.mlflow_server import connect, resolve_uri
 from tracking.mlflow_view import TAG
 from tracking.run import Run
 
@@ -73,6 +73,17 @@ def test_the_page_opens_on_the_experiment_of_the_newest_run(
     )
     assert TAG in replica._client.get_experiment(replica._experiment).tags
     assert len(started) == 2
+
+
+def test_a_database_without_run_directories_is_looked_at_too(
+    started: list[list[str]], tmp_path: Path, port: int, empty_database: Path
+) -> None:
+    """It may have been moved."""
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    client = connect(resolve_uri(tmp_path), tmp_path)
+    client.create_experiment("moved", "file:///gone/mlartifacts/moved")
+    ui("--port", str(port))
+    assert client.get_experiment_by_name("moved").artifact_location == (tmp_path / "mlartifacts" / "moved").as_uri()
 
 
 def test_a_damaged_database_is_one_line(started: list[list[str]], tmp_path: Path, port: int) -> None:

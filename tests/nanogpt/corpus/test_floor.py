@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from nanogpt.corpus import grammar
+from nanogpt.corpus.bpe_training import train_bpe
 from nanogpt.corpus.floor import LEAKAGE_NATS, check_leakage, floor_nats
-from nanogpt.corpus.tokenizer import CharTokenizer, train_bpe
+from nanogpt.corpus.tokenizer import CharTokenizer
 from tests.nanogpt.corpus.made import refuses
 
 STORIES = [grammar.document(7, i) for i in range(5)]

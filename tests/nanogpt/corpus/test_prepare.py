@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -141,6 +142,27 @@ def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, mo
     assert written == read == len(TEXT.encode())
     # Five tasks and what is being gathered, each of at most two pieces; much less than the text.
     assert 500 < ahead < 12 * 500 * 1.2 < written / 2
+
+
+def test_a_line_without_end_is_read_in_bounded_spans(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in (raw_module, prepare_module):
+        monkeypatch.setattr(module, "PIECE", 500)
+    monkeypatch.setattr(prepare_module, "LONGEST_SPAN", 2000)
+    sizes: list[int] = []
+
+    def reading(raw: Path, spans: list[Any]) -> Iterable[str]:
+        sizes.extend(span.size for span in spans)
+        return raw_module.read_spans(raw, spans)
+
+    monkeypatch.setattr(prepare_module, "read_spans", reading)
+    text = "".join(random.Random(1).choices("ACGT", k=20_000))
+    warnings: list[str] = []
+    raw = raw_of(tmp_path / "raw", [text])
+    prepare(raw, tmp_path / "tokens", params("bpe"), 1, warn=warnings.append)
+    tokenizer = load_tokenizer(tmp_path / "tokens/tokenizer.json")
+    assert tokenizer.decode(load_split(tmp_path / "tokens", "train").tokens) == text[:18_000]
+    assert max(sizes) == 2000
+    assert [line.startswith("18,000 characters are in words") for line in warnings] == [True]
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.9])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.corpus.bpe_training import train_bpe
 from nanogpt.corpus.tokenizer import (
     END_OF_TEXT,
     Alphabet,
@@ -20,7 +21,6 @@ from nanogpt.corpus.tokenizer import (
     TrainedTokenizer,
     byte_characters,
     load_tokenizer,
-    train_bpe,
 )
 from nanogpt.files import Damaged
 from tests.nanogpt.corpus.made import refuses
@@ -29,7 +29,7 @@ TEXT = "The cat sat on the mat. The dog's bone isn't on the mat, it's in the yar
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 # Pieces that a byte-pair tokenizer splits or joins in unlike ways, so that a wrong cut shows.
 SPACES = [" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u3000"]
-WORDS = ["the", "cat", "'s", "'", "'ll", "12", "...", "é", "你好", "🙂"]
+WORDS = ["the", "cat", "'s", "'", "'ll", "12", "...", "é", "你好", "🙂", ",", "\u3002", ")"]
 TRICKY = st.lists(st.sampled_from(SPACES + WORDS), max_size=40).map("".join)
 
 
@@ -181,7 +181,20 @@ def test_a_cut_anywhere_would_change_the_tokens(gpt2_files: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "cut"), [("a b c", 3), ("a\n\nb", 1), ("ab", 0), ("", 0), ("  ", 0), ("a  b", 1), ("a ", 1)]
+    ("text", "cut"),
+    [
+        ("a b c", 3),
+        ("a\n\nb", 1),
+        ("ab", 0),
+        ("", 0),
+        ("  ", 0),
+        ("a  b", 1),
+        ("a ", 1),
+        ("a,b", 2),
+        ("你\u3002好吗", 2),
+        (".'s", 0),
+        ("1.2", 0),
+    ],
 )
 def test_cuts_lie_before_white_space(text: str, cut: int, trained: TrainedTokenizer):
     assert trained.last_cut(text) == cut
@@ -195,6 +208,19 @@ def test_a_long_word_does_not_make_the_rest_one_part(trained: TrainedTokenizer, 
     assert "".join(parts) == text
     assert sorted(len(part) <= 10 for part in parts).count(False) == 1
     assert 75 < max(map(len, parts)) <= 160
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_a_word_without_end_is_encoded_in_bounded_parts(
+    kind: str, gpt2_files: Path, trained: TrainedTokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = Gpt2Tokenizer() if kind == "gpt2" else trained
+    text = "the cat " + "acgt" * 50_000 + " the cat"
+    assert tokenizer.encode_all([text], False).tolist() == tokenizer.encode(text).tolist()
+    monkeypatch.setattr("nanogpt.corpus.tokenizer._PART", 10)
+    monkeypatch.setattr("nanogpt.corpus.tokenizer._LONGEST_PART", 999)
+    assert max(map(len, tokenizer.parts(text))) == 999
+    assert tokenizer.decode(tokenizer.encode_all([text], False)) == text
 
 
 @given(text=ANY_TEXT)
@@ -241,7 +267,7 @@ def test_training_does_not_depend_on_threads(tmp_path: Path):
     text = tmp_path / "text"
     text.write_text(TEXT * 20, encoding="utf-8")
     code = (
-        "import sys; from nanogpt.corpus.tokenizer import train_bpe\n"
+        "import sys; from nanogpt.corpus.bpe_training import train_bpe\n"
         "text = open(sys.argv[1], encoding='utf-8').read()\n"
         "print(train_bpe([text[i:i + 999] for i in range(0, len(text), 999)], 420, True).sha256)"
     )

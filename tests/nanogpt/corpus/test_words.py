@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.corpus import words
-from nanogpt.corpus.tokenizer import END_OF_TEXT, TrainedTokenizer, train_bpe
+from nanogpt.corpus.bpe_training import train_bpe
+from nanogpt.corpus.tokenizer import END_OF_TEXT, TrainedTokenizer
 from nanogpt.corpus.words import WordTable
 
 # Every kind of byte beside every other one: what GPT-2's pattern joins, and what Python and Rust call white space.
