@@ -20,9 +20,9 @@ def find() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def dom(browser: str, address: str) -> str:
+def dom(browser: str, address: str, width: int = 2400) -> str:
     """A page's HTML after two minutes of the page's own time, which pass as fast as the browser can compute."""
-    return _run(browser, "--dump-dom", address, width=2400, height=1000)
+    return _run(browser, "--dump-dom", address, width=width, height=1000)
 
 
 def picture(browser: str, address: str, path: Path, width: int, height: int) -> None:

@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "comparison.html"
         subprocess.run([sys.executable, "-m", "tools", "compare", "--html", str(page)], check=True)
-        picture(browser, page.as_uri(), FOLDER / "comparison.png", width=1280, height=1300)
+        picture(browser, page.as_uri(), FOLDER / "comparison.png", width=1280, height=900)
 
 
 if __name__ == "__main__":
