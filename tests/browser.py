@@ -20,9 +20,9 @@ def find() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def dom(browser: str, address: str) -> str:
-    """A page's HTML after 30 seconds of the page's own time, which pass as fast as the browser can compute."""
-    return _run(browser, "--dump-dom", address, width=2400, height=1000)
+def dom(browser: str, address: str, width: int = 2400) -> str:
+    """A page's HTML after two minutes of the page's own time, which pass as fast as the browser can compute."""
+    return _run(browser, "--dump-dom", address, width=width, height=1000)
 
 
 def picture(browser: str, address: str, path: Path, width: int, height: int) -> None:
@@ -33,7 +33,7 @@ def picture(browser: str, address: str, path: Path, width: int, height: int) -> 
 def _run(browser: str, do: str, address: str, width: int, height: int) -> str:
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
     with tempfile.TemporaryDirectory() as profile:
-        options += [f"--user-data-dir={profile}", "--virtual-time-budget=30000", f"--window-size={width},{height}"]
+        options += [f"--user-data-dir={profile}", "--virtual-time-budget=120000", f"--window-size={width},{height}"]
         done = subprocess.run([browser, *options, do, address], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout
 

@@ -11,7 +11,7 @@ from tests.browser import find, mlflow_page, picture
 from tests.pipeline.clones import Clone
 
 FOLDER = Path("docs/pictures")
-ASSISTANT = 0.75  # of the width: what is right of it is MLflow's assistant, which opens with the first visit
+ASSISTANT = 0.74  # of the width: what is right of it is MLflow's assistant, which opens with the first visit
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
         raise SystemExit("no Chromium or Chrome here; `apt-get install chromium` brings one")
     FOLDER.mkdir(parents=True, exist_ok=True)
     with mlflow_page(Clone(Path.cwd())) as address:
-        for name, mode, height in (("runs", "", 640), ("curves", "&compareRunsMode=CHART", 1000)):
+        for name, mode, height in (("runs", "", 690), ("curves", "&compareRunsMode=CHART", 1000)):
             path = FOLDER / f"{name}.png"
             picture(browser, address + mode, path, width=1900, height=height)
             image = Image.open(path)
@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "comparison.html"
         subprocess.run([sys.executable, "-m", "tools", "compare", "--html", str(page)], check=True)
-        picture(browser, page.as_uri(), FOLDER / "comparison.png", width=1280, height=1300)
+        picture(browser, page.as_uri(), FOLDER / "comparison.png", width=1280, height=900)
 
 
 if __name__ == "__main__":

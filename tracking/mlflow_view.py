@@ -108,6 +108,7 @@ def _chart(chart: tuple[str, str]) -> dict[str, Any]:
         "lineSmoothness": 0,
         "xAxisKey": "metric" if axis else "step",
         "selectedXAxisMetricKey": axis,
+        "scaleType": "log" if "loss" in metric else "linear",  # else the fall at the beginning hides the rest
     }
 
 

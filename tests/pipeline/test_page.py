@@ -1,4 +1,4 @@
-"""MLflow's page as a browser shows it at the address that `make ui` prints."""
+"""Pages as a browser shows them: MLflow's at the address that `make ui` prints, and that of a comparison."""
 
 import shutil
 from html.parser import HTMLParser
@@ -9,7 +9,7 @@ import pytest
 from tests.browser import dom, find, mlflow_page
 from tests.conftest import REPOSITORY
 from tests.pipeline.clones import Clone
-from tests.runs import finished_attempt, write_report
+from tests.runs import finished_attempt, scored_run, write_report
 from tracking.run_name import run_name, setting
 
 pytestmark = pytest.mark.pipeline
@@ -80,3 +80,30 @@ def test_the_page_opens_on_the_runs_with_their_names_losses_and_what_differs(bro
         assert {key: float(row[key]) for key in columns} == columns
     means = [row["metrics.`val_loss`"] for row in groups]  # each of two seeds; the best comes first
     assert means == ["1.55(average)", "1.75(average)", "1.95(average)"]
+
+
+# Names in the page's title what is wider than its place: the page, or the table of the settings.
+OVERFLOW = """<script>
+  const wide = element => element.scrollWidth > element.clientWidth + 1;
+  const places = [document.documentElement, document.querySelector(".scroll")];
+  document.title = places.filter(wide).map(element => element.tagName + element.className).join(" ") || "all fits";
+</script>"""
+
+
+@pytest.mark.parametrize(("width", "title"), [(1280, "all fits"), (500, "DIVscroll")])
+def test_a_comparison_fits_the_screen_and_draws_its_curves(
+    browser: str, tmp_path: Path, width: int, title: str
+) -> None:
+    """The only test that finds a verdict beyond the edge of the page. On a phone the table alone is scrolled."""
+    for rate in RATES:
+        for seed in (1, 2, 3):
+            params = {"train.muon_learning_rate": rate}
+            scored_run(tmp_path, f"{rate}-{seed}", 1.9 + rate + seed / 1e3, seed=seed, params=params)
+    text = (REPOSITORY / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("experiment: nanogpt ", "experiment: test/one experiment "))
+    Clone(tmp_path).run("python -m tools compare --html page.html", PYTHONPATH=str(REPOSITORY))
+    page = tmp_path / "page.html"
+    page.write_text(page.read_text() + OVERFLOW)
+    shown = dom(browser, page.as_uri(), width)
+    assert f"<title>{title}</title>" in shown
+    assert shown.count("<polyline ") == 2 * len(RATES)  # by tokens, and by seconds
