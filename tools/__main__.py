@@ -41,10 +41,15 @@ class Tool(click.Command):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> click.Context:
         """The context of the module's own command, `main`, with the error handling that all commands share."""
         assert self.name
-        command: click.Command = import_module(f"tools.{self.name.replace('-', '_')}").main
-        context = command.make_context(info_name, args, parent, **extra)
+        context = load(self.name).make_context(info_name, args, parent, **extra)
         context.with_resource(errors_in_one_line(self.name, partial(warn, self.name)))
         return context
+
+
+def load(name: str) -> click.Command:
+    """The command of that name, from its module."""
+    command: click.Command = import_module(f"tools.{name.replace('-', '_')}").main
+    return command
 
 
 @click.group(commands=[Tool(name, short_help=line) for name, line in COMMANDS.items()])

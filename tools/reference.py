@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 
 import click
@@ -12,7 +11,6 @@ from tools.command import command
 from tracking.mlflow_page import BEST, METRICS, REPORTED, TOKENS
 
 PAGE = Path("docs/reference.md")
-STAGES = ("download", "tokenize", "train", "evaluate", "sample")
 WIDTH = 100  # characters of a line of --help
 
 # What MLflow's names mean; a test compares them with what the code sends.
@@ -105,13 +103,14 @@ def _parameters(text: str) -> list[str]:
 
 
 def _commands() -> list[str]:
-    from tools.__main__ import COMMANDS
+    from stages import download, evaluate, sample, tokenize, train
+    from tools.__main__ import COMMANDS, load
 
     parts = []
-    for name in STAGES:
-        parts += _help(f"stages.{name}", import_module(f"stages.{name}").main)
+    for stage in (download, tokenize, train, evaluate, sample):
+        parts += _help(stage.__name__, stage.main)
     for name in sorted(COMMANDS):
-        parts += _help(f"tools {name}", import_module(f"tools.{name.replace('-', '_')}").main)
+        parts += _help(f"tools {name}", load(name))
     return parts
 
 
