@@ -598,6 +598,19 @@ def test_reports_join_the_run_that_trained_the_model(repository: Path) -> None:
     assert finish(attempt, repository)[1] == found
 
 
+def test_of_two_repositories_with_the_same_bits_on_one_server_each_reports_to_its_own_run(
+    repository: Path, tmp_path: Path
+) -> None:
+    uri = resolve_uri(repository)
+    own = Replica(Run(finished_attempt(repository)), uri)
+    own.finish()
+    later = finished_attempt(tmp_path / "another", "later")
+    info = Run(later).info
+    Run(later).write_info(info | {"started": info["started"] + 1})
+    Replica(Run(later), uri).finish()
+    assert deliver_report(write_report(repository), uri, repository) == own.run_id
+
+
 def test_reports_on_a_pulled_model_share_a_run_that_says_so(repository: Path) -> None:
     uri = resolve_uri(repository)
     run_id = deliver_report(write_report(repository), uri, repository)
