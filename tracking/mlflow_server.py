@@ -36,6 +36,18 @@ _LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
+# What MLflow's client says of an answer -> what a user can do about it.
+_ANSWERS = (
+    (
+        r"failed with error code 40[13] ",
+        "refuses these credentials: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    ),
+    (
+        r"response body was not in a valid JSON format|failed with error code 404 .*<html|Exceeded 30 redirects",
+        "does not answer as MLflow's server does: correct MLFLOW_TRACKING_URI",
+    ),
+    (r"Connection broken|Connection aborted", "cut the connection before its answer was complete"),
+)
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")  # scheme, path
 
 
@@ -172,6 +184,9 @@ def explained(uri: str) -> Iterator[None]:
             r"Max retries exceeded.*?(timed out|too many \d+ error|\[Errno -?\d+\] [\w ]+)", text
         ):
             raise TrackingError(f"MLflow at {where} cannot be reached ({unreachable[1]})") from error
+        for pattern, meaning in _ANSWERS:
+            if re.search(pattern, text):
+                raise TrackingError(f"{where} {meaning}") from error
         raise TrackingError(f"MLflow at {where} did not take it ({type(error).__name__}: {text[:300]})") from error
 
 
