@@ -14,7 +14,7 @@ import click
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten, load_params, parse_assignments, parse_params, with_values
 from tools.command import command
-from tracking.comparison import SEED, Result, journal_results, select
+from tracking.comparison import SEED, Result, journal_results, select, way_to_score
 from tracking.console import repository
 from tracking.errors import explain
 from tracking.fingerprint import code_hash
@@ -56,16 +56,24 @@ class Side:
     code: str  # hash of the train stage's code
     overrides: dict[str, Any]  # by which its params differ from params.yaml
 
-    def find(self, results: Sequence[Result], seed: int) -> Result | None:
+    @property
+    def evaluated(self) -> str:
+        """How its models are scored."""
+        return way_to_score(as_text(self.params.evaluate.stride))
+
+    def find(self, root: Path, seed: int) -> Result | None:
         """Its finished, evaluated run with a seed, the newest one, if there is any."""
-        wanted = {
-            k: as_text(v) for name in SECTIONS for k, v in flatten(getattr(self.params, name), f"{name}.").items()
-        }
+        sections = ((name, getattr(self.params, name)) for name in SECTIONS)
+        wanted = {k: as_text(v) for name, section in sections for k, v in flatten(section, f"{name}.").items()}
         wanted[SEED] = str(seed)
-        same = (
-            r for r in results if dict(r.params) == wanted and r.tags.get("code.sha256") == self.code and r.evaluated
-        )
-        return max(same, key=lambda result: result.started, default=None)
+        found = [
+            result
+            for result in journal_results(root, self.evaluated)[0]
+            if dict(result.params) == wanted
+            and result.tags.get("code.sha256") == self.code
+            and result.evaluated == self.evaluated
+        ]
+        return max(found, key=lambda result: result.started, default=None)
 
 
 @dataclass
@@ -138,6 +146,11 @@ def plan(root: Path, name: str, assignments: Sequence[str], baseline: str | None
     code = code_hash(root, "stages.train")
     idea = Side(name, with_values(here, overrides, WITH_OVERRIDES), code, overrides)
     other = Side("params.yaml", here, code, {}) if baseline is None else committed(root, here, baseline, code)
+    if idea.evaluated != other.evaluated:
+        raise ValueError(
+            f"{name} is scored with {idea.evaluated} and {other.name} with {other.evaluated}, which cannot be "
+            "compared: set evaluate.stride so that both are the same"
+        )
     if budget == "flops":
         idea = with_equal_flops(idea, other)
     elif (mine := tokens_of(idea.params)) != (theirs := tokens_of(other.params)):
@@ -214,7 +227,7 @@ def run(trial: Trial, max_seeds: int) -> Iterator[str]:
 def obtain(side: Side, idea: str, seed: int) -> Result:
     """The run of a side with a seed: one that exists, or else a new DVC experiment. Raises ValueError."""
     root = repository()
-    found = side.find(journal_results(root)[0], seed)
+    found = side.find(root, seed)
     if found is not None:
         return found
     if side.code != code_hash(root, "stages.train"):
@@ -229,7 +242,7 @@ def obtain(side: Side, idea: str, seed: int) -> Result:
         dvc(root, log, "exp", "remove", name)
     settings = [f"--set-param={key}={as_text(value)}" for key, value in {**side.overrides, SEED: seed}.items()]
     code = dvc(root, log, "exp", "run", "--temp", "--name", name, *settings)
-    found = side.find(journal_results(root)[0], seed)
+    found = side.find(root, seed)
     if code or found is None:
         lines = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line or "failed" in line]
         raise ValueError(

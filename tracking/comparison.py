@@ -157,9 +157,12 @@ class Comparison:
 # --- runs
 
 
-def journal_results(root: Path) -> tuple[list[Result], list[str]]:
-    """The finished trainings in a repository's `.runs`, oldest first; and a line for each that is left out, and why."""
-    scores = _scores(root)
+def journal_results(root: Path, evaluated: str | None = None) -> tuple[list[Result], list[str]]:
+    """The finished trainings in a repository's `.runs`, oldest first; and a line for each that is left out, and why.
+
+    A model that was scored in several ways has the scores of the newest, or those of the way `evaluated`.
+    """
+    scores = _scores(root, evaluated)
     found: list[Result] = []
     left_out: list[str] = []
     for run in runs_in(root):
@@ -175,16 +178,22 @@ def journal_results(root: Path) -> tuple[list[Result], list[str]]:
     return found, left_out
 
 
-def _scores(root: Path) -> dict[str, dict[str, Any]]:
+def way_to_score(stride: str) -> str:
+    """How the whole validation split was scored, as Result.evaluated says it."""
+    return f"stride {stride}"
+
+
+def _scores(root: Path, preferred: str | None) -> dict[str, dict[str, Any]]:
     """The newest report of evaluate for each model, by the model's sha256; damaged ones are `sync`'s business."""
     reports = []
     for path in (root / ".runs" / "reports").glob("evaluate-*.json"):
         try:
             report = json.loads(path.read_bytes())
-            reports.append((report["t"], report["model"], report))
+            way = way_to_score(report["tags"]["evaluate.stride"])
+            reports.append((way == preferred, report["t"], report["model"], report | {"way": way}))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return {model: report for _, model, report in sorted(reports, key=lambda each: each[:2])}
+    return {model: report for *_, model, report in sorted(reports, key=lambda each: each[:2])}
 
 
 def _result(run: Run, place: str, report: dict[str, Any] | None) -> Result:
@@ -193,7 +202,7 @@ def _result(run: Run, place: str, report: dict[str, Any] | None) -> Result:
     evaluated = None
     scores = {"val_loss": float(result["val_loss"])}
     if report is not None:
-        evaluated = f"stride {report['tags'].get('evaluate.stride', 'null')}"
+        evaluated = report["way"]
         scores = {name.removeprefix("evaluate/"): float(value) for name, value in report["metrics"].items()}
     made = {f"model.{name}": str(result[f"model_{name}"]) for name in ("sha256", "md5") if f"model_{name}" in result}
     return Result(

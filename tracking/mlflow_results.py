@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tracking.comparison import Point, Result
+from tracking.comparison import Point, Result, way_to_score
 from tracking.mlflow_page import LOSS
 from tracking.mlflow_run import SAMPLES
 from tracking.mlflow_server import connect, explained, resolve_uri
@@ -66,7 +66,7 @@ def _result(client: Any, run: Any, experiment: str) -> Result:
         steps=int(params.get("train.max_iters", 0)),
         seconds=(info.end_time - info.start_time) / 1000,  # with the time between a kill and the next start
         scores=known,
-        evaluated=None if stride is None else f"stride {stride}",
+        evaluated=None if stride is None else way_to_score(stride),
         curve=partial(_curve, client, info.run_id, info.start_time),
         sample=partial(_sample, client, info.run_id),
     )

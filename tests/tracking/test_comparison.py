@@ -85,6 +85,19 @@ def test_another_way_to_score_is_not_compared(tmp_path):
     assert len(compare(results(tmp_path))[0]) == 2
 
 
+def test_of_a_model_that_was_scored_in_several_ways_the_newest_counts_or_the_way_that_is_asked_for(tmp_path):
+    scored_run(tmp_path, "one", 2.0)
+    first = tmp_path / ".runs/reports/evaluate-one.json"
+    report = json.loads(first.read_text())
+    tags = {"evaluate.stride": "16"}
+    later = report | {"t": report["t"] + 1, "tags": tags, "metrics": {"evaluate/val_loss": 1.9}}
+    first.with_name("evaluate-two.json").write_text(json.dumps(later))
+    for way, loss in ((None, 1.9), ("stride 16", 1.9), ("stride null", 2.0)):
+        (found,), _ = journal_results(tmp_path, way)
+        assert found.scores["val_loss"] == loss
+        assert found.evaluated == (way or "stride 16")
+
+
 def test_runs_without_a_score_of_the_whole_split_are_left_out(tmp_path):
     scored_run(tmp_path, "one", 2.0)
     scored_run(tmp_path, "two", 1.0, params={"train.batch_size": 2})
