@@ -5,6 +5,7 @@ A process of its own, since MLflow's import alone would stop the loop for second
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def wait(follower: Follower, wait_seconds: float) -> str:
     last = lines[-1] if lines else ""
     if code == 0:
         return last
+    if code < 0:
+        last = f"the process that fills it was killed by {signal.Signals(-code).name}"
     return f"MLflow lacks a part of the run ({last[:300]}); `python -m tools sync` sends it later"
 
 

@@ -261,6 +261,14 @@ def test_the_wait_for_a_dead_server_is_bounded_and_told(repository: Path, monkey
     assert process.returncode == -signal.SIGTERM
 
 
+def test_a_follower_that_was_killed_is_told_as_such(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    process.kill()
+    (tmp_path / "tracking.log").touch()
+    line = mlflow_process.wait(mlflow_process.Follower(process, tmp_path / "tracking.log"), 60)
+    assert "(the process that fills it was killed by SIGKILL); `python -m tools sync` sends it later" in line
+
+
 def test_a_trainer_is_known_by_more_than_its_pid() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     trainer = Trainer(process.pid)
