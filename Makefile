@@ -94,7 +94,7 @@ deps: $(READY)  ## write dvc.yaml's lists of code from the imports of the stages
 
 docs: $(READY)  ## the documentation as a site, in build/site; a link that leads nowhere is an error
 	@python -c 'import material' 2>/dev/null || pip install --quiet --constraint constraints.txt '.[docs]'
-	mkdocs build --strict --quiet
+	mkdocs build --strict
 
 lint: $(READY)  ## style and types
 	ruff check .
