@@ -14,7 +14,7 @@ JOBS ?= 1
 BASE ?= HEAD~1
 REPORTS ?= .runs/verify
 
-.PHONY: help setup repro smoke queue compare ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak pictures deps lint gc
+.PHONY: help setup repro smoke queue compare ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak pictures deps docs lint gc
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -91,6 +91,10 @@ pictures: $(READY)  ## the documentation's pictures, of the runs that are here
 
 deps: $(READY)  ## write dvc.yaml's lists of code from the imports of the stages
 	@python -m tools deps
+
+docs: $(READY)  ## the documentation as a site, in build/site; a link that leads nowhere is an error
+	@python -c 'import material' 2>/dev/null || pip install --quiet --constraint constraints.txt '.[docs]'
+	mkdocs build --strict
 
 lint: $(READY)  ## style and types
 	ruff check .

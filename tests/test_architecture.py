@@ -19,6 +19,7 @@ TOPS = {"nanogpt", "stages", "tracking", "tools"}
 PACKAGES = ["nanogpt", "nanogpt/corpus", "stages", "tracking", "tools"]
 FOLDERS = {package: sorted((REPOSITORY / package).glob("*.py")) for package in PACKAGES}
 ALL = [path for paths in FOLDERS.values() for path in paths]
+BENCHMARKS = sorted((REPOSITORY / "benchmarks").glob("*.py"))
 CORE = {name_of(path): path for path in ALL if path.parts[-2] in {"nanogpt", "corpus"} and path.stem != "__init__"}
 
 # Which package may import which; imports go down only. What lies below all stands in LEAVES.
@@ -242,7 +243,7 @@ def test_nothing_runs_when_a_module_is_imported(path):
 # --- size -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("path", [*ALL, *BENCHMARKS], ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_files_and_functions_stay_small(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     for node in ast.walk(tree(path)):

@@ -169,18 +169,21 @@ def test_a_killed_run_is_marked_and_a_living_one_is_not(repository: Path) -> Non
 # --- the follower of a training
 
 
-def test_a_training_is_followed_to_its_end(repository: Path) -> None:
+def test_a_training_is_followed_to_its_end_after_an_earlier_follower(repository: Path) -> None:
     attempt = make_attempt(repository)
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)
-        follower = mlflow_process.start(Run(attempt), repository, 60)
+        with Run(attempt).sending_lock():  # of an earlier follower
+            follower = mlflow_process.start(Run(attempt), repository, 60)
+            wait_until(lambda: "still sends this run; waiting for it" in follower.log.read_text())
+            assert not (attempt / "mlflow.json").exists()
         train(journal, 0, 20)
         wait_until(lambda: (attempt / "mlflow.json").exists())
         assert follower.process.poll() is None
         train(journal, 21, 40)
         end(journal, "FINISHED", 40)
     assert re.search(r"run 'run' is complete in MLflow \(\w{32}\)$", mlflow_process.wait(follower, 120))
-    assert follower.log.read_text().count("\n") == 1  # nothing else: no warnings of MLflow's
+    assert follower.log.read_text().count("\n") == 2  # nothing else: no warnings of MLflow's
     found = only_run(repository)
     assert found["info"][1] == "FINISHED"
     assert [step for step, _, _ in found["metrics"]["train/loss"]] == list(range(1, 41))
@@ -195,24 +198,19 @@ def test_a_trainer_that_is_killed_leaves_a_run_that_is_killed(repository: Path) 
         start(journal)
         train(journal, 0, 12)
     trainer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    command = [sys.executable, "-m", "tools", "sync", str(attempt), "--follow", str(trainer.pid)]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    wait_until(lambda: (attempt / "mlflow.json").exists())
-    trainer.send_signal(signal.SIGKILL)
-    trainer.wait()
-    output, _ = first.communicate()
-    assert first.returncode == 0
-    assert "was killed, and is marked so in MLflow" in output
+
+    def kill() -> None:
+        wait_until(lambda: (attempt / "mlflow.json").exists())
+        trainer.kill()
+        trainer.wait()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    said: list[str] = []
+    assert follow(Run(attempt), resolve_uri(repository), trainer.pid, 60, said.append)
+    killer.join()
+    assert "was killed, and is marked so in MLflow" in said[-1]
     assert only_run(repository)["info"][1] == "KILLED"
-
-
-def test_a_second_follower_waits_for_the_first(repository: Path) -> None:
-    attempt = finished_attempt(repository)
-    with Run(attempt).sending_lock():
-        follower = mlflow_process.start(Run(attempt), repository, 60)
-        wait_until(lambda: "still sends this run; waiting for it" in follower.log.read_text())
-        assert not (attempt / "mlflow.json").exists()
-    assert "is complete in MLflow" in mlflow_process.wait(follower, 120)
 
 
 def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
