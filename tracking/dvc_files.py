@@ -99,6 +99,9 @@ def read_yaml(text: str, name: str) -> dict[str, Any]:
     try:
         content = YAML(typ="safe").load(text)
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        if text.startswith("<<<<<<< ") or "\n<<<<<<< " in text:
+            mend = f"`git checkout --ours {name}`, then `dvc repro`" if name == "dvc.lock" else "resolve it"
+            raise ValueError(f"{name} holds a merge conflict; {mend} and `git add {name}`") from error
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{name} is not valid YAML ({reason}); `git checkout {name}` restores it") from error
     if not isinstance(content, dict):

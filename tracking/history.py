@@ -12,7 +12,7 @@ from typing import Any
 
 from tracking.dvc_files import DvcLock, listing_md5, read_yaml
 from tracking.git import git, git_bytes, git_or_none
-from tracking.mlflow_server import TrackingError, as_text, connect, has_run, resolve_uri
+from tracking.mlflow_server import TrackingError, as_text, connect, has_run, resolve_uri, sqlite_path
 from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
@@ -251,8 +251,8 @@ class KnownRuns:
         return sorted(merged, key=lambda run: (run.pulled, run.dirty, run.started))
 
     def _connect(self) -> Any:
-        path = Path(self.uri.removeprefix("sqlite:///").split("?")[0])
-        if self.uri.startswith("sqlite:///") and not path.exists():
+        path = sqlite_path(self.uri)
+        if path and not path.exists():
             self._warn(f"there is no {path}")  # connecting would make an empty one
             return None
         try:

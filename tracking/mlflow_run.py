@@ -267,7 +267,7 @@ def deliver_report(path: Path, uri: str, repository: Path, again: bool = False) 
         report: dict[str, Any] = json.loads(path.read_bytes())
         client = connect(uri, repository)
         deleted = _send_training(client, report["model"], uri, repository)
-        run = _run_of(client, report["model"])
+        run = _run_of(client, report["model"], repository)
         if run is None and deleted:
             return None
         run = run or _run_without_training(client, uri, repository, report)
@@ -319,13 +319,18 @@ def _send_training(client: Any, model: str, uri: str, repository: Path) -> bool:
     return deleted
 
 
-def _run_of(client: Any, model: str) -> Any | None:
-    """The newest finished run that trained that model; else one that was made for it by another report."""
+def _run_of(client: Any, model: str, repository: Path) -> Any | None:
+    """The newest finished run that trained that model, this repository's before others that got the same bits.
+
+    If there is none, one that was made for it by another report.
+    """
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     wanted = f"tags.`model.sha256` = '{model}'"
     found = client.search_runs(experiments, wanted, order_by=["attributes.start_time DESC"])
     made = [run for run in found if "model.pulled" in run.data.tags]
     trained = [run for run in found if run not in made and run.info.status == "FINISHED"]
+    own = {run.mlflow.get("run_id") for run in runs_in(repository)}
+    trained.sort(key=lambda run: run.info.run_id not in own)
     return (trained or made or [None])[0]
 
 

@@ -36,6 +36,18 @@ _LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
+# What MLflow's client says of an answer -> what a user can do about it.
+_ANSWERS = (
+    (
+        r"failed with error code 40[13] ",
+        "refuses these credentials: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    ),
+    (
+        r"response body was not in a valid JSON format|failed with error code 404 .*<html|Exceeded 30 redirects",
+        "does not answer as MLflow's server does: correct MLFLOW_TRACKING_URI",
+    ),
+    (r"Connection broken|Connection aborted", "cut the connection before its answer was complete"),
+)
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")  # scheme, path
 
 
@@ -55,7 +67,7 @@ def resolve_uri(repository: Path) -> str:
     scheme, separator, path = uri.partition("://")
     # A relative path would land in the temporary workspace of `dvc exp run --temp`, which is deleted.
     if (database := _SQLITE.match(uri)) and database[2]:
-        return f"{database[1]}{repository / database[2]}"
+        return f"{database[1]}{_quoted(repository) / database[2]}"
     if uri.startswith("file:") and not uri.startswith("file:/"):
         return (repository / uri.removeprefix("file:")).as_uri()
     if not separator and not re.match(r"(file:|databricks)", uri):
@@ -70,7 +82,12 @@ def is_server(uri: str) -> bool:
 
 def store_name(uri: str, repository: Path) -> str:
     """What the records of what was sent call a store: no password, and the same after the repository has moved."""
-    return redact(uri.replace(f"{repository}/", "", 1))
+    return redact(uri.replace(f"{_quoted(repository)}/", "", 1))
+
+
+def _quoted(path: Path) -> Path:
+    """A path as a database's address holds it; Jenkins names folders like feature%2Fname."""
+    return Path(str(path).replace("%", "%25").replace("?", "%3F"))
 
 
 def local_folder(location: str) -> Path | None:
@@ -90,7 +107,7 @@ def connect(uri: str, repository: Path) -> Any:
     """A StoreClient. A new sqlite database is created whole, by one process at a time. Raises TrackingError."""
     prepare_environment()
     with explained(uri):
-        if path := _sqlite_path(uri):
+        if path := sqlite_path(uri):
             with RunLock(repository / ".runs", name="mlflow.lock"):
                 _prepare_sqlite(path)
                 if path.parent == repository:
@@ -100,9 +117,10 @@ def connect(uri: str, repository: Path) -> Any:
         return client
 
 
-def _sqlite_path(uri: str) -> Path | None:
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite database; None for another store."""
     database = _SQLITE.match(uri)
-    return Path(database[2].split("?")[0]) if database else None
+    return Path(unquote(database[2].split("?")[0])) if database else None
 
 
 def _prepare_sqlite(path: Path) -> None:
@@ -114,7 +132,7 @@ def _prepare_sqlite(path: Path) -> None:
             leftover.unlink(missing_ok=True)
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-        SqlAlchemyStore(f"sqlite:///{new}", f"{path.parent}/mlartifacts/default").engine.dispose()
+        SqlAlchemyStore(f"sqlite:///{_quoted(new)}", f"{path.parent}/mlartifacts/default").engine.dispose()
         new.replace(path)
     database = sqlite3.connect(path, timeout=30)
     try:
@@ -161,7 +179,7 @@ def explained(uri: str) -> Iterator[None]:
     except Exception as error:
         text = redact(str(error))
         where = redact(uri)
-        if path := _sqlite_path(uri):
+        if path := sqlite_path(uri):
             if re.search(r"malformed|not a database|Can't locate revision|out-of-date database", text):
                 raise TrackingError(
                     f"{path} is damaged or of another MLflow version ({text[:200]}): move it away (with its -wal and "
@@ -172,6 +190,9 @@ def explained(uri: str) -> Iterator[None]:
             r"Max retries exceeded.*?(timed out|too many \d+ error|\[Errno -?\d+\] [\w ]+)", text
         ):
             raise TrackingError(f"MLflow at {where} cannot be reached ({unreachable[1]})") from error
+        for pattern, meaning in _ANSWERS:
+            if re.search(pattern, text):
+                raise TrackingError(f"{where} {meaning}") from error
         raise TrackingError(f"MLflow at {where} did not take it ({type(error).__name__}: {text[:300]})") from error
 
 

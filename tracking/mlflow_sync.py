@@ -56,10 +56,10 @@ class SystemMetrics:
         self._monitors = _monitors()
 
     def sample_if_due(self) -> None:
-        now = time.time()
-        if now < self._due:
+        now, moment = time.time(), time.monotonic()
+        if moment < self._due:  # whatever the clock is set to meanwhile
             return
-        self._due = now + max(SAMPLE_SECONDS, (now - self._first) / 200)
+        self._due = moment + max(SAMPLE_SECONDS, (now - self._first) / 200)
         values: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,51 @@ def test_a_dead_server_is_one_line_and_exit_code_1(repository: Path, monkeypatch
         done = sync()
     assert done.exit_code == 1
     assert re.fullmatch(r"failed: MLflow at http://127.0.0.1:\d+ cannot be reached \(.*refused\)\n", done.output)
+
+
+REFUSED = "HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno"
+ANSWERS = {
+    REFUSED: "refuses these credentials: set MLFLOW_TRACKING_USERNAME",
+    "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n<html>Log in!</html>": "does not answer as MLflow's server does",
+    "HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n": "correct MLFLOW_TRACKING_URI",
+    'HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{"experiments"': "cut the connection",
+}
+
+
+@contextmanager
+def answering(answer: Callable[[bytes], str]) -> Iterator[str]:
+    """The address of a server that answers every request so."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.sendall(answer(connection.recv(65_536)).encode())
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("answer", "meaning"), ANSWERS.items())
+def test_what_answers_and_is_no_mlflow_or_asks_for_credentials_is_told_as_such(
+    answer: str, meaning: str, tmp_path: Path
+) -> None:
+    with answering(lambda request: answer) as address, pytest.raises(TrackingError, match=meaning) as error:
+        connect(f"http://me:secret@{address}", tmp_path)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_credentials_that_the_refusal_names_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    welcome = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    with answering(lambda request: welcome if b"Basic bWU6c2VjcmV0" in request else REFUSED) as address:
+        with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
+            connect(f"http://{address}", tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+        connect(f"http://{address}", tmp_path)
 
 
 def test_one_damaged_journal_does_not_stop_the_others(repository: Path) -> None:
@@ -238,6 +284,7 @@ def test_a_long_run_has_a_bounded_number_of_system_metrics(tmp_path: Path, monke
     now = [1e9]
     monkeypatch.setattr(mlflow_sync, "_monitors", lambda: [Monitor()])
     monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for _ in range(2):  # a follower of a resumed training goes on where the first one was
         metrics = SystemMetrics(Run(tmp_path))
         for _ in range(15 * 24 * 60):
@@ -250,6 +297,18 @@ def test_a_long_run_has_a_bounded_number_of_system_metrics(tmp_path: Path, monke
     keys = [key for key in records[0] if "/" in key]
     assert len(keys) == mlflow_sync.MAX_SYSTEM_KEYS
     assert {f"system/gpu_{i}_utilization_percentage" for i in range(8)} <= set(keys)
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_system_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_sync, "_monitors", lambda: [])
+    metrics, moment = SystemMetrics(Run(tmp_path)), time.monotonic()
+    metrics.sample_if_due()
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    monkeypatch.setattr(time, "monotonic", lambda: moment + 60)
+    metrics.sample_if_due()
+    assert len(list(read_records(tmp_path / "system.jsonl"))) == 2
 
 
 def test_the_line_at_the_start_says_what_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:

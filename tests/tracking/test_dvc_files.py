@@ -1,4 +1,5 @@
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,7 @@ def test_what_is_no_lock_is_refused_or_gives_none(tmp_path, content):
     assert DvcLock.of_workspace(tmp_path) == DvcLock()
     text = content.decode(errors="replace")
     assert found(text) is None
-    with pytest.raises(ValueError, match=r"dvc\.lock .*`git checkout dvc\.lock`") as caught:
+    with pytest.raises(ValueError, match=r"dvc\.lock .*`git checkout (--ours )?dvc\.lock`") as caught:
         DvcLock.parse(text)
     assert "\n" not in str(caught.value)
 
@@ -198,3 +199,23 @@ def test_dvc_tells_its_stages_who_they_are(monkeypatch):
     assert (dvc_process(), experiment_name()) == (os.getppid(), None)
     monkeypatch.setenv("DVC_EXP_NAME", "wavy-tern")
     assert experiment_name() == "wavy-tern"
+
+
+def test_a_merge_conflict_in_dvc_lock_is_named_with_a_remedy_that_works(tmp_path):
+    lock = "stages: {{train: {{deps: [], outs: [{{path: model, md5: {0}}}]}}}}\n"
+
+    def git(*arguments, check=True):
+        person = ("-c", "user.name=a", "-c", "user.email=b")
+        subprocess.run(["git", *person, *arguments], cwd=tmp_path, check=check, capture_output=True)
+
+    git("init", "-q", "-b", "main")
+    for branch, md5 in (("main", "a"), ("other", "b"), ("main", "c")):
+        git("checkout", "-q", *(("-b",) if branch == "other" else ()), branch, check=md5 != "a")
+        (tmp_path / "dvc.lock").write_text(lock.format(md5))
+        git("add", "dvc.lock")
+        git("commit", "-qm", md5)
+    git("merge", "other", check=False)
+    with pytest.raises(ValueError, match=r"^dvc.lock holds a merge conflict; `git checkout --ours ") as error:
+        DvcLock.parse((tmp_path / "dvc.lock").read_text())
+    git(*str(error.value).split("`")[1].split()[1:])
+    assert DvcLock.parse((tmp_path / "dvc.lock").read_text()).out_md5("train", "model") == "c"

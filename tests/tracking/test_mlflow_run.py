@@ -256,18 +256,19 @@ print([os.waitpid(pid, 0)[1] for pid in children])
 
 def test_four_processes_create_one_database_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    repository = tmp_path / "feature%2Fname"  # as Jenkins names it
     names = ["a", "b", "c", "d"]
     for name in names:
-        finished_attempt(tmp_path, name)
-    command = [sys.executable, "-c", CREATE, str(tmp_path), *names]
+        finished_attempt(repository, name)
+    command = [sys.executable, "-c", CREATE, str(repository), *names]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout == "[0, 0, 0, 0]\n"
-    client = connect(resolve_uri(tmp_path), tmp_path)
+    client = connect(resolve_uri(repository), repository)
     experiment = client.get_experiment_by_name("test/one experiment")
     assert sorted(run.info.run_name for run in client.search_runs([experiment.experiment_id])) == names
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+    with sqlite3.connect(repository / "mlflow.db") as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert not list(tmp_path.glob("*.new*"))
+    assert not list(repository.glob("*.new*"))
 
 
 @pytest.mark.parametrize("content", [b"not a database at all, but long enough to be read" * 100])
@@ -596,6 +597,19 @@ def test_reports_join_the_run_that_trained_the_model(repository: Path) -> None:
         deliver_report(path, uri, repository, again=True)
     (attempt / "mlflow.json").unlink()
     assert finish(attempt, repository)[1] == found
+
+
+def test_of_two_repositories_with_the_same_bits_on_one_server_each_reports_to_its_own_run(
+    repository: Path, tmp_path: Path
+) -> None:
+    uri = resolve_uri(repository)
+    own = Replica(Run(finished_attempt(repository)), uri)
+    own.finish()
+    later = finished_attempt(tmp_path / "another", "later")
+    info = Run(later).info
+    Run(later).write_info(info | {"started": info["started"] + 1})
+    Replica(Run(later), uri).finish()
+    assert deliver_report(write_report(repository), uri, repository) == own.run_id
 
 
 def test_reports_on_a_pulled_model_share_a_run_that_says_so(repository: Path) -> None:

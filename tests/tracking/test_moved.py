@@ -91,7 +91,7 @@ def only(client: Any, name: str) -> Any:
 def test_a_moved_repository_has_all_it_had_and_goes_on_in_its_new_place(
     old: Path, tmp_path: Path, enter: Callable[[Path], None]
 ) -> None:
-    new = tmp_path / "new ü"
+    new = tmp_path / "new ü%20?"
     old.rename(new)
     enter(new)
     assert [line.partition("attempt-1: ")[2][:24] for line in sync()] == ["run 'killed' was killed,"]  # and no more
