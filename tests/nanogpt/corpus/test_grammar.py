@@ -125,7 +125,7 @@ def test_reading_gives_exactly_the_log_probability_of_writing(corpus: list[tuple
 
 
 def test_no_option_begins_another() -> None:
-    assert all(document(index) for index in range(2000))
+    assert all(document(index) for index in range(1000))  # those of `corpus`, made once
 
 
 def test_words_do_not_repeat() -> None:
