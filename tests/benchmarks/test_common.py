@@ -131,7 +131,14 @@ def test_a_preset_is_laid_over_the_params(project: Callable[..., Path]) -> None:
 
 
 def test_the_pages_name_benchmarks_that_there_are() -> None:
-    pages = {path: path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
+    pages = {path: path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md"))}
     named = {name for text in pages.values() for name in re.findall(r"benchmarks[./](\w+)", text)}
+    # A page of a study that names the last commit with its command may have one that is gone.
+    of_studies = {
+        name
+        for text in pages.values()
+        if re.search(r"last\s+commit\s+that\s+has", text)
+        for name in re.findall(r"benchmarks[./](\w+)", text)
+    }
     commands = {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py") if "@benchmark\n" in path.read_text()}
-    assert named == commands
+    assert commands <= named <= commands | of_studies
