@@ -14,7 +14,7 @@ import click
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten, load_params, parse_assignments, parse_params, with_values
 from tools.command import command
-from tracking.comparison import SEED, Result, journal_results, select, way_to_score
+from tracking.comparison import SEED, TEXT, Result, journal_results, select, way_to_score
 from tracking.console import repository
 from tracking.errors import explain
 from tracking.fingerprint import code_hash
@@ -146,6 +146,9 @@ def plan(root: Path, name: str, assignments: Sequence[str], baseline: str | None
     code = code_hash(root, "stages.train")
     idea = Side(name, with_values(here, overrides, WITH_OVERRIDES), code, overrides)
     other = Side("params.yaml", here, code, {}) if baseline is None else committed(root, here, baseline, code)
+    flat = flatten(idea.params), flatten(other.params)
+    if texts := [key for key in TEXT if flat[0][key] != flat[1][key]]:
+        raise ValueError(f"{name} and {other.name} differ in {texts[0]}: losses on different text cannot be compared")
     if idea.evaluated != other.evaluated:
         raise ValueError(
             f"{name} is scored with {idea.evaluated} and {other.name} with {other.evaluated}, which cannot be "

@@ -24,7 +24,10 @@ from tracking.significance import Difference, corrected, difference
 SEED = "train.seed"
 # Where the validation text comes from. With the sizes of both splits they say whether two runs were judged by the same
 # text, whatever tokenizer cut it.
-_TEXT = ("source", "documents", "seed", "split", "revision", "text_column")
+TEXT = (
+    *(f"download.{name}" for name in ("source", "documents", "seed", "split", "revision", "text_column")),
+    *("tokenize.val_fraction", "tokenize.split_seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,7 @@ class Result:
     @cached_property
     def text(self) -> tuple[Any, ...]:
         """What must be the same of two runs whose losses are compared, but for the tokenizer."""
-        values = [self.params.get(f"download.{name}") for name in _TEXT]
-        values += [self.params.get(f"tokenize.{name}") for name in ("val_fraction", "split_seed")]
+        values = [self.params.get(name) for name in TEXT]
         sizes = [
             (self.profile.get(split) or {}).get(size) for split in ("train", "val") for size in ("bytes", "documents")
         ]

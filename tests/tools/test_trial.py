@@ -118,6 +118,7 @@ def test_runs_of_other_code_or_without_a_score_are_not_used_again(root, monkeypa
         (("-S", "train.max_iters=[1"), "the value is not YAML"),
         (("-S", "train.max_iters=300"), "idea trains on 307,200 tokens and params.yaml on 614,400"),
         (("-S", "train.max_iters=300", "--budget", "flops"), "leave out -S train.max_iters"),
+        (("-S", "download.documents=50"), "differ in download.documents: losses on different text cannot be compared"),
         (("-S", "evaluate.stride=16"), "idea is scored with stride 16 and params.yaml with stride null"),
         (("--baseline", "nothing"), "--baseline 'nothing' is no experiment and no commit"),
     ],
