@@ -139,7 +139,7 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
 def verdict_lines(found: Comparison) -> list[str]:
     """How each setting differs from the reference."""
     if not found.others:
-        return ["", "one setting: nothing to compare it with"]
+        return ["", "one setting, nothing to compare it with: `dvc exp run -S KEY=VALUE` adds one"]
     tests = _count(found.tests, "comparison")
     chosen = ", the best" if found.chosen else ", the baseline"
     against = f"against {number_of(found, found.reference)}{chosen}: difference, 95 % interval, p over {tests}"
