@@ -5,11 +5,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",  # begins with UTF-16's, so it comes first
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+_MARKS = {  # these encodings leave the mark in the text, so that TextMarks sees it
+    codecs.BOM_UTF32_LE: "utf-32-le",  # begins with UTF-16's, so it comes first
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _SAMPLE = 2**14  # bytes before and after the wrong one, of which an encoding is guessed
 _FEW = 8  # other characters than ASCII's; fewer are the quotes and dashes of Windows, or not worth a guess
@@ -35,7 +35,8 @@ def decoded(path: Path, blocks: Iterable[bytes], encoding: str | None) -> Iterat
         try:
             piece = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise _undecodable(path, error, position - waiting, encoding) from error
+            given = encoding if name == "utf-8" else name
+            raise _undecodable(path, error, position - waiting, given) from error
         except UnicodeError as error:  # such as utf-16 without a byte-order mark
             raise ValueError(f"{path} is not {name} ({error}); correct download.encoding") from error
         position += len(block)

@@ -242,8 +242,13 @@ def test_a_byte_order_mark_names_the_encoding(download: Download, kind: str, enc
     (TEXTS / f"a.{kind}").write_bytes((as_rows(GERMAN) if kind == "jsonl" else GERMAN).encode(encoding))
     documents, warnings = download(f"file:{TEXTS}/a.{kind}")
     assert documents == [GERMAN]
-    expected = [f"inputs/texts/a.{kind} begins with a byte-order mark, which is left out"]
-    assert warnings == (expected if encoding == "utf-8-sig" else [])
+    assert warnings == [f"inputs/texts/a.{kind} begins with a byte-order mark, which is left out"]
+
+
+def test_damage_behind_a_byte_order_mark_names_its_encoding(download: Download):
+    (TEXTS / "a.txt").write_bytes(GERMAN.encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match=r"is not utf-16-le; correct download.encoding .*, or remove the damage"):
+        download(f"file:{TEXTS}/a.txt")
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
