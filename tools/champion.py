@@ -52,9 +52,11 @@ def main(experiment: str, force: bool) -> None:
 
 def best_of(found: list[Result]) -> Result:
     """The run with the lowest loss, of runs of one setting. Raises ValueError if there are several settings."""
-    settings = {setting.label for part in comparison.compare(found)[0] for setting in part.settings}
-    if len(settings) > 1:
-        raise ValueError(f"that is {len(settings)} settings: {'; '.join(sorted(settings))}; name one")
+    labels = sorted(setting.label for part in comparison.compare(found)[0] for setting in part.settings)
+    if len(labels) > 1:
+        raise ValueError(
+            f"that is {len(labels)} settings: {'; '.join(filter(None, labels)) or 'they differ in their text'}; name one"
+        )
     return min(found, key=lambda result: result.scores["val_loss"])
 
 
@@ -71,10 +73,13 @@ def against(results: list[Result], challenger: Result, present: str) -> list[str
     reigning = next((result for result in results if result.id == present), None)
     if reigning is None:
         return [f"the champion's run {present} has no journal here, so nothing can be compared with it"]
-    both = {reigning.setting, challenger.setting}
-    parts, _ = comparison.compare(
-        [result for result in results if result.setting in both], lambda result: result.setting == reigning.setting
-    )
+    code, both = reigning.tags.get("code.sha256"), {reigning.setting, challenger.setting}
+
+    def reigns(result: Result) -> bool:
+        same = result.model == reigning.model or result.tags.get("code.sha256") == code
+        return same and result.setting == reigning.setting
+
+    parts, _ = comparison.compare([result for result in results if result.setting in both], reigns)
     for part in parts:
         for setting, difference in zip(part.others, part.differences, strict=True):
             if challenger.id in {result.id for result in setting.results}:

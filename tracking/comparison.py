@@ -331,14 +331,17 @@ def printable(text: str) -> str:
 def select(results: Sequence[Result], argument: str, root: Path) -> list[Result]:
     """The runs that an argument names: a run, an experiment (a pattern may have *), a commit, or a model's hash.
 
-    Raises ValueError if it names none.
+    A commit names the run whose model is in its dvc.lock; if there is none, the runs that started from it. Raises
+    ValueError if the argument names no run.
     """
     patterns = {"*", "?", "["} & set(argument)
     found = [result for result in results if _is_named(result, argument, bool(patterns))]
     if not found and not patterns:
         models = experiment_models(root, argument) | _models_at(root, argument)
+        found = [result for result in results if result.tags.get("model.md5") in models]
+    if not found and not patterns:
         commit = git_or_none(root, "rev-parse", "--verify", "--quiet", f"{argument}^{{commit}}")
-        found = [r for r in results if r.tags.get("model.md5") in models or r.tags.get("git.commit") == commit]
+        found = [result for result in results if commit and result.tags.get("git.commit") == commit]
     if not found:
         names = {name for result in results for name in (result.name, result.tags.get("dvc.experiment", "none"))}
         near = difflib.get_close_matches(argument, names - {"none"}, n=3)

@@ -7,6 +7,7 @@ from click.testing import CliRunner, Result
 from tests.runs import scored_run
 from tools import champion
 from tools.__main__ import main
+from tracking.comparison import journal_results
 from tracking.mlflow_run import Replica, deliver_report
 from tracking.mlflow_server import connect, resolve_uri
 from tracking.run import Run
@@ -72,3 +73,22 @@ def test_what_does_not_come_out_again_needs_force(root, monkeypatch):
     run("champion", "fast-*", "--force")
     assert current(root)[1].tags["forced"] == "`verify` of abc says DIVERGED"
     assert "MLflow has no model of run" in run("champion", "slow-2", "--force", code=1).stderr
+
+
+def test_other_code_with_the_same_parameters_can_beat_the_champion(tmp_path):
+    for seed, (old, new) in enumerate([(2.0, 1.9), (2.05, 1.9501)], 1):
+        scored_run(tmp_path, f"old-{seed}", old, seed=seed, tags={"code.sha256": "1" * 64})
+        scored_run(tmp_path, f"new-{seed}", new, seed=seed, tags={"code.sha256": "2" * 64})
+    results = {result.name: result for result in journal_results(tmp_path)[0]}
+    assert champion.against([*results.values()], results["new-1"], results["old-1"].id) == []
+    (objection,) = champion.against([*results.values()], results["old-1"], results["new-1"].id)
+    assert objection.endswith(": worse")
+    (objection,) = champion.against([*results.values()], results["old-2"], results["old-1"].id)
+    assert "is the same setting" in objection
+
+
+def test_runs_of_several_texts_are_several_settings(tmp_path):
+    scored_run(tmp_path, "one", 2.0)
+    scored_run(tmp_path, "two", 1.0, params={"download.source": "shakespeare"}, profile={"sha256": "f" * 64})
+    with pytest.raises(ValueError, match="that is 2 settings"):
+        champion.best_of(journal_results(tmp_path)[0])

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from tests.runs import scored_run, write_report
+from tracking import comparison
 from tracking.comparison import compare, journal_results, select
 
 
@@ -165,3 +166,23 @@ def test_a_run_is_named_by_much(tmp_path):
         select(both, "idea-3", tmp_path)
     with pytest.raises(ValueError, match="no finished run is 'x'"):
         select(both, "x", tmp_path)
+
+
+def test_a_commit_names_the_model_in_its_lock_before_the_runs_that_began_there(tmp_path, monkeypatch):
+    scored_run(tmp_path, "held", 2.0)
+    scored_run(tmp_path, "begun", 1.0, params={"train.batch_size": 2}, tags={"git.commit": "b" * 40})
+    both = results(tmp_path)
+    held, begun = (next(result for result in both if result.name == name) for name in ("held", "begun"))
+    models = {"here": {held.tags["model.md5"]}}
+    monkeypatch.setattr(comparison, "_models_at", lambda root, commit: models.get(commit, set()))
+    monkeypatch.setattr(comparison, "git_or_none", lambda root, *arguments: "b" * 40)
+    assert select(both, "here", tmp_path) == [held]
+    assert select(both, "elsewhere", tmp_path) == [begun]
+
+
+def test_what_is_no_commit_names_no_run_without_one(tmp_path):
+    scored_run(tmp_path, "one", 2.0)
+    (result,) = results(tmp_path)
+    del result.tags["git.commit"]
+    with pytest.raises(ValueError, match="no finished run is 'x'"):
+        select([result], "x", tmp_path)
