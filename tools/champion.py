@@ -18,13 +18,13 @@ NAME, ALIAS = "nanogpt", "champion"
 
 @command()
 @click.argument("experiment")
-@click.option("--force", is_flag=True, help="Register it whatever the checks say; tags of the version name them.")
+@click.option("--force", is_flag=True, help="Register it even if a check fails; a tag of the version records why.")
 def main(experiment: str, force: bool) -> None:
     """Makes the best model of EXPERIMENT the champion.
 
-    EXPERIMENT may be a run or a commit as well, or a pattern such as 'wide-*'. The champion is the version of MLflow's
-    registered model `nanogpt` with the alias `champion`, which `python -m tools serve` serves. `compare` must say that
-    the setting beats the present champion's, and the run must come out again, to the bit, in a clean clone.
+    EXPERIMENT may also be a run, a commit or a pattern such as 'wide-*'. The champion is the version of MLflow's
+    registered model `nanogpt` with the alias `champion`, which `python -m tools serve` serves. The new model must beat
+    the present champion by `compare`, and its run must reproduce to the bit in a clean clone.
     """
     root = repository()
     results, _ = journal_results(root)
@@ -54,9 +54,8 @@ def best_of(found: list[Result]) -> Result:
     """The run with the lowest loss, of runs of one setting. Raises ValueError if there are several settings."""
     labels = sorted(setting.label for part in comparison.compare(found)[0] for setting in part.settings)
     if len(labels) > 1:
-        raise ValueError(
-            f"that is {len(labels)} settings: {'; '.join(filter(None, labels)) or 'they differ in their text'}; name one"
-        )
+        names = "; ".join(filter(None, labels)) or "they differ in their text"
+        raise ValueError(f"that is {len(labels)} settings: {names}; name one")
     return min(found, key=lambda result: result.scores["val_loss"])
 
 

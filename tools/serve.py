@@ -18,7 +18,7 @@ from tracking.mlflow_server import connect, explained, resolve_uri
 def main(model: str, host: str, port: int) -> None:
     """Serves the champion until Ctrl-C.
 
-    A POST with prompts to /invocations is answered with texts; the line that is printed shows how.
+    Answers a POST of prompts to /invocations with texts, and prints a curl command that sends one.
     """
     root = repository()
     uri = resolve_uri(root)

@@ -107,19 +107,34 @@ class Trial:
 
 @command()
 @click.option("--name", required=True, help="Name of the idea; its experiments are called NAME-SEED.")
-@click.option("-S", "--set-param", "assignments", multiple=True, metavar="KEY=VALUE", help="As of `dvc exp run`.")
+@click.option(
+    "-S",
+    "--set-param",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a parameter of the idea; repeatable.",
+)
 @click.option("--baseline", metavar="EXPERIMENT", help="An experiment or a commit. [default: params.yaml as it is]")
-@click.option("--budget", type=click.Choice(["steps", "flops"]), default="steps", show_default=True)
-@click.option("--max-seeds", type=click.IntRange(2, 1000), default=20, show_default=True, help="Then it is undecided.")
+@click.option(
+    "--budget",
+    type=click.Choice(["steps", "flops"]),
+    default="steps",
+    show_default=True,
+    help="What both sides get equally.",
+)
+@click.option(
+    "--max-seeds", type=click.IntRange(2, 1000), default=20, show_default=True, help="Stop undecided after so many."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def main(
     name: str, assignments: tuple[str, ...], baseline: str | None, budget: str, max_seeds: int, as_json: bool
 ) -> None:
     """Decides whether an idea lowers the loss: keep, discard or undecided.
 
-    Trains the idea and the baseline with the same seeds, a pair at a time, until a sequential test decides or
-    --max-seeds pairs are there. Runs that exist are used again, so that a trial that was interrupted goes on. Writes
-    the outcome to experiments/ledger.md. The exit code is 0 for keep, 1 for discard, 3 for undecided, 2 for an error.
+    Trains the idea and the baseline with the same seeds, one pair at a time, until a sequential test decides or
+    --max-seeds pairs have run. Reuses existing runs, so an interrupted trial continues when you repeat the command.
+    Appends the outcome to experiments/ledger.md. Exit code 0: keep; 1: discard; 3: undecided; 2: error.
     """
     try:
         trial = plan(Path.cwd(), name, assignments, baseline, budget)
