@@ -29,7 +29,7 @@ def first_steps() -> dict[str, Any]:
     }
     records = Retrace(recipe).to(min(STEPS, params.train.last_step))
     steps = [{name: record[name] for name in ("step", *VALUES)} for record in records]
-    bits = bits_environment(environment(), numerics.as_dict())
+    bits = bits_environment(environment(), numerics.of_the_bits())
     return {"environment": bits, "made_of": made_of, "steps": steps}
 
 

@@ -30,7 +30,9 @@ def write_golden() -> tuple[Path, Golden]:
 def file_name(environment: dict[str, str]) -> str:
     """What a person looks for in it, and eight digits of the hash of the whole environment."""
     torch = environment["torch"].partition("+")[0]
-    kind = f"{environment['numerics.determinism']}-{environment['numerics.threads']}threads"
+    kind = environment["numerics.determinism"]
+    if "numerics.threads" in environment:
+        kind += f"-{environment['numerics.threads']}threads"
     return f"python{environment['python']}-torch{torch}-{kind}-{sha256_json(environment)[:8]}.json"
 
 
