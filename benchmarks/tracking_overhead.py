@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks.common import benchmark, call, row
 from nanogpt.params import load_params
-from tracking.first_steps import TOKENS
+from tracking.golden import TOKENS
 from tracking.run import Run
 
 CANDIDATES = {

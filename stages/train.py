@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracking.console import Console, command, repository
-from tracking.launch import check_started, launch, run_to_exit, started
+from tracking.launch import check_world_size, launch, run_to_exit, world_size
 from tracking.mlflow_server import check_variables
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def main(console: Console) -> None:
     params = load_params()
     check_variables(params.tracking.experiment)
     numerics = determinism.pin(params.numerics, params.runtime.device)
-    if params.train.processes > 1 and started() is None:
+    if params.train.processes > 1 and world_size() is None:
         sys.exit(launch(params.train.processes, params.tracking.wait_seconds, "-m", "stages.train"))
-    check_started(params.train.processes)
+    check_world_size(params.train.processes)
     from nanogpt.distributed import PeerFailed, join
 
     try:
@@ -51,7 +51,7 @@ def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks"
     """Trains, or publishes a training that is finished already. Rank 0 does all reading and writing of its run."""
     from nanogpt.recipe import load_recipe
     from tracking.fingerprint import check_agreement, identify
-    from tracking.journal import RunLock
+    from tracking.lock import RunLock
     from tracking.resume import choose
 
     recipe = load_recipe(params, numerics, TOKENS)

@@ -172,7 +172,7 @@ def test_a_journal_that_lost_what_mlflow_has(seed: Clone, copy_of: Callable[...,
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))
     shutil.rmtree(path.parent / "checkpoints")
     fingerprint = clone.records("start")[0]["fingerprint"]
-    with Journal(path) as journal, pytest.raises(ValueError, match="it lacks records that it had"):
+    with Journal(path) as journal, pytest.raises(ValueError, match="it lacks records that were there"):
         check_journal(Run(path.parent), journal, fingerprint)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.clones import Clone, wait_until
-from tracking.journal import holder
+from tracking.lock import holder
 
 pytestmark = pytest.mark.pipeline
 

@@ -83,7 +83,7 @@ def test_a_comment_costs_no_training_step_but_force_and_a_constant_do(seed, copy
     assert len(clone.attempts()) == 1
     assert clone.outs() == seed.outs()
 
-    assert "dvc.lock holds this model already: training it afresh" in clone.repro("-f -s train")
+    assert "dvc.lock has this model already: training it afresh" in clone.repro("-f -s train")
     assert len(clone.attempts()) == 2
     assert clone.outs() == seed.outs()
 

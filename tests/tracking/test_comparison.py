@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tests.runs import scored_run, write_report
-from tracking import comparison
+from tracking import comparison, dvc_files
 from tracking.comparison import compare, journal_results, select
 
 
@@ -173,8 +173,8 @@ def test_a_commit_names_the_model_in_its_lock_before_the_runs_that_began_there(t
     scored_run(tmp_path, "begun", 1.0, params={"train.batch_size": 2}, tags={"git.commit": "b" * 40})
     both = results(tmp_path)
     held, begun = (next(result for result in both if result.name == name) for name in ("held", "begun"))
-    models = {"here": {held.tags["model.md5"]}}
-    monkeypatch.setattr(comparison, "_models_at", lambda root, commit: models.get(commit, set()))
+    lock = f"stages: {{train: {{outs: [{{path: model, md5: {held.tags['model.md5']}}}]}}}}"
+    monkeypatch.setattr(dvc_files, "git_or_none", lambda root, _, path: lock if path.startswith("here:") else None)
     monkeypatch.setattr(comparison, "git_or_none", lambda root, *arguments: "b" * 40)
     assert select(both, "here", tmp_path) == [held]
     assert select(both, "elsewhere", tmp_path) == [begun]

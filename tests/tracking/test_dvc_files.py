@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from tracking.dvc_files import DvcLock, cached, directory_md5, dvc_process, experiment_name, is_cached, stage_names
+from tracking.dvc_files import DvcLock, cache_path, directory_md5, dvc_process, stage_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # within DVC
 
@@ -49,7 +49,7 @@ def test_the_lock_that_dvc_writes_holds_that_hash(repository):
     Path("dvc.yaml").write_text("stages:\n  train:\n    cmd: mkdir model && echo 1 > model/a\n    outs: [model]\n")
     repository.reproduce()
     lock = DvcLock.parse(Path("dvc.lock").read_text())
-    assert lock.out_md5("train", "model") == directory_md5(Path("model"))
+    assert lock.model_md5 == directory_md5(Path("model"))
     assert lock == DvcLock.of_workspace(Path())
 
 
@@ -87,12 +87,12 @@ stages:
 
 
 def found(text):
-    return DvcLock.parse_or_empty(text).out_md5("train", "model")
+    return DvcLock.parse_or_empty(text).model_md5
 
 
 def test_a_lock_says_the_hash_of_each_out():
     lock = DvcLock.parse(LOCK)
-    assert lock.out_md5("train", "model") == MODEL
+    assert lock.model_md5 == MODEL
     assert lock.out_md5("train", "metrics/train.json") == METRICS
     assert lock.outs() == {
         "tokenize": {"data/tokens": "a" * 32 + ".dir"},
@@ -178,15 +178,14 @@ def test_an_object_is_found_wherever_dvc_keeps_its_cache(repository, tmp_path, m
     md5 = stage.outs[0].hash_info.value
     assert odb.is_relative_to(tmp_path)
     assert odb.parts[-3] == (files[-1] if files else "cache")
-    assert cached(tmp_path, md5) == odb / md5[:2] / md5[2:]
-    assert is_cached(tmp_path, md5)
-    assert not is_cached(tmp_path, "0" * 32)
+    assert cache_path(tmp_path, md5) == odb / md5[:2] / md5[2:]
+    assert cache_path(tmp_path, md5).exists()
 
 
-def test_a_damaged_configuration_is_told_with_the_remedy(repository, tmp_path):
+def test_a_damaged_configuration_is_reported_with_the_remedy(repository, tmp_path):
     (tmp_path / ".dvc/config").write_text("[cache\n")
     with pytest.raises(ValueError, match=r"DVC's configuration is damaged .*`dvc config --list` shows it"):
-        is_cached(tmp_path, "0" * 32)
+        cache_path(tmp_path, "0" * 32)
 
 
 # --- what DVC says in the environment ---------------------------------------------------------------------------------
@@ -194,11 +193,9 @@ def test_a_damaged_configuration_is_told_with_the_remedy(repository, tmp_path):
 
 def test_dvc_tells_its_stages_who_they_are(monkeypatch):
     assert "DVC_STAGE" not in os.environ
-    assert (dvc_process(), experiment_name()) == (None, None)
+    assert dvc_process() is None
     monkeypatch.setenv("DVC_STAGE", "train")
-    assert (dvc_process(), experiment_name()) == (os.getppid(), None)
-    monkeypatch.setenv("DVC_EXP_NAME", "wavy-tern")
-    assert experiment_name() == "wavy-tern"
+    assert dvc_process() == os.getppid()
 
 
 def test_a_merge_conflict_in_dvc_lock_is_named_with_a_remedy_that_works(tmp_path):
@@ -218,4 +215,4 @@ def test_a_merge_conflict_in_dvc_lock_is_named_with_a_remedy_that_works(tmp_path
     with pytest.raises(ValueError, match=r"^dvc.lock holds a merge conflict; `git checkout --ours ") as error:
         DvcLock.parse((tmp_path / "dvc.lock").read_text())
     git(*str(error.value).split("`")[1].split()[1:])
-    assert DvcLock.parse((tmp_path / "dvc.lock").read_text()).out_md5("train", "model") == "c"
+    assert DvcLock.parse((tmp_path / "dvc.lock").read_text()).model_md5 == "c"

@@ -3,8 +3,7 @@ import re
 
 import pytest
 
-from tracking.first_steps import bits_environment
-from tracking.golden import differences, file_name, load_goldens, nearest
+from tracking.golden import bits_environment, differences, file_name, load_goldens, nearest
 
 HERE = {
     **dict.fromkeys(("torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"), "1"),

@@ -17,7 +17,7 @@ from nanogpt.corpus.prepare import prepare
 from nanogpt.corpus.raw_text import Writer
 from nanogpt.params import load_params
 from tests.conftest import REPOSITORY
-from tracking.launch import check_started, launch
+from tracking.launch import check_world_size, launch
 
 STEPS = 50
 SETTINGS = {
@@ -121,7 +121,7 @@ def test_stopped_anywhere_any_number_of_processes_goes_on_with_the_very_next_bat
     """The only test that finds a sample that two processes use twice, or leave out, or a training that they share and
     that comes out otherwise than that of one. That one of two gets the signal is tested in tests/pipeline."""
     stage.set(processes=2).run(-signal.SIGKILL, DO="1 20 launcher")  # returns when nobody is left who could write to it
-    assert "train: warning: who launched it is gone" in stage.output
+    assert "train: warning: the process that launched it is gone" in stage.output
     stage.set(processes=1).run(143, DO="0 30 SIGTERM")
     assert "train: resuming at step 21 of 50" in stage.output
     assert "train: stopped at step 31 (SIGTERM), all is saved" in stage.output
@@ -199,10 +199,10 @@ run_to_exit(main)
 
 def test_processes_that_the_parameters_do_not_ask_for_are_refused(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    check_started(1)
-    check_started(2)  # they are still to be started
+    check_world_size(1)
+    check_world_size(2)  # they are still to be started
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_started(2)
+    check_world_size(2)
     refusal = r"train\.processes = 1, .* 2 processes \(WORLD_SIZE\); set train\.processes to 2"
     with pytest.raises(ValueError, match=refusal):
-        check_started(1)
+        check_world_size(1)

@@ -79,9 +79,7 @@ def test_what_is_not_finite_is_named_and_not_shown() -> None:
         mlflow_page.Point("learning_rate", 0.1, 0, 3)
     ]
     assert page.not_finite == {"train/loss": 3, "grad_norm": 3}
-    assert "Not finite, so not shown: grad_norm from step 3, train/loss from step 3" in mlflow_page.description(
-        page, {}
-    )
+    assert "Not finite, so not shown: grad_norm from step 3, train/loss from step 3" in mlflow_page.description(page)
 
 
 def test_table_shows_evenly_chosen_evaluations_and_the_newest() -> None:
@@ -101,7 +99,7 @@ def test_description_keeps_what_other_stages_added_and_fits() -> None:
     page.feed({"kind": "sample", "step": 1, "t": 0, "prompt": "p", "text": "<!-- sample -->\n" + "x" * 9000})
     note = mlflow_page.with_sections("old", "", "evaluate", "val_loss 1.5")
     note = mlflow_page.with_sections(mlflow_page.without_sections(note), note, "sample", "text")
-    new = mlflow_page.with_sections(mlflow_page.description(page, {}), note)
+    new = mlflow_page.with_sections(mlflow_page.description(page), note)
     assert "**RUNNING** at step" in new
     assert "val_loss 1.5" in new
     assert len(new) <= 5000
@@ -405,7 +403,7 @@ def test_a_failure_in_the_middle_is_made_good(repository: Path, monkeypatch: pyt
     assert replica._client.get_run(replica.run_id or _run_id(attempt)).info.status == "RUNNING"
     monkeypatch.setattr(mlflow_models, "save_pyfunc", real)
     client = replica._client
-    for name in ("log_batch", "log_artifact", "log_outputs", "set_terminated"):
+    for name in ("log_points", "log_artifact", "log_outputs", "set_terminated"):
         monkeypatch.setattr(client, name, lambda *_, **__: 1 / 0)
         with pytest.raises(TrackingError):
             replica.finish()
@@ -484,16 +482,16 @@ def test_two_runs_that_add_the_same_dataset_at_once_both_succeed(
 ) -> None:
     replica = Replica(Run(finished_attempt(repository, "first")), resolve_uri(repository))
     replica._client = connect(replica.uri, repository)
-    real = replica._client.log_inputs
+    real = replica._client.log_dataset
 
-    def overtaken(run_id: str, inputs: Any) -> None:
+    def overtaken(*arguments: Any) -> None:
         from mlflow.exceptions import MlflowException
 
-        monkeypatch.setattr(replica._client, "log_inputs", real)
+        monkeypatch.setattr(replica._client, "log_dataset", real)
         finish(finished_attempt(repository, "second"), repository)
         raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
 
-    monkeypatch.setattr(replica._client, "log_inputs", overtaken)
+    monkeypatch.setattr(replica._client, "log_dataset", overtaken)
     replica.finish()
     assert contents(replica._client, replica.run_id)["datasets"] == [("grammar", "d" * 36)]
 

@@ -50,5 +50,5 @@ def test_a_training_that_ends_before_has_a_trace_of_what_there_was(tmp_path: Pat
 @pytest.mark.parametrize("iters", [0, 1, WARM_UP])
 def test_a_training_that_ends_in_the_warm_up_has_none(tmp_path: Path, loop, iters: int):
     _, told = loop(iters, 3)
-    assert told == ["no step was traced, as no more than the 5 for warm-up were taken"]
+    assert told == ["no step was traced: the training took no more than the 5 for warm-up"]
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ def workspace(tmp_path, monkeypatch):
 def test_damaged_data_is_removed_first(folder, stage, tmp_path):
     for damaged in (Path(folder, "a.bin"), tmp_path / folder / "a.bin"):
         assert remedy(Damaged(damaged, "is cut off")) == (
-            f"`rm -r {folder}` and `dvc checkout`, or make it anew with `dvc repro -f {stage}`"
+            f"`rm -r {folder}` and `dvc checkout`, or make it again with `dvc repro -f {stage}`"
         )
 
 
@@ -48,7 +48,7 @@ def test_params_are_in_git(tmp_path):
 
 def test_any_other_file_has_a_remedy_too():
     assert remedy(Damaged(Path("inputs/pretrained/a/tokenizer.json"), "is cut off")) == (
-        "restore it with `git checkout` or `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
+        "restore it with `git checkout` or `dvc checkout`, or rerun the stage that makes it (`dvc repro -f`)"
     )
 
 
@@ -63,7 +63,7 @@ def test_a_text_that_is_missing_may_be_untracked(source, problem):
     with pytest.raises(Missing) as caught:
         write_corpus(DownloadParams(**values | {"source": source}), Path("raw"))
     assert explain(caught.value) == (
-        f"{problem}; under `dvc exp run --temp` and in the queue, files that git does not track are absent: "
+        f"{problem}; under `dvc exp run --temp` and in the queue, untracked files are absent: "
         "commit them, or give an absolute path"
     )
 

@@ -2,21 +2,21 @@
 
 import pytest
 
-from tracking.resume import has_been_taken
+from tracking.resume import is_in_dvc
 
 MD5 = "0123456789abcdef0123456789abcdef.dir"
 RESULT = {"model_md5": MD5, "model_sha256": "a" * 64}
 
 
 @pytest.mark.parametrize("cache", [".dvc/cache", "elsewhere"])
-def test_a_model_in_dvcs_cache_has_been_taken_wherever_the_cache_lies(tmp_path, monkeypatch, cache):
+def test_a_model_in_dvcs_cache_is_in_dvc_wherever_the_cache_lies(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path / "settings"))
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config.local").write_text(f"[cache]\n    dir = {tmp_path / cache}\n")
     (tmp_path / "dvc.lock").write_text(f"stages: {{train: {{outs: [{{path: model, md5: {MD5}}}]}}}}\n")
-    assert not has_been_taken(RESULT)  # killed after the commit's dvc.lock was checked out, before DVC took anything
+    assert not is_in_dvc(RESULT)  # killed after the commit's dvc.lock was checked out, before DVC took anything
     (tmp_path / cache / "files/md5" / MD5[:2]).mkdir(parents=True)
     (tmp_path / cache / "files/md5" / MD5[:2] / MD5[2:]).write_text("[]")
-    assert has_been_taken(RESULT)
-    assert not has_been_taken({**RESULT, "model_md5": "f" * 32 + ".dir"})
+    assert is_in_dvc(RESULT)
+    assert not is_in_dvc({**RESULT, "model_md5": "f" * 32 + ".dir"})

@@ -47,7 +47,7 @@ def test_status_is_how_the_last_record_ends_and_open_after_a_resume(tmp_path, st
 def test_records_are_checked(tmp_path):
     run = Run(finished_attempt(tmp_path))
     run.journal.write_bytes(run.journal.read_bytes().replace(b'"lr":0.001', b'"lr":0.002', 1))
-    with pytest.raises(JournalDamaged, match=r"line \d+ is not what was written"):
+    with pytest.raises(JournalDamaged, match=r"line \d+ was changed"):
         list(run.records())
 
 

@@ -59,7 +59,7 @@ def test_files_that_are_no_part_of_the_experiment_are_named_and_not_kept(reposit
     diff, left_out = uncommitted(repository)
     assert SECRET not in diff
     assert left_out == ".dvc/config, .env, inputs/texts/.env, nanogpt/.netrc, notes/token.txt, stages/.secrets/token"
-    assert diff.splitlines()[0] == f"# not kept, since it is no part of the experiment: {left_out}"
+    assert diff.splitlines()[0] == f"# not kept, because it is not part of the experiment: {left_out}"
     write(repository.parent, "uncommitted.diff", f"{diff}\n")  # what is kept can be applied
     git(repository, "reset", "-q", "--hard")
     git(repository, "apply", "../uncommitted.diff")
@@ -68,4 +68,4 @@ def test_files_that_are_no_part_of_the_experiment_are_named_and_not_kept(reposit
 
 def test_where_nothing_of_the_experiment_has_changed_names_alone_are_kept(repository: Path) -> None:
     write(repository, "README.md", "new\n")
-    assert uncommitted(repository) == ("# not kept, since it is no part of the experiment: README.md\n", "README.md")
+    assert uncommitted(repository) == ("# not kept, because it is not part of the experiment: README.md\n", "README.md")
