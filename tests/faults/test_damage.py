@@ -161,7 +161,7 @@ def test_a_finished_model_that_was_damaged_is_not_published(seed: Clone, copy_of
     attempt = clone.attempts()[0]
     flipped(attempt / "models/best/weights.safetensors", Path())
     output = clone.repro("train", check=255)
-    assert f"models/best is damaged: it is not what was trained; remove {attempt} to train afresh" in output
+    assert f"models/best has changed since the training; remove {attempt} to train afresh" in output
     assert not (clone.path / "model").exists()
 
 
