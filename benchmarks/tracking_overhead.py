@@ -36,7 +36,7 @@ CANDIDATES = {
 UNSAMPLED = """
 from tools.sync import main
 from tracking import mlflow_sync
-mlflow_sync._start_metrics = lambda *_: None
+mlflow_sync._sampler = lambda *_: lambda: None
 main()
 """
 

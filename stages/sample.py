@@ -24,26 +24,23 @@ if TYPE_CHECKING:
 MODEL, SAMPLES = Path("model"), Path("samples")
 FOREIGN = r"gpt2(-medium|-large|-xl)?|hf:.+|nanogpt:.+"  # weights without a tokenizer.json, which use GPT-2's
 
-OPTIONS = [
-    click.option("--prompt", "prompts", multiple=True, help="Text to continue, or FILE:<path>."),
-    click.option(
-        "--model",
-        default=str(MODEL),
-        show_default=True,
-        help="Model directory, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:<directory, or name on the hub>, "
-        "nanogpt:<ckpt.pt>.",
-    ),
-    click.option("--stream", is_flag=True, help="Print one sample, token by token."),
-    click.option("--num-samples", type=click.IntRange(1), help="Samples per prompt.  [default: params.yaml]"),
-    click.option("--max-new-tokens", type=click.IntRange(1), help="Length.  [default: params.yaml]"),
-    click.option("--temperature", type=click.FloatRange(0), help="0: the likeliest token.  [default: params.yaml]"),
-    click.option("--top-k", type=click.IntRange(1), help="Only the k likeliest tokens.  [default: params.yaml]"),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus.  [default: params.yaml]"),
-    click.option("--seed", type=click.IntRange(0), help="[default: params.yaml]"),
-]
 
-
-@command("sample", *OPTIONS)
+@command("sample")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue, or FILE:<path>.")
+@click.option(
+    "--model",
+    default=str(MODEL),
+    show_default=True,
+    help="Model directory, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:<directory, or name on the hub>, "
+    "nanogpt:<ckpt.pt>.",
+)
+@click.option("--stream", is_flag=True, help="Print one sample, token by token.")
+@click.option("--num-samples", type=click.IntRange(1), help="Samples per prompt.  [default: params.yaml]")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Length.  [default: params.yaml]")
+@click.option("--temperature", type=click.FloatRange(0), help="0: the likeliest token.  [default: params.yaml]")
+@click.option("--top-k", type=click.IntRange(1), help="Only the k likeliest tokens.  [default: params.yaml]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus.  [default: params.yaml]")
+@click.option("--seed", type=click.IntRange(0), help="[default: params.yaml]")
 def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], **overrides: Any) -> None:
     """Continues the prompts of params.yaml: samples/samples.md and .json. With an option, prints the text instead."""
     from nanogpt import determinism

@@ -1,7 +1,6 @@
 """What a stage prints: lines, progress, errors. A copy of each line goes to .runs/logs/<experiment>/<stage>.log."""
 
 import functools
-import inspect
 import os
 import sys
 import time
@@ -129,7 +128,7 @@ def _update(bar: "Progress", task: "TaskID", done: int, **fields: str) -> None:
     bar.update(task, completed=done, text="  ".join(f"{name} {value}" for name, value in fields.items()))
 
 
-def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """Makes `function(console, **options)` the click command of a stage, which ends with DVC and reports its errors."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -146,8 +145,6 @@ def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[...
             with errors_in_one_line(name, console.warn, console.record):
                 function(console, **arguments)
 
-        for option in reversed(options):
-            run = option(run)
-        return click.command(name, help=inspect.getdoc(function))(run)
+        return click.command(name)(run)
 
     return decorate

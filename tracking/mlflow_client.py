@@ -27,6 +27,11 @@ def fit_text(text: str, limit: int) -> str:
     return _UNKNOWN.sub("\ufffd", text.replace("\x7f", "␡"))
 
 
+def fit_file(text: str) -> bytes:
+    """A file's content; replaces only lone surrogates, which have no UTF-8."""
+    return _SURROGATE.sub("\ufffd", text).encode()
+
+
 class StoreClient:
     """An MlflowClient whose methods below accept any text and any number; all others are MLflow's own."""
 
@@ -85,11 +90,9 @@ class StoreClient:
         )
         self._client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
 
-    def log_file(self, run_id: str, path: str, content: str | bytes) -> None:
-        """Stores an artifact of that content; in text, only lone surrogates, which have no UTF-8, are replaced."""
+    def log_file(self, run_id: str, path: str, content: bytes) -> None:
+        """Stores an artifact of that content."""
         folder, _, name = path.rpartition("/")
-        if isinstance(content, str):
-            content = _SURROGATE.sub("\ufffd", content).encode()
         with tempfile.TemporaryDirectory() as temporary:
             (Path(temporary) / name).write_bytes(content)
             self.log_artifact(run_id, f"{temporary}/{name}", folder or None)

@@ -16,6 +16,7 @@ from nanogpt.files import write_json
 from tracking import mlflow_models, mlflow_page, mlflow_view
 from tracking.journal import START, JournalDamaged, Position, read_records
 from tracking.lock import RunLock
+from tracking.mlflow_client import fit_file
 from tracking.mlflow_page import REPORTED, Page, Point
 from tracking.mlflow_server import connect, experiment_id, explained, find_run, has_run, store_name
 from tracking.run import Run, read_object, runs_in
@@ -53,8 +54,8 @@ class Replica:
                 if not self.deleted:
                     self._send_journal()
                     self._send_system()
-                    self._send_text()
-                    self._send_artifacts()
+                    self._send_files()
+                    self._send_description()
         except BaseException:
             self.run_id = ""  # next time, look again at what the server has
             raise
@@ -174,49 +175,43 @@ class Replica:
         if points:
             self._save(system=position)
 
-    def _send_text(self) -> None:
-        """Sends the tables and the description if they have changed."""
-        page = self.page
-        samples = [len(page.sample_rows()), page.last.get("sample", {}).get("step", -1)]
-        kept = self._kept_checkpoints()
-        checkpoints = [[row["step"], kept.get(row["step"], "")] for row in page.checkpoint_rows()]
-        if samples[0] and self._state.get("samples") != samples:
-            self._upload_table(SAMPLES, mlflow_page.sample_table(page))
-            self._save(samples=samples)
-        if checkpoints and self._state.get("checkpoints") != checkpoints:
-            self._upload_table(CHECKPOINTS, mlflow_page.checkpoint_table(page, kept))
-            self._save(checkpoints=checkpoints)
-        described = [page.last.get("eval", {}).get("step"), len(page.starts), page.end and page.end["t"], samples]
+    def _send_files(self) -> None:
+        """Sends the artifacts and tables that have changed."""
+        page, folder = self.page, self.run.artifacts
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        if page.starts:
+            starts = [{name: start.get(name) for name in ("t", "step", "environment")} for start in page.starts]
+            files["environment.json"] = fit_file(json.dumps(starts, indent=1) + "\n")
+        if page.samples:
+            files[SAMPLES] = fit_file(mlflow_page.sample_table(page))
+        if page.checkpoint_rows():
+            files[CHECKPOINTS] = fit_file(mlflow_page.checkpoint_table(page, self._kept_checkpoints()))
+        sent = self._state.setdefault("files", {})
+        for name, content in files.items():
+            sha256 = hashlib.sha256(content).hexdigest()
+            if sent.get(name) != sha256:
+                self._client.log_file(self.run_id, name, content)
+                sent[name] = sha256
+                self._save()
+
+    def _send_description(self) -> None:
+        """Sends the description if more than the step has changed."""
+        last, starts, end = self.page.last, self.page.starts, self.page.end
+        steps = [last.get(kind, {}).get("step") for kind in ("eval", "sample")]
+        described = [*steps, len(starts), end and end["t"]]
         if self._state.get("described") != described:
             self._describe()
             self._save(described=described)
-
-    def _send_artifacts(self) -> None:
-        if self.page.starts and self._state.get("starts") != len(self.page.starts):
-            starts = [{name: start.get(name) for name in ("t", "step", "environment")} for start in self.page.starts]
-            self._client.log_file(self.run_id, "environment.json", json.dumps(starts, indent=1) + "\n")
-            self._save(starts=len(starts))
-        folder = self.run.artifacts
-        found = {str(p.relative_to(folder)): p.stat() for p in sorted(folder.rglob("*")) if p.is_file()}
-        files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
-        if files and self._state.get("artifacts") != files:
-            self._client.log_artifacts(self.run_id, str(folder))
-            self._save(artifacts=files)
 
     def _describe(self, killed: bool = False) -> None:
         base = mlflow_page.description(self.page, killed)
         tags = {NOTE: mlflow_page.with_sections(base, _note_of(self._client, self.run_id))}
         if self.page.not_finite:
             tags["not_finite"] = json.dumps(self.page.not_finite, sort_keys=True)
+        if tables := [name for name in (CHECKPOINTS, SAMPLES) if name in self._state.get("files", {})]:
+            # With this tag MLflow's page shows the files as tables. MLflow's own log_table would append to them.
+            tags["mlflow.loggedArtifacts"] = json.dumps([{"path": name, "type": "table"} for name in tables])
         self._client.set_tags(self.run_id, tags)
-
-    def _upload_table(self, name: str, table: str) -> None:
-        self._client.log_file(self.run_id, name, table)
-        tables = sorted({*self._state.get("tables", []), name})
-        # With this tag MLflow's page shows the files as tables. MLflow's own log_table would append to them.
-        listed = json.dumps([{"path": path, "type": "table"} for path in tables])
-        self._client.set_tags(self.run_id, {"mlflow.loggedArtifacts": listed})
-        self._save(tables=tables)
 
     def _kept_checkpoints(self) -> dict[int, str]:
         """Where the checkpoints are that still exist: step -> directory."""
@@ -312,7 +307,7 @@ def _add_report(client: Any, run: Any, report: dict[str, Any]) -> None:
     note = _note_of(client, run_id)
     note = mlflow_page.with_sections(mlflow_page.without_sections(note), note, stage, text)
     for name, content in report["files"].items():
-        client.log_file(run_id, name, content)
+        client.log_file(run_id, name, fit_file(content))
     reported = ((REPORTED[key], value) for key, value in report["metrics"].items() if key in REPORTED)
     client.log_points(run_id, [Point(key, value, report["t"], 0) for key, value in reported])
     client.set_tags(run_id, {**report["tags"], NOTE: note})

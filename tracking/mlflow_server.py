@@ -35,17 +35,27 @@ _LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-# A pattern in an error of MLflow's client -> what it means, and the remedy.
-_ANSWERS = (
+# A pattern in an error of MLflow, its database or its connection -> what to report; the first that matches counts.
+_ERRORS = (
+    (
+        r"malformed|not a database|Can't locate revision|out-of-date database",
+        "{where} is damaged or of another MLflow version ({text:.200}): move it away (with its -wal and -shm), then "
+        "`python -m tools sync` fills a new one from the journals",
+    ),
+    (
+        r"Max retries exceeded.*?(timed out|too many \d+ error|\[Errno -?\d+\] [\w ]+)",
+        "MLflow at {where} cannot be reached ({found[1]})",
+    ),
     (
         r"failed with error code 40[13] ",
-        "refuses these credentials: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        "{where} refuses these credentials: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
     ),
     (
         r"response body was not in a valid JSON format|failed with error code 404 .*<html|Exceeded 30 redirects",
-        "does not answer like an MLflow server: correct MLFLOW_TRACKING_URI",
+        "{where} does not answer like an MLflow server: correct MLFLOW_TRACKING_URI",
     ),
-    (r"Connection broken|Connection aborted", "cut the connection before its answer was complete"),
+    (r"Connection broken|Connection aborted", "{where} cut the connection before its answer was complete"),
+    (r"", "MLflow at {where} failed ({kind}: {text:.300})"),
 )
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")  # scheme, path
 
@@ -171,23 +181,9 @@ def explained(uri: str) -> Iterator[None]:
     except (TrackingError, JournalDamaged):
         raise
     except Exception as error:
-        text = redact(str(error))
-        where = redact(uri)
-        if path := sqlite_path(uri):
-            if re.search(r"malformed|not a database|Can't locate revision|out-of-date database", text):
-                raise TrackingError(
-                    f"{path} is damaged or of another MLflow version ({text[:200]}): move it away (with its -wal and "
-                    "-shm), then `python -m tools sync` fills a new one from the journals"
-                ) from error
-            where = str(path)
-        if unreachable := re.search(
-            r"Max retries exceeded.*?(timed out|too many \d+ error|\[Errno -?\d+\] [\w ]+)", text
-        ):
-            raise TrackingError(f"MLflow at {where} cannot be reached ({unreachable[1]})") from error
-        for pattern, meaning in _ANSWERS:
-            if re.search(pattern, text):
-                raise TrackingError(f"{where} {meaning}") from error
-        raise TrackingError(f"MLflow at {where} failed ({type(error).__name__}: {text[:300]})") from error
+        text, where = redact(str(error)), str(sqlite_path(uri) or redact(uri))
+        message, found = next((message, found) for p, message in _ERRORS if (found := re.search(p, text)))
+        raise TrackingError(message.format(where=where, text=text, found=found, kind=type(error).__name__)) from error
 
 
 def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:

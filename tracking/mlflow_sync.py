@@ -105,12 +105,12 @@ def follow(run: Run, uri: str, pid: int, wait_seconds: float, say: Say) -> bool:
         return bool(run.end) or not trainer.is_alive()
 
     with run.sending_lock(lambda holder: say(f"process {holder} still sends this run; waiting for it")):
-        metrics = _start_metrics(run, say)
+        sample = _sampler(run, say)
+        sample()  # at least once, however short the training
         replica = Replica(run, uri)
         delay, failed = PUSH_SECONDS, False
-        metrics = metrics and _sample(metrics, say)  # at least once, however short the training
         while not is_over():
-            metrics = metrics and _sample(metrics, say)
+            sample()
             try:
                 replica.push()
                 if failed:
@@ -204,19 +204,21 @@ def _send_locked(run: Run, uri: str, again: bool) -> str:
         lock.release()
 
 
-def _start_metrics(run: Run, say: Say) -> SystemMetrics | None:
+def _sampler(run: Run, say: Say) -> Callable[[], None]:
+    """Returns a function that samples the system metrics if it is time; after a failure it does nothing."""
+    metrics: SystemMetrics | None = None
     try:
-        return SystemMetrics(run)
+        metrics = SystemMetrics(run)
     except Exception as error:
         say(f"no system metrics: {error}")
-        return None
 
+    def sample() -> None:
+        nonlocal metrics
+        try:
+            if metrics:
+                metrics.sample_if_due()
+        except Exception as error:
+            say(f"no more system metrics: {error}")
+            metrics = None
 
-def _sample(metrics: SystemMetrics, say: Say) -> SystemMetrics | None:
-    """Samples if it is time; returns None after a failure, which ends the sampling."""
-    try:
-        metrics.sample_if_due()
-        return metrics
-    except Exception as error:
-        say(f"no more system metrics: {error}")
-        return None
+    return sample

@@ -5,6 +5,7 @@ data, so differences are taken seed by seed.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -47,10 +48,24 @@ def difference(losses: Losses, reference: Losses) -> Difference:
     Uses a paired t test if at least half of the seeds of the smaller one are shared, and Welch's test otherwise. Both
     assume that losses are roughly normally distributed over seeds.
     """
+    from scipy import stats
+
     shared = sorted(losses.keys() & reference.keys())
-    if len(shared) >= 2 and 2 * len(shared) >= min(len(losses), len(reference)):
-        return _paired([losses[seed] - reference[seed] for seed in shared])
-    return _welch(list(losses.values()), list(reference.values()))
+    first, second = list(losses.values()), list(reference.values())
+    n, mean = min(len(first), len(second)), fmean(first) - fmean(second)
+    paired = len(shared) >= 2 and 2 * len(shared) >= n
+    if paired:
+        pairs = [losses[seed] - reference[seed] for seed in shared]
+        n, mean, spread = len(pairs), fmean(pairs), stdev(pairs)
+    elif n < 2:
+        return Difference(mean, n, paired)
+    else:
+        spread = math.sqrt((stdev(first) ** 2 + stdev(second) ** 2) / 2)
+    if spread == 0:  # the seed has no effect, as without training
+        return Difference(mean, n, paired, None, mean, mean, 1.0 if mean == 0 else 0.0)
+    test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(first, second, equal_var=False)
+    interval = test.confidence_interval(CONFIDENCE)
+    return Difference(mean, n, paired, mean / spread, float(interval.low), float(interval.high), float(test.pvalue))
 
 
 def corrected(differences: Sequence[Difference], family: int) -> list[Difference]:
@@ -71,36 +86,6 @@ def corrected(differences: Sequence[Difference], family: int) -> list[Difference
     return results
 
 
-def _paired(differences: Sequence[float]) -> Difference:
-    from scipy import stats
-
-    n, mean, spread = len(differences), fmean(differences), stdev(differences)
-    if spread == 0:  # the seed has no effect, as without training
-        return _certain(mean, n, paired=True)
-    error = spread / math.sqrt(n)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return Difference(mean, n, True, mean / spread, mean - half, mean + half, p)
-
-
-def _welch(a: Sequence[float], b: Sequence[float]) -> Difference:
-    from scipy import stats
-
-    mean, n = fmean(a) - fmean(b), min(len(a), len(b))
-    if n < 2:
-        return Difference(mean, n, False)
-    spread = math.sqrt((stdev(a) ** 2 + stdev(b) ** 2) / 2)
-    if spread == 0:
-        return _certain(mean, n, paired=False)
-    test = stats.ttest_ind(a, b, equal_var=False)
-    interval = test.confidence_interval(CONFIDENCE)
-    return Difference(mean, n, False, mean / spread, float(interval.low), float(interval.high), float(test.pvalue))
-
-
-def _certain(mean: float, n: int, paired: bool) -> Difference:
-    return Difference(mean, n, paired, None, mean, mean, 1.0 if mean == 0 else 0.0)
-
-
 def seeds_needed(effect: float, alpha: float, paired: bool) -> int | None:
     """The number of seeds per setting with which a t test at level alpha finds a difference in 9 of 10 cases.
 
@@ -115,13 +100,9 @@ def seeds_needed(effect: float, alpha: float, paired: bool) -> int | None:
         noncentrality = abs(effect) * math.sqrt(n if paired else n / 2)
         return float(stats.nct.sf(stats.t.isf(alpha / 2, freedom), freedom, noncentrality))
 
-    low, high = 2, MOST_SEEDS
-    if not power(high) >= POWER:
+    if not power(MOST_SEEDS) >= POWER:
         return None
-    while low < high:  # power grows with n
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle + 1, high)
-    return low
+    return bisect_left(range(MOST_SEEDS), POWER, lo=2, key=power)  # power grows with n
 
 
 # --- looking after each seed
