@@ -62,7 +62,7 @@ def test_append_many_is_one_block_and_reopening_continues_the_chain(path: Path) 
         assert next(journal.records())["t"] == 7
 
 
-def test_first_record_of_a_step_wins(path: Path) -> None:
+def test_the_first_record_of_a_step_stays(path: Path) -> None:
     filled(path)
     before = path.read_bytes()
     with Journal(path) as journal:
@@ -73,7 +73,7 @@ def test_first_record_of_a_step_wins(path: Path) -> None:
         assert journal.append("speed", step=3, step_time=1.0) == journal.append("speed", step=3, step_time=2.0) == []
 
 
-def test_a_step_that_comes_out_differently_is_recorded_once(path: Path) -> None:
+def test_the_first_step_that_differs_is_recorded_once(path: Path) -> None:
     filled(path)
     with Journal(path) as journal:
         assert journal.append("step", step=2, loss=0.5, grad_norm=0.25, lr=3e-4, tokens=2) == ["grad_norm"]
@@ -86,7 +86,7 @@ def test_a_step_that_comes_out_differently_is_recorded_once(path: Path) -> None:
         assert [r["loss"] for r in journal.records() if r["kind"] == "step"][:3] == [1.0, 0.5, 1 / 3]
 
 
-def test_samples_are_known_by_step_and_prompt(path: Path) -> None:
+def test_samples_are_identified_by_step_and_prompt(path: Path) -> None:
     with Journal(path) as journal:
         long = "x" * 5000
         assert journal.append("sample", step=10, prompt="a", text=long) == []
@@ -122,7 +122,7 @@ def test_any_flipped_bit_is_noticed(tmp_path_factory: pytest.TempPathFactory, da
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_cut_journal_keeps_its_whole_lines_and_a_position_tells(
+def test_a_journal_that_is_cut_off_keeps_its_complete_lines_and_knows_its_positions(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut" / "attempt-1" / "journal.jsonl"
@@ -146,24 +146,24 @@ def test_a_cut_journal_keeps_its_whole_lines_and_a_position_tells(
 
 @settings(max_examples=40, deadline=None)
 @given(first=st.integers(0, 6), last=st.integers(0, 6))
-def test_lost_or_swapped_lines_are_noticed(tmp_path_factory: pytest.TempPathFactory, first: int, last: int) -> None:
+def test_missing_or_swapped_lines_are_noticed(tmp_path_factory: pytest.TempPathFactory, first: int, last: int) -> None:
     path = tmp_path_factory.getbasetemp() / "lines" / "attempt-1" / "journal.jsonl"
     lines = filled(path).splitlines(keepends=True)
     if first == last:
         del lines[first]
-        harmless = first == 6  # the newest line alone: that is what a kill can do
+        by_a_kill = first == 6  # only the newest line: a kill can do that
     else:
         lines[first], lines[last] = lines[last], lines[first]
-        harmless = False
+        by_a_kill = False
     path.write_bytes(b"".join(lines))
-    if harmless:
+    if by_a_kill:
         Journal(path).close()
     else:
         with pytest.raises(JournalDamaged):
             Journal(path)
 
 
-def test_position_of_another_run_is_not_had(path: Path, tmp_path: Path) -> None:
+def test_a_position_of_another_run_is_not_accepted(path: Path, tmp_path: Path) -> None:
     filled(path)
     other = tmp_path / "other" / "attempt-1" / "journal.jsonl"
     with Journal(other) as journal:
@@ -175,7 +175,7 @@ def test_position_of_another_run_is_not_had(path: Path, tmp_path: Path) -> None:
         assert not journal.has_position({**journal.position(), "crc": "12345678"})
 
 
-def test_a_reader_gets_whole_lines_and_goes_on_where_it_was(path: Path) -> None:
+def test_a_reader_gets_complete_lines_and_continues_where_it_was(path: Path) -> None:
     with Journal(path) as journal:
         journal.append("step", step=1, loss=1.0)
         ((first, position),) = read_records(path)
@@ -191,7 +191,7 @@ def test_a_reader_gets_whole_lines_and_goes_on_where_it_was(path: Path) -> None:
         list(read_records(path, {"bytes": position["bytes"], "crc": "00000000"}))
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_file_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = filled(path)
     real = os.write
     with Journal(path) as journal:
@@ -205,9 +205,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.M
     Journal(path).close()
 
 
-def test_ctrl_c_in_the_middle_of_an_append_does_not_break_the_chain(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_during_an_append_does_not_break_the_chain(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(path)
     with Journal(path) as journal:
         real = journal._write

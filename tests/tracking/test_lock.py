@@ -1,4 +1,4 @@
-"""A lock between processes: who waits, for whom, and when it is free again."""
+"""A lock between processes: who waits for whom, and when it is free again."""
 
 import os
 import signal
@@ -40,15 +40,15 @@ def hold(directory: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 def test_a_second_process_waits_and_learns_who_holds_the_lock(tmp_path: Path) -> None:
     process = hold(tmp_path)
-    told: list[int] = []
+    holders: list[int] = []
     assert not RunLock(tmp_path).acquire_now()
 
     def on_wait(pid: int) -> None:
-        told.append(pid)
+        holders.append(pid)
         process.send_signal(signal.SIGKILL)
 
     with RunLock(tmp_path, on_wait):
-        assert told == [process.pid]
+        assert holders == [process.pid]
         assert holder(tmp_path / "lock") == os.getpid()
         assert not RunLock(tmp_path).acquire_now()
     process.wait()
@@ -80,7 +80,7 @@ def interrupt_soon() -> None:
     threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
 
-def test_a_lock_file_that_was_pruned_meanwhile_is_no_lock(tmp_path: Path) -> None:
+def test_a_lock_file_that_is_removed_meanwhile_is_made_again(tmp_path: Path) -> None:
     process = hold(tmp_path / "run")
 
     def on_wait(_: int) -> None:

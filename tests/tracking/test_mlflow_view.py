@@ -1,4 +1,4 @@
-"""What the saved view holds; tests/pipeline/test_page.py looks at the page that MLflow makes of it."""
+"""The content of the saved view; tests/pipeline/test_page.py checks the page that MLflow makes of it."""
 
 import base64
 import json
