@@ -9,6 +9,7 @@ import json
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,9 +52,7 @@ class Page:
     starts: list[Record] = field(default_factory=list)
     end: Record | None = None
     last: dict[str, Record] = field(default_factory=dict)  # the newest record of each kind
-    train: list[tuple[int, float]] = field(default_factory=list)  # (step, loss) of the points
-    val: list[tuple[int, float]] = field(default_factory=list)
-    speeds: list[float] = field(default_factory=list)  # tokens per second of the points
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))  # (step, value)
     best: tuple[float, int] | None = None  # lowest validation loss, and its step
     samples: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)  # evaluated, evenly chosen
@@ -119,22 +118,20 @@ class Page:
         step = record["step"]
         self._shown[f"{kind} step"] = step
         values = {name: record.get(source) for source, name in METRICS[kind].items()}
-        points = [Point(name, value, record["t"], step) for name, value in values.items() if value is not None]
         if kind == "eval" and self.best:
-            points.append(Point(BEST, self.best[0], record["t"], step))
+            values[BEST] = self.best[0]
         if "tokens" in record and step > self._shown.get(TOKENS, -1):  # equal for a step and its evaluation
             self._shown[TOKENS] = step
-            points.append(Point(TOKENS, float(record["tokens"]), record["t"], step))
-        for point in points:
-            if not math.isfinite(point.value):
-                self.not_finite.setdefault(point.key, step)
-        points = [point for point in points if math.isfinite(point.value)]
-        curves = {"train/loss": self.train, LOSS: self.val}
-        for point in points:
-            if point.key in curves:
-                curves[point.key].append((point.step, point.value))
-            elif point.key == "tokens_per_second":
-                self.speeds.append(point.value)
+            values[TOKENS] = float(record["tokens"])
+        points = []
+        for name, value in values.items():
+            if value is None:
+                continue
+            if math.isfinite(value):
+                points.append(Point(name, value, record["t"], step))
+                self.curves[name].append((step, value))
+            else:
+                self.not_finite.setdefault(name, step)
         return points
 
     def _keep_sample(self, record: Record) -> None:
@@ -189,8 +186,8 @@ def description(page: Page, killed: bool = False) -> str:
     facts = []
     if parameters := end.get("result", {}).get("parameters"):
         facts.append(f"{parameters:,} parameters")
-    if page.speeds:
-        facts.append(f"{statistics.median(page.speeds):,.0f} tokens/s (median)")
+    if speeds := [speed for _, speed in page.curves["tokens_per_second"]]:
+        facts.append(f"{statistics.median(speeds):,.0f} tokens/s (median)")
     if resumed := [f"{record['step']:,}" for record in page.starts[1:]]:
         more = " …" if len(resumed) > 10 else ""
         facts.append(f"resumed {len(resumed)} times (at step {', '.join(resumed[:10])}{more})")
@@ -245,13 +242,14 @@ def loss_picture(page: Page) -> bytes:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    if page.train:
-        axes.plot(*zip(*page.train, strict=True), linewidth=1, alpha=0.6, label="train, each step's batch")
-    if page.val:
-        axes.plot(*zip(*page.val, strict=True), marker=".", label="validation")
+    train, val = page.curves["train/loss"], page.curves[LOSS]
+    if train:
+        axes.plot(*zip(*train, strict=True), linewidth=1, alpha=0.6, label="train, each step's batch")
+    if val:
+        axes.plot(*zip(*val, strict=True), marker=".", label="validation")
     if page.best:
         axes.plot(page.best[1], page.best[0], "o", fillstyle="none", label=f"best {page.best[0]:.4f}")
-    if page.train or page.val:
+    if train or val:
         axes.legend()
     axes.grid(alpha=0.3)
     png = io.BytesIO()

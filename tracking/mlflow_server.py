@@ -73,15 +73,14 @@ def prepare_environment() -> None:
 def resolve_uri(repository: Path) -> str:
     """MLFLOW_TRACKING_URI, or a database in the original repository, which relative paths start from."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    scheme, separator, path = uri.partition("://")
     # A relative path would land in the temporary workspace of `dvc exp run --temp`, which is deleted.
     if (database := _SQLITE.match(uri)) and database[2]:
         return f"{database[1]}{_quoted(repository) / database[2]}"
     if uri.startswith("file:") and not uri.startswith("file:/"):
         return (repository / uri.removeprefix("file:")).as_uri()
-    if not separator and not re.match(r"(file:|databricks)", uri):
+    if "://" not in uri and not re.match(r"(file:|databricks)", uri):
         return (repository / uri).as_uri()
-    return f"{scheme}{separator}{path}"
+    return uri
 
 
 def is_server(uri: str) -> bool:
