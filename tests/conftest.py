@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Threads of OpenMP that wait would spin, on cores that another worker's test needs. No result depends on it.
     os.environ["OMP_WAIT_POLICY"] = "passive"
+    # No test cuts the power, and each would wait for the disk. The processes that tests start do sync.
+    os.fsync = os.fstat
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HOME"] = folder = tempfile.mkdtemp(prefix="huggingface-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

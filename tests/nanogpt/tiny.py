@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nanogpt.files import sha256_json
 from nanogpt.gpt_config import GPTConfig
 from nanogpt.model import GPT
 from nanogpt.params import Params, TrainParams, load_params
+from tests.conftest import REPOSITORY
 
 # Two workers of pytest share two cores; for models of this size a second thread is only overhead.
 torch.set_num_threads(1)
@@ -79,9 +81,15 @@ def train_params(**changes: Any) -> TrainParams:
     return TrainParams(**{**defaults, **changes})
 
 
+@cache
+def committed_params() -> Params:
+    """The repository's params.yaml, parsed once."""
+    return load_params(REPOSITORY / "params.yaml")
+
+
 def params(train: TrainParams, **runtime: Any) -> Params:
     """The repository's params.yaml with that training and those settings of runtime."""
-    ours = load_params(Path(__file__).parents[2] / "params.yaml")
+    ours = committed_params()
     return ours.model_copy(update={"train": train, "runtime": ours.runtime.model_copy(update=runtime)})
 
 
