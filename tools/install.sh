@@ -48,5 +48,5 @@ if [ "$build" != default ] && [ "$installed" != "$torch+$build" ]; then
     fi
 fi
 PYTHONUNBUFFERED=1 pip install --no-compile --constraint constraints.txt '.[dev]' | progress
-# pip would compile on one core, which takes as long as its other work.
-python -m compileall -q -j 0 "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &>/dev/null || true
+# pip would compile on one core, which takes as long as its other work. What comes later is compiled when it is used.
+[ "$installed" ] || python -m compileall -q -j 0 "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &>/dev/null || true
