@@ -44,4 +44,4 @@ def test_without_a_server_the_pipeline_succeeds_and_sync_brings_everything_later
         for each, of in ((clone, run), (seed, reference))
     )
     assert models == expected
-    assert "has everything" in clone.run("python -m tools sync")
+    assert "has everything" in clone.tool("sync")

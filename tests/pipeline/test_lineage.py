@@ -46,7 +46,7 @@ def run_tagged(clone: Clone, **tags: str) -> Any:
 
 
 def told(clone: Clone, argument: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(clone.run(f"python -m tools lineage --json {shlex.quote(argument)}"))
+    found: dict[str, Any] = json.loads(clone.tool("lineage", "--json", argument))
     return found
 
 
