@@ -50,7 +50,7 @@ FIRST = [
     *("pipeline/test_verify.py", "pipeline/test_lineage.py", "faults/test_damage.py", "faults/test_tracking.py"),
     *("pipeline/test_kills.py", "faults/test_resources.py", "pipeline/test_repro.py", "pipeline/test_trial.py"),
     *("pipeline/test_bad_input.py", "pipeline/test_own_text.py", "pipeline/test_processes.py"),
-    *("pipeline/test_dead_server.py", "pipeline/test_init_from.py", "faults/test_kills.py"),
+    *("pipeline/test_secrets.py", "pipeline/test_init_from.py", "faults/test_kills.py"),
 ]
 
 
