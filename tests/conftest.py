@@ -1,5 +1,6 @@
 """What several tests need: no network, no traces outside their own folder, and GPT-2's real vocabulary offline."""
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+
+from nanogpt.params import Params, load_params
 
 REPOSITORY = Path(__file__).parents[1]
 GPT2 = {  # what makes params.yaml's model and training those of nanoGPT, but for their size
@@ -69,6 +72,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             lines.append(f"### {report.nodeid}\n\n````text\n{report.longreprtext[-3000:]}\n````")
         with Path(path).open("a", encoding="utf-8") as file:
             file.write("\n\n".join(lines) + "\n")
+
+
+@functools.cache
+def committed_params() -> Params:
+    """The repository's params.yaml, parsed once."""
+    return load_params(REPOSITORY / "params.yaml")
 
 
 @pytest.fixture(scope="session")

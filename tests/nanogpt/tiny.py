@@ -6,7 +6,6 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from nanogpt.determinism import Numerics
 from nanogpt.files import sha256_json
 from nanogpt.gpt_config import GPTConfig
 from nanogpt.model import GPT
-from nanogpt.params import Params, TrainParams, load_params
-from tests.conftest import REPOSITORY
+from nanogpt.params import Params, TrainParams
+from tests.conftest import committed_params
 
 # Two workers of pytest share two cores; for models of this size a second thread is only overhead.
 torch.set_num_threads(1)
@@ -79,12 +78,6 @@ def train_params(**changes: Any) -> TrainParams:
         "publish": "best",
     }
     return TrainParams(**{**defaults, **changes})
-
-
-@cache
-def committed_params() -> Params:
-    """The repository's params.yaml, parsed once."""
-    return load_params(REPOSITORY / "params.yaml")
 
 
 def params(train: TrainParams, **runtime: Any) -> Params:
