@@ -191,7 +191,7 @@ def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _remedy(key: str, known: list[str]) -> str:
     """The key that may be meant, or all beside it."""
     beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    return _near(key, beside) or f"known here: {', '.join(beside)}"
+    return _near(key, beside) or f"use one of {', '.join(beside)}"
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -157,7 +157,7 @@ def plan(root: Path, name: str, assignments: Sequence[str], baseline: str | None
         raise ValueError("there is nothing to try: give -S KEY=VALUE, or --baseline for the code and params.yaml here")
     here, overrides = load_params(root / "params.yaml"), parse_assignments(assignments)
     if SEED in overrides:
-        raise ValueError(f"-S {SEED} is refused: a trial sets the seeds itself")
+        raise ValueError(f"-S {SEED} is invalid: a trial sets the seeds itself")
     code = code_hash(root, "stages.train")
     idea = Side(name, with_values(here, overrides, WITH_OVERRIDES), code, overrides)
     other = Side("params.yaml", here, code, {}) if baseline is None else committed(root, here, baseline, code)

@@ -103,7 +103,7 @@ def test_the_figures_are_written_also_where_they_are_not_what_was_asked_for(proj
     ("value", "told"),
     [
         ("numerics.dtpye=float32", "numerics.dtpye = 'float32' is not a known parameter; did you mean numerics.dtype?"),
-        ("batch_size", "-S batch_size is refused: write section.key=value"),
+        ("batch_size", "-S batch_size is invalid: write section.key=value"),
         ("train.batch_size=many", "train.batch_size"),
         ("model.n_head=5", "model.n_embd = 96 is not divisible by model.n_head = 5"),
     ],

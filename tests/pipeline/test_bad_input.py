@@ -35,7 +35,7 @@ def clone(seed, copy_of) -> Clone:
             {"train.learning_rat": 1.0},
             "train.learning_rat = 1.0 is not a known parameter; did you mean train.learning_",
         ),
-        ({"train.learning_rate": "abc"}, "train.learning_rate = 'abc' is refused: .*number"),
+        ({"train.learning_rate": "abc"}, "train.learning_rate = 'abc' is invalid: .*number"),
         ({"model.n_embd": 33}, "model.n_embd = 33 is not divisible by model.n_head = 2; set model.n_embd to 32"),
     ],
 )
@@ -47,7 +47,7 @@ def test_a_wrong_param_is_refused_before_the_first_stage(seed, clone, values, ex
 
 def test_a_param_that_dvc_does_not_track_is_refused_too(clone):
     clone.set_params(**{"runtime.device": "cuda"})
-    refused(clone, "python -m stages.train", "train", "runtime.device = cuda cannot be portable; set it to cpu")
+    refused(clone, "python -m stages.train", "train", "runtime.device = cuda is not portable; set it to cpu")
     clone.set_params(**{"numerics.determinism": "machine"})
     refused(clone, "python -m stages.train", "train", "runtime.device = cuda, but torch .* sees 0 CUDA devices")
 

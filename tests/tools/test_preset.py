@@ -271,8 +271,8 @@ CIRCLE = "; remove extends from one of them\n"
     [
         ("bad", "train: {max_iter: 9}", f" sets train.max_iter, {UNKNOWN} did you mean train.max_iters?\n"),
         ("bad", "trian: {max_iters: 9}", f" sets trian, {UNKNOWN} did you mean train?\n"),
-        ("bad", "zzz: {max_iters: 9}", f" sets zzz, {UNKNOWN} known here: download, tokenize, model,"),
-        ("bad", "train: {max_iters: many}", " on it: train.max_iters = 'many' is refused"),
+        ("bad", "zzz: {max_iters: 9}", f" sets zzz, {UNKNOWN} use one of download, tokenize, model,"),
+        ("bad", "train: {max_iters: many}", " on it: train.max_iters = 'many' is invalid"),
         ("bad", "train: {warmup_iters: 70000}", f" on it: train.warmup_iters = 70000 is not below {MAX_ITERS}"),
         ("bad", "train: [1", " is not valid YAML ("),
         ("bad", "train: 5", " is not made of sections with keys"),

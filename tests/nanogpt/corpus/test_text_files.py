@@ -290,7 +290,7 @@ def test_a_wrong_encoding_is_refused(download: Download, encoding: str):
 @pytest.mark.parametrize("encoding", ["latin-one", "base64", "rot13", "idna\0"])
 def test_an_unknown_encoding_names_the_key(project: Callable[..., Path], encoding: str):
     project(**{"download.encoding": encoding})
-    with refuses(r"download\.encoding = .* is refused: .*no text encoding of Python has this name; take", ParamsError):
+    with refuses(r"download\.encoding = .* is invalid: .*Python has no text encoding of this name; use", ParamsError):
         load_params()
 
 
