@@ -81,7 +81,7 @@ def test_a_block_longer_than_the_data_is_refused_before_training(clone):
         (b"", "download.source = file:inputs/texts/mine.txt holds no text"),
         (
             TALE.encode() + b"caf\xe9",
-            f"inputs/texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; by its bytes it may be cp1252",
+            f"inputs/texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; it may be cp1252",
         ),
     ],
 )

@@ -170,10 +170,7 @@ def test_what_it_changes_of_the_commit_is_told() -> None:
         "  sample.top_k: null -> 5",
     ]
     changed = set(PARAMS.read_text().splitlines()) - set(COMMITTED.splitlines())
-    assert (
-        '  prompts: ["", "a"]          # texts to continue ("": a new document), or FILE:<path in inputs/prompts/>'
-        in changed
-    )
+    assert any(line.startswith('  prompts: ["", "a"]          # texts to continue') for line in changed)
     assert len(changed) == 4
 
 
