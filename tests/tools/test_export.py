@@ -146,7 +146,7 @@ def test_without_gpt2s_files_the_export_tells_the_remedy(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", absent)
-    with pytest.raises(ValueError, match="set TIKTOKEN_CACHE_DIR to a folder that holds it"):
+    with pytest.raises(ValueError, match="set TIKTOKEN_CACHE_DIR to a folder that contains it"):
         export(model, "huggingface", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -51,7 +51,7 @@ def enumerate_documents(lexicon: Lexicon) -> Iterator[tuple[str, Fraction]]:
             weights.append((options[index][0], sum(weight for weight, _, _ in options)))  # noqa: B023
             return index
 
-        text, nats = grammar.tell(lexicon, choose)
+        text, nats = grammar.derive(lexicon, choose)
         chosen, totals = zip(*weights, strict=True)
         probability = Fraction(math.prod(chosen), math.prod(totals))
         assert math.isclose(nats, math.log(probability), rel_tol=1e-6)
@@ -85,7 +85,7 @@ def document(index: int) -> tuple[str, float]:
         assert_prefix_free(options)
         return choose(options)
 
-    return grammar.tell(FULL, checked)
+    return grammar.derive(FULL, checked)
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_a_small_corpus_that_yields_fewer_tokens_is_told(tmp_path: Path):
     warnings: list[str] = []
     raw = raw_of(tmp_path / "raw", ["ab ab ab ab ab ab ab ab ab ab"])
     meta = prepare(raw, tmp_path / "tokens", params("bpe"), 1, warn=warnings.append)
-    assert warnings == [f"the text yields {meta.vocab_size} tokens, not tokenize.vocab_size = 320"]
+    assert warnings == [f"the vocabulary has {meta.vocab_size} tokens, not tokenize.vocab_size = 320"]
 
 
 def test_a_large_vocabulary_takes_four_bytes_each(tmp_path: Path):
@@ -226,7 +226,7 @@ def test_a_large_vocabulary_takes_four_bytes_each(tmp_path: Path):
 def test_documents_that_cannot_be_held_out_can_be_joined(tmp_path: Path, gpt2_files: Path, kind: Kind):
     """The remedy of the refusal."""
     documents = [TEXT, "Hi.\n\n"]
-    with refuses(r"tokenize\.val_fraction = 0\.1 cannot be held out of 2 documents.* join them into one file"):
+    with refuses(r"tokenize\.val_fraction = 0\.1 is not possible with 2 documents.* join them into one file"):
         run(tmp_path, documents, params(kind))
     meta, _, _ = run(tmp_path / "joined", ["".join(documents)], params(kind))
     assert 0.09 < meta.val.bytes / (meta.train.bytes + meta.val.bytes) < 0.11
@@ -334,8 +334,8 @@ def test_a_character_that_an_existing_tokenizer_lacks_is_named(tmp_path: Path):
     run(tmp_path, ["abcabc"], params("char"), name="first")
     raw = raw_of(tmp_path / "other", ["abc" * 50_000 + "ü" + "abc" * 50_000])  # more than is encoded at once
     message = (
-        r"other/text\.txt, text at byte 0: character 'ü' \(U\+00FC\) at position 150000 is not among the 3 "
-        r"characters known; leave it out, or set tokenize\.tokenizer to gpt2 or bpe"
+        r"other/text\.txt, text at byte 0: character 'ü' \(U\+00FC\) at position 150000 is not one of the 3 "
+        r"characters of the vocabulary; remove it, or set tokenize\.tokenizer to gpt2 or bpe"
     )
     with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
@@ -345,7 +345,7 @@ def test_documents_need_an_existing_tokenizer_with_an_end_of_text(tmp_path: Path
     run(tmp_path, ["abcabc"], params("char"), name="first")
     raw = raw_of(tmp_path / "other", ["ab", "c"])
     message = (
-        r"tokenize\.tokenizer = file:.* has no end-of-text token to put between the documents .*; name another one"
+        r"tokenize\.tokenizer = file:.* has no end-of-text token to put between the documents .*; choose another one"
     )
     with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
@@ -356,7 +356,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str | N
     if content:
         (tmp_path / "tokenizer.json").write_text(content)
     raw = raw_of(tmp_path / "raw", ["ab"])
-    message = r"tokenizer\.json (cannot be read|is damaged) \(.*\); name another in tokenize\.tokenizer$"
+    message = r"tokenizer\.json (cannot be read|is damaged) \(.*\); choose another file in tokenize\.tokenizer$"
     with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/tokenizer.json"), 1)
 
@@ -388,7 +388,7 @@ def test_a_worker_that_dies_is_explained(tmp_path: Path, gpt2_files: Path, monke
     monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
     monkeypatch.setattr(prepare_module, "_start_worker", die)
     raw = raw_of(tmp_path / "raw", [TEXT])
-    with refuses(r"a tokenizer process died, perhaps for want of memory; lower runtime\.processes"):
+    with refuses(r"a tokenizer process died, perhaps for lack of memory; lower runtime\.processes"):
         prepare(raw, tmp_path / "tokens", params("gpt2"), 2)
 
 

@@ -76,8 +76,9 @@ def test_a_share_that_is_far_from_what_was_asked_for_is_warned_of(sizes: list[in
     _, found, warnings = split(sizes, val_fraction)
     assert found == pytest.approx(share)
     assert warnings == [
-        f"{share:.1%} of the text is held out, not tokenize.val_fraction = {val_fraction}, since documents are not cut "
-        f"and there are {len(sizes)}; use more documents, or join them into one file, which is cut at any place"
+        f"{share:.1%} of the text is held out, not tokenize.val_fraction = {val_fraction}, because there "
+        f"are {len(sizes)} documents, which stay whole; use more documents, or join them into one file, which may be "
+        "cut anywhere"
     ]
 
 
@@ -85,7 +86,7 @@ def test_a_share_that_is_far_from_what_was_asked_for_is_warned_of(sizes: list[in
 @pytest.mark.parametrize("val_fraction", [0.1, 0.9])
 def test_a_split_of_next_to_nothing_is_refused(sizes: list[int], val_fraction: float):
     with refuses(
-        rf"tokenize\.val_fraction = {val_fraction} cannot be held out of 2 documents, which are not cut: the near"
+        rf"tokenize\.val_fraction = {val_fraction} is not possible with 2 documents, which stay whole: the near"
     ):
         split(sizes, val_fraction)
 
