@@ -2,7 +2,7 @@
 
 A story is a Python generator. It yields the options that may come next, each a (weight, text, value), and is sent the
 index of the chosen one, whose probability is weight / total. The same generator writes documents (`document`) and
-scores them (`log_probability`), so the two always agree. No option of a choice is a prefix of another one, so a text has
+scores them (`log_probability`), so the two always agree. No option of a choice is a prefix of another, so a text has
 one derivation, found from left to right, and no document is a prefix of another: a token at its end costs 0 nats.
 
 The state of a story (who is where, has what, saw what) determines much of the text that follows. Such text has

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.corpus.tokenizer import GPT2_VOCAB_SIZE, LARGEST_FILE, TrainedTokenizer, merges_of
-from nanogpt.files import Damaged, read_bytes
+from nanogpt.files import Damaged, read_bytes, reason
 
 # These must be unset, so that text is split and merged in the same way.
 _ABSENT = {
@@ -37,7 +37,7 @@ def read_huggingface(path: Path) -> TrainedTokenizer | None:
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
         return TrainedTokenizer(merges_of((left, right) for left, right in pairs), end_of_text=True)
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(path, f"is a damaged Hugging Face tokenizer ({str(error)[:200]})") from error
+        raise Damaged(path, f"is a damaged Hugging Face tokenizer ({reason(error)})") from error
 
 
 def _problem(content: dict[str, Any]) -> str:

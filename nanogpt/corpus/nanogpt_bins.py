@@ -21,6 +21,7 @@ from nanogpt.corpus import meta_pickle
 from nanogpt.corpus.raw_text import PAIR, PIECE, VOCABULARY, CorpusInfo, read_file
 from nanogpt.corpus.token_files import SplitName
 from nanogpt.corpus.tokenizer import CharTokenizer, Gpt2Tokenizer, Ids, Tokenizer
+from nanogpt.files import reason
 
 _USE_TEXT = "use the text instead, with download.source = file:<path>"
 _LARGEST_TOKEN = 2**18  # larger than the vocabularies in use
@@ -72,8 +73,7 @@ def tokenizer_of_tokens(raw: Path, info: CorpusInfo, choice: str) -> Tokenizer:
             raise ValueError(f"it is larger than {meta_pickle.LARGEST_FILE:,} bytes")
         return CharTokenizer(meta_pickle.characters(data), end_of_text=False)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        problem = f"is not a vocabulary of nanoGPT's character datasets ({reason})"
+        problem = f"is not a vocabulary of nanoGPT's character datasets ({reason(error)})"
         raise ValueError(f"{raw / VOCABULARY} {problem}; {_USE_TEXT}") from error
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.corpus.words import WordTable
-from nanogpt.files import Damaged, read_bytes
+from nanogpt.files import Damaged, read_bytes, reason
 
 if TYPE_CHECKING:
     import tiktoken
@@ -335,7 +335,7 @@ def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
     except Damaged:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(path, f"is damaged ({' '.join(str(error).split())[:200]})") from error
+        raise Damaged(path, f"is damaged ({reason(error)})") from error
     if sha256 not in (None, tokenizer.sha256):
         raise Damaged(path, f"is not the expected tokenizer (sha256 {tokenizer.sha256} instead of {sha256})")
     return tokenizer

@@ -253,5 +253,5 @@ def test_another_runs_checkpoint_is_told_removed_and_passed_over(saved, tmp_path
     others._path(40).rename(saved._path(40))
     told = []
     assert saved.newest(told.append).progress.step == 30
-    assert told == [f"checkpoint {saved._path(40)} is another run's"]
+    assert told == [f"checkpoint {saved._path(40)} belongs to another run"]
     assert not saved._path(40).exists()

@@ -69,9 +69,9 @@ def test_dropout_is_a_share():
 
 
 def test_sizes_fit_each_other():
-    with pytest.raises(ValueError, match="n_embd 16 is no multiple of n_head 3"):
+    with pytest.raises(ValueError, match="n_embd 16 is not a multiple of n_head 3"):
         tiny.config(n_head=3)
-    with pytest.raises(ValueError, match="rotary positions need an even n_embd / n_head, and it is 1"):
+    with pytest.raises(ValueError, match="rotary positions need an even n_embd / n_head, but it is 1"):
         tiny.config(n_head=16, position="rotary")
 
 

@@ -205,13 +205,13 @@ def test_a_truncated_file(directory, name, size):
     data = (directory / name).read_bytes()
     # model.json ends with a line feed, which carries nothing.
     (directory / name).write_bytes(data[: size if size >= 0 else -3])
-    refused(directory, name, "damaged|not what model.json says")
+    refused(directory, name, "damaged|sha256 in model.json")
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "tokenizer.json"])
 def test_a_flipped_bit(directory, name):
     tiny.flip_bit(directory / name)
-    refused(directory, name, "not what model.json says")
+    refused(directory, name, "sha256 in model.json")
 
 
 def test_no_flipped_bit_of_model_json_goes_unnoticed(directory):
@@ -256,25 +256,25 @@ def test_a_config_that_is_none(directory, config):
 def test_weights_of_another_size(directory, change):
     config = json.loads((directory / "model.json").read_bytes())["config"]
     tiny.edit_json(directory / "model.json", config={**config, **change})
-    refused(directory, "weights.safetensors", "does not fit")
+    refused(directory, "weights.safetensors", "does not match")
 
 
 def test_a_foreign_tokenizer(directory, tmp_path):
     tiny.char_tokenizer(directory / "tokenizer.json", end_of_text=False)
-    refused(directory, "tokenizer.json", "not what model.json says: damaged or mixed up")
+    refused(directory, "tokenizer.json", "sha256 in model.json")
 
 
 def test_a_foreign_tokenizer_that_was_made_to_look_right(directory):
     tiny.char_tokenizer(directory / "tokenizer.json", end_of_text=False)
     tiny.edit_json(directory / "model.json", tokenizer_sha256=sha256_file(directory / "tokenizer.json"))
-    refused(directory, "tokenizer.json", "has 12 tokens, the model 13")
+    refused(directory, "tokenizer.json", "has 12 tokens, but the model has 13")
 
 
 def test_files_of_two_models(tmp_path):
     publish(tmp_path / "a")
     publish(tmp_path / "b", tiny.gpt(seed=3, std=0.5, bias=False))
     shutil.copy(tmp_path / "b" / "weights.safetensors", tmp_path / "a" / "weights.safetensors")
-    refused(tmp_path / "a", "weights.safetensors", "damaged or mixed up")
+    refused(tmp_path / "a", "weights.safetensors", "damaged or from another model")
 
 
 def test_info_may_hold_what_a_failed_training_measured(tmp_path):

@@ -71,7 +71,7 @@ def test_set_param_with_a_wrong_value_changes_neither_model_nor_mlflow(seed, clo
 
 def test_a_block_longer_than_the_data_is_refused_before_training(clone):
     clone.set_params(**{"model.block_size": 5000})
-    refused(clone, "dvc repro", "train", "model.block_size = 5000 needs at least 5001 tokens, and the val split has")
+    refused(clone, "dvc repro", "train", "model.block_size = 5000 needs at least 5001 tokens, but the val split has")
     assert len(clone.runs()) == len(clone.attempts()) == 1
 
 

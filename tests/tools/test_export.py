@@ -336,7 +336,7 @@ def test_what_nanogpt_cannot_express_is_refused_and_nothing_is_left(here):
     before = tiny.contents(here)
     result = run("--format", "nanogpt", "out")
     assert result.exit_code == 1
-    assert "nanoGPT has no model.activation = gelu_tanh" in result.output
+    assert "nanoGPT does not support model.activation = gelu_tanh" in result.output
     assert "Traceback" not in result.output
     assert tiny.contents(here) == before
     assert run("--format", "huggingface", "out").exit_code == 0

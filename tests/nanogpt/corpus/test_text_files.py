@@ -126,7 +126,7 @@ def test_what_is_no_file_is_refused_at_once(download: Download, target: str, fol
 
 def test_a_pipe_is_no_file(download: Download):
     os.mkfifo(TEXTS / "a.txt")
-    with refuses(r"inputs/texts/a\.txt cannot be read \(it is no regular file\)"):
+    with refuses(r"inputs/texts/a\.txt cannot be read \(it is not a regular file\)"):
         download(f"file:{TEXTS}/a.txt")
 
 
