@@ -1,8 +1,8 @@
 """Computes the cost of a training before it runs: parameters, FLOPs, memory, tokens and time, each by parts.
 
 Shapes as in model.py: B batch, T time, C channels, H heads, V vocabulary (padded), L layers. Memory is that of an eager
-training step with AdamW and GPT-2's options. A compiled model saves fewer activations; Muon keeps one moment of a matrix
-instead of two; rotary positions, QK-norm and plain attention save more activations.
+training step with AdamW and GPT-2's options. A compiled model saves fewer activations; Muon keeps one moment of a
+matrix instead of two; rotary positions, QK-norm and plain attention save more activations.
 """
 
 from dataclasses import dataclass
@@ -146,10 +146,10 @@ def backward_bytes(config: GPTConfig, setup: Setup) -> int:
     """The largest memory of the first part of the backward pass, in addition to the saved activations.
 
     It is the larger of two. In the first step, the gradients of the log-probabilities and of the logits, both B x T x V
-    in float32. In the last block, after the activations of the head were freed: the gradients of the residual stream and
-    of the input of GELU, whose output was freed for it (a recomputed output adds to that), or without fused attention
-    those of two T x T matrices, after input and output of GELU were freed; and the gradients of the first two weights. A
-    loss in chunks has an earlier peak, with the logits of one chunk.
+    in float32. In the last block, after the activations of the head were freed: the gradients of the residual stream
+    and of the input of GELU, whose output was freed for it (a recomputed output adds to that), or without fused
+    attention those of two T x T matrices, after input and output of GELU were freed; and the gradients of the first two
+    weights. A loss in chunks has an earlier peak, with the logits of one chunk.
     """
     c, s, v = config.n_embd, setup.size, config.padded_vocab_size
     again = s * 4 * c if recomputed(config, setup) else 0
@@ -184,7 +184,7 @@ def memory(config: GPTConfig, setup: Setup) -> Parts:
         "buckets": FLOAT32 * total * setup.parallel,  # of DistributedDataParallel, to sum gradients
         "activations": sum(activations(config, setup).values()),
         "backward": backward_bytes(config, setup),
-        # A tied wte is used twice: its gradient as the input, and the sum of that and of its gradient as the head.
+        # A tied wte is used twice: besides its gradient as the head, its gradient as the input and the sum of both.
         "embedding_gradient": 2 * FLOAT32 * count["token_embedding"] * config.tie_embeddings,
     }
 
