@@ -1,4 +1,4 @@
-"""What makes a function of tools/ a command of `python -m tools`."""
+"""What the commands of `python -m tools` share."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +8,9 @@ import click
 
 
 def command() -> Callable[[Callable[..., None]], click.Command]:
-    """click.command, for a module that is run by `python -m tools` alone.
+    """Like click.command, for a module that runs only by `python -m tools`.
 
-    Run by itself, as `python -m` with its dotted name, it would define its command, do nothing, and exit with 0.
+    `python -m tools.NAME` would define the command, do nothing, and exit with 0, so it is an error instead.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
@@ -20,3 +20,13 @@ def command() -> Callable[[Callable[..., None]], click.Command]:
         return click.command()(function)
 
     return decorate
+
+
+def commit_of(root: Path, name: str) -> str:
+    """git's ref of the DVC experiment of that name, otherwise `name` itself. Raises ValueError if it is ambiguous."""
+    from tracking.history import experiment_refs
+
+    references = experiment_refs(root, name) or [name]
+    if len(references) > 1:
+        raise ValueError(f"{len(references)} experiments are named {name!r}; give the hash of one (`dvc exp show`)")
+    return references[0]

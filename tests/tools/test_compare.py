@@ -72,7 +72,7 @@ def test_one_run_and_none(root):
     assert json.loads(compare("--json").stdout) == {"comparisons": [], "left_out": []}
     assert "No finished runs." in compare("--markdown").stdout
     scored_run(root, "only", 2.0)
-    assert compare().stdout.endswith("nothing to compare it with: `dvc exp run -S KEY=VALUE` adds one\n")
+    assert compare().stdout.endswith("there is only one setting; `dvc exp run -S KEY=VALUE` adds another one\n")
 
 
 def test_one_seed_of_each_cannot_tell(root):

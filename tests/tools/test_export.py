@@ -269,7 +269,7 @@ def test_of_tokens_that_the_sampler_does_not_know_the_command_warns(here, bpe):
     result = run("--format", "nanogpt", "out")
     assert result.exit_code == 0
     assert "warning: nanoGPT's sample.py cannot read or write this model's tokens (bpe)" in result.stderr
-    assert "means nothing to this model" in Path("out/README.md").read_text()
+    assert "cannot read or write the tokens of this model" in Path("out/README.md").read_text()
     assert load_nanogpt(Path("out/ckpt.pt"))[0].vocab_size == bpe[0].vocab_size
 
 
@@ -295,7 +295,7 @@ def test_the_card_tells_what_the_model_is_and_where_from(here):
     ):
         assert line in card
     assert "evaluation" not in card
-    assert "| commit | unknown: no dvc.lock in git's history holds this model |" in card
+    assert "| commit | unknown: no dvc.lock in git's history contains this model |" in card
 
 
 def test_metrics_of_another_model_are_not_told(here):
@@ -325,7 +325,7 @@ def test_nothing_is_overwritten(here):
     for path in (out, out / "mine"):
         result = run("--format", "huggingface", path)
         assert result.exit_code == 1
-        assert "exists and is not an empty directory; remove it, or name another one" in result.output
+        assert "exists and is not an empty directory; remove it, or choose another one" in result.output
     assert tiny.contents(out) == {"mine": sha256_file(out / "mine")}
     (out / "mine").unlink()
     assert run("--format", "nanogpt", out).exit_code == 0

@@ -93,7 +93,7 @@ def test_what_is_far_behind_is_not_compiled_and_not_chosen(off: Path, times: dic
     result = run("--json", "out.json")
     assert "numerics.dtype: float32" in result.output.splitlines()[-1]
     rows = {tuple(row["settings"].values()): row for row in json.loads(Path("out.json").read_text())}
-    assert rows["bfloat16", True, "fused"]["note"] == "left out: eager it is far behind"
+    assert rows["bfloat16", True, "fused"]["note"] == "skipped: far behind without compilation"
     assert rows["bfloat16", True, "plain"]["timed"]
     assert "far behind" in next(row for row in result.output.splitlines() if row.startswith("bfloat16"))
 
@@ -106,7 +106,7 @@ def test_a_dtype_without_instructions_is_not_tried_on_a_cpu(
     monkeypatch.setattr(fastest, "is_emulated", lambda dtype: dtype == "bfloat16")
     output = run().output.splitlines()
     assert len(times["limits"]) == 12 - left_out
-    told = [line for line in output if line.endswith("left out: this CPU has no instructions for it")]
+    told = [line for line in output if line.endswith("skipped: this CPU has no instructions for it")]
     assert len(told) == left_out
     assert all(line.startswith("bfloat16") for line in told)
 
@@ -152,7 +152,7 @@ def test_the_fastest_is_written_and_comments_stay(
     assert [line.partition("#")[2] for line in after] == [line.partition("#")[2] for line in before]
     assert "  numerics.dtype: float32 -> bfloat16" in result.output.splitlines()
     assert load_params().numerics.dtype == "bfloat16"
-    assert run("--write").output.splitlines()[-1] == "params.yaml has it already"
+    assert run("--write").output.splitlines()[-1] == "params.yaml has these values already"
 
 
 def test_without_write_nothing_is_written(off: Path, times: dict[Any, Any]) -> None:
@@ -166,7 +166,7 @@ def test_portable_is_not_written_over(project: Callable[..., Path], times: dict[
     project(**TINY)
     result = run("--write")
     assert result.exit_code == 1
-    assert result.output.startswith("Error: fastest: numerics.determinism = portable keeps")
+    assert result.output.startswith("Error: fastest: numerics.determinism = portable needs")
     assert len(result.output.splitlines()) == 1
     assert times["limits"] == []
     assert run().exit_code == 0
@@ -196,7 +196,7 @@ def test_one_that_comes_to_no_end_is_killed_with_all_it_started(off: Path, monke
 
     monkeypatch.setattr(subprocess, "Popen", started)
     row = in_a_process({}, load_params(), 0.1, 1.0)
-    assert (row.timed, row.note) == (None, "no figure in 0.1 s (--seconds)")
+    assert (row.timed, row.note) == (None, "not finished in 0.1 s (--seconds)")
     for _ in range(1000):
         if not alive(pids[0]):
             break
@@ -250,6 +250,6 @@ def test_it_gives_up_at_the_first_step_that_is_too_slow(
 
 def test_characters_that_were_not_counted_are_some(project: Callable[..., Path]) -> None:
     project(**{"tokenize.tokenizer": "char"})
-    assert fastest.vocabulary_or_so(load_params().tokenize) == CHARACTERS
+    assert fastest.approximate_vocabulary(load_params().tokenize) == CHARACTERS
     project(**{"tokenize.tokenizer": "gpt2"})
-    assert fastest.vocabulary_or_so(load_params().tokenize) == 50_257
+    assert fastest.approximate_vocabulary(load_params().tokenize) == 50_257

@@ -125,7 +125,7 @@ def test_artifacts_outside_of_the_repository_are_left_alone_and_the_rest_is_free
     before = files(outside)
     assert before
     output = run("--days", "100000", answer="y\n")
-    assert f"left alone: artifacts of deleted runs outside of the repository ({outside.as_uri()}" in output
+    assert f"skipped: artifacts of deleted runs outside of the repository ({outside.as_uri()}" in output
     assert "freed" in output
     assert files(outside) == before
     assert not files(repository / "mlartifacts")
@@ -140,7 +140,7 @@ def test_a_linked_folder_of_artifacts_leads_outside(repository: Path, outside: P
     shutil.move(folder, outside / "moved")
     folder.symlink_to(outside / "moved")
     before = files(outside)
-    assert "left alone" in run("--days", "100000", answer="y\n")
+    assert "skipped" in run("--days", "100000", answer="y\n")
     assert files(outside) == before
 
 
@@ -150,7 +150,7 @@ def test_a_linked_run_directory_is_left_alone(repository: Path, outside: Path) -
     directory.symlink_to(outside / "run")
     before = files(outside)
     output = run(answer="y\n")
-    assert f"left alone: {directory.relative_to(repository)} is a link" in output
+    assert f"skipped: {directory.relative_to(repository)} is a link" in output
     assert "freed" in output  # DVC's object
     assert files(outside) == before
     assert directory.is_symlink()

@@ -146,11 +146,11 @@ def test_a_hash_or_its_beginning_or_a_name_leads_to_run_and_commit(repository: P
 
 @pytest.mark.parametrize("argument", ["model", "./model", "model/"])
 def test_before_any_run_it_says_what_makes_the_model(repository: Path, argument: str) -> None:
-    assert fails(argument).endswith("it holds no model.json; `dvc repro train` makes it\n")
+    assert fails(argument).endswith("it has no model.json; `dvc repro train` makes it\n")
     write_lock(md5(A))
-    assert fails(argument).endswith("it holds no model.json; `dvc repro train` makes it\n")  # nor is it in the cache
+    assert fails(argument).endswith("it has no model.json; `dvc repro train` makes it\n")  # nor is it in the cache
     cached(repository, md5(A)).mkdir(parents=True)
-    assert fails(argument).endswith("it holds no model.json; `dvc checkout model` brings it back\n")
+    assert fails(argument).endswith("it has no model.json; `dvc checkout model` restores it\n")
 
 
 def test_an_experiment_whose_stages_all_came_from_the_cache_leads_to_the_run_that_trained(repository: Path) -> None:
@@ -175,9 +175,9 @@ def test_a_model_directory_leads_to_its_run(repository: Path) -> None:
     for argument in ("model", str(model), "./model/"):
         assert told(argument)["run"]["name"] == "made"
     (model / "weights.safetensors").write_text("others")
-    assert re.search(r"no run and no commit knows this model .*`dvc status model`", fails("model"))
+    assert re.search(r"no run and no commit has this model .*`dvc status model`", fails("model"))
     (model / "model.json").unlink()
-    assert "model is no model directory: it holds no model.json" in fails("model")
+    assert "model is not a model directory: it has no model.json" in fails("model")
 
 
 def test_a_beginning_that_several_models_share_is_refused_with_their_hashes(repository: Path) -> None:
@@ -216,7 +216,7 @@ def test_it_wants_to_be_started_in_the_repository(tmp_path: Path, monkeypatch: p
 def test_a_hash_elsewhere_in_dvc_lock_is_no_model(repository: Path) -> None:
     write_lock(md5(A), other=md5(B))
     commit("Result")
-    assert "nothing is known" in fails(md5(B))
+    assert "no run, model or experiment is called" in fails(md5(B))
     assert told(md5(A))["commit"]["kind"] == "commit"
 
 
@@ -268,7 +268,7 @@ def test_a_commit_whose_dvc_lock_was_made_by_something_else_is_not_believed(
     stale = commit("A result with another input")
     found = told(md5(A))
     assert found["commit"]["id"] == stale
-    assert f"the commit has other {named} than its dvc.lock: expect another model" in found["notes"]
+    assert f"in this commit, {named} does not match dvc.lock: expect another model" in found["notes"]
 
     git("reset", "--quiet", "--hard", "HEAD~1")
     fits = commit_result(md5(A), "The true one")
@@ -293,8 +293,10 @@ def test_a_commit_that_no_clone_brings_is_fetched_by_its_hash(repository: Path, 
 def test_a_commit_that_is_not_here_leaves_no_way_back(repository: Path) -> None:
     train("run", A, **{"git.commit": "f" * 40})
     done = lineage(sha256(A))
-    assert "no way back is known" in done.output
-    assert "unknown: no dvc.lock in git's history holds the model, and the run's commit (ffffffffffff)" in done.output
+    assert "no way to make it again is known" in done.output
+    assert (
+        "unknown: no dvc.lock in git's history contains the model, and the run's commit (ffffffffffff)" in done.output
+    )
 
 
 def test_a_dvc_lock_that_is_not_committed_yet_tells_the_data(repository: Path) -> None:
@@ -336,19 +338,19 @@ def test_without_a_run_dvc_lock_tells_what_it_knows(repository: Path) -> None:
     commit_result(md5(A))
     done = lineage(md5(A))
     assert "run            unknown: neither MLflow nor .runs has a run of this model" in done.output
-    assert "sha256 unknown: no run tells it" in done.output
+    assert "sha256 unknown: no run recorded it" in done.output
     assert "train: seed=1" in done.output
-    assert "environment    unknown: no run's record of it" in done.output
+    assert "environment    unknown: no run recorded it" in done.output
 
 
 def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(repository: Path) -> None:
     attempt = train("dirty", A, **{"git.dirty": "true"})
-    assert "unknown: there were uncommitted changes, and their uncommitted.diff is nowhere" in told("dirty")["notes"]
+    assert "unknown: there were uncommitted changes, but their uncommitted.diff is missing" in told("dirty")["notes"]
     diff = attempt / "artifacts" / "uncommitted.diff"
     diff.write_text("diff --git a/code.py b/code.py\n--- a/code.py\n+++ b/code.py\n@@ -1 +1 @@\n-1\n+2\n")
     found = told("dirty")
     assert f"git apply '{diff}'" in found["commands"] or f"git apply {diff}" in found["commands"]
-    assert any("files that git did not track then are kept nowhere" in note for note in found["notes"])
+    assert any("files that git did not track were not recorded" in note for note in found["notes"])
     diff.write_text(diff.read_text() + "\n[cut: 2,000,000 characters in all]\n")
     assert told("dirty")["commands"] == []
     diff.write_text("# not kept, since it is no part of the experiment: .dvc/config\n")
@@ -362,11 +364,11 @@ def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(reposi
     [
         (
             {"download.source": "file:inputs/texts/a.txt"},
-            "download.source is file:inputs/texts/a.txt: the text must be there again",
+            "download.source is file:inputs/texts/a.txt: the text must be available",
         ),
-        ({"download.source": "shakespeare"}, "download.source is shakespeare: the text must be there again"),
-        ({"numerics.determinism": "off"}, "numerics.determinism is off, which promises no bits"),
-        ({"numerics.determinism": "machine"}, "the same bits only on the same kind of machine"),
+        ({"download.source": "shakespeare"}, "download.source is shakespeare: the text must be available"),
+        ({"numerics.determinism": "off"}, "numerics.determinism is off, which does not promise the same bits"),
+        ({"numerics.determinism": "machine"}, "which needs the same kind of machine"),
     ],
 )
 def test_what_the_commands_cannot_promise_is_noted(repository: Path, params: dict[str, str], note: str) -> None:
@@ -384,7 +386,7 @@ def test_another_environment_is_told_line_by_line(repository: Path) -> None:
     train("run", A)
     output = lineage("run").output
     assert re.search(r"^environment +python 3\.11\n +python 3\.11 -> 3\.\d+\.\d+\S* here\n", output, re.MULTILINE)
-    assert "the same bits are promised in the environment of constraints.txt only" in output
+    assert "the same bits are promised only in the environment of constraints.txt" in output
 
 
 def test_a_damaged_run_is_passed_over_with_a_warning(repository: Path) -> None:
@@ -406,7 +408,7 @@ def test_a_dead_server_costs_a_warning(repository: Path, monkeypatch: pytest.Mon
     assert len(done.stderr.splitlines()) == 1
     assert re.search(r"cannot be reached .*; told from the journals in .*\.runs alone", done.stderr)
     assert "secret" not in done.output
-    assert "told by journal .runs/run/attempt-1" in done.stdout
+    assert "found in journal .runs/run/attempt-1" in done.stdout
 
 
 def test_no_database_is_made_by_looking(repository: Path) -> None:
@@ -430,7 +432,7 @@ def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path, empty_dat
         assert found["environment"] == {"python": "3.11"}
         assert found["params"] == both["params"]
         assert any("--artifact-path uncommitted.diff" in command for command in found["commands"])
-    assert "nothing is known" in fails("0" * 32)
+    assert "no run, model or experiment is called" in fails("0" * 32)
 
 
 def test_a_run_that_only_scored_a_pulled_model_leads_to_its_commit(repository: Path, empty_database: Path) -> None:

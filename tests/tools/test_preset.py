@@ -163,7 +163,7 @@ def test_what_it_changes_of_the_commit_is_told() -> None:
     write("few", 'train:\n  max_iters: 9\n  warmup_iters: 5\n  seed: 1337\nsample:\n  prompts: ["", "a"]\n  top_k: 5\n')
     lines = run("few").output.splitlines()
     assert lines == [
-        "params.yaml is that of the commit with presets/few.yaml on it:",
+        "params.yaml is now the committed one with presets/few.yaml:",
         f"  train.max_iters: {TRAIN['max_iters']} -> 9",
         f"  train.warmup_iters: {TRAIN['warmup_iters']} -> 5",
         '  sample.prompts: [""] -> ["", "a"]',
@@ -246,21 +246,21 @@ def test_without_a_commit_the_way_to_one_is_told(repository: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(outside)
         line = refused("debug_one_step")
-    assert "no commit has a params.yaml on which the preset could be laid; commit it first (`git init`" in line
+    assert "HEAD has no params.yaml to which to apply a preset; commit it first (`git init`" in line
 
 
 def test_a_name_that_is_none_is_told_with_the_nearest_and_all() -> None:
-    assert "there is no preset train_gpt; did you mean train_gpt2? known: debug_one_step, " in refused("train_gpt")
-    assert "there is no preset ../params; known: debug_one_step, " in refused("../params")
+    assert "there is no preset train_gpt; did you mean train_gpt2? presets: debug_one_step, " in refused("train_gpt")
+    assert "there is no preset ../params; presets: debug_one_step, " in refused("../params")
     shutil.rmtree("presets")
     Path("presets").mkdir()
-    assert "there is no preset x; known: none in presets/" in refused("x")
+    assert "there is no preset x; presets: none in presets/" in refused("x")
     assert run().output == "\n"
 
 
-UNKNOWN = "which the commit's params.yaml does not have;"
+UNKNOWN = "which the committed params.yaml does not have;"
 MAX_ITERS = f"train.max_iters = {TRAIN['max_iters']}"
-CIRCLE = "; remove extends from one of them\n"
+CIRCLE = "; remove `extends` from one of them\n"
 
 
 @pytest.mark.parametrize(
@@ -269,13 +269,13 @@ CIRCLE = "; remove extends from one of them\n"
         ("bad", "train: {max_iter: 9}", f" sets train.max_iter, {UNKNOWN} did you mean train.max_iters?\n"),
         ("bad", "trian: {max_iters: 9}", f" sets trian, {UNKNOWN} did you mean train?\n"),
         ("bad", "zzz: {max_iters: 9}", f" sets zzz, {UNKNOWN} use one of download, tokenize, model,"),
-        ("bad", "train: {max_iters: many}", " on it: train.max_iters = 'many' is invalid"),
-        ("bad", "train: {warmup_iters: 70000}", f" on it: train.warmup_iters = 70000 is not below {MAX_ITERS}"),
+        ("bad", "train: {max_iters: many}", ": train.max_iters = 'many' is invalid"),
+        ("bad", "train: {warmup_iters: 70000}", f": train.warmup_iters = 70000 is not below {MAX_ITERS}"),
         ("bad", "train: [1", " is not valid YAML ("),
-        ("bad", "train: 5", " is not made of sections with keys"),
-        ("bad", "# nothing else", " is not made of sections with keys"),
+        ("bad", "train: 5", " does not consist of sections with keys"),
+        ("bad", "# nothing else", " does not consist of sections with keys"),
         ("bad", "train:\n  seed: 1\n  seed: 2", " is not valid YAML ("),
-        ("bad", "extends: bad", f" extends bad, a circle (bad -> bad){CIRCLE}"),
+        ("bad", "extends: bad", f" extends bad, which forms a circle (bad -> bad){CIRCLE}"),
         ("base", "train: {max_iter: 9}", f" sets train.max_iter, {UNKNOWN} did you mean train.max_iters?\n"),
         ("base", "train: {seed: many}", "\n"),  # seed is set in presets/base.yaml
         ("base", "train: {warmup_iters: 50}", "; train.max_iters is set in presets/bad.yaml\n"),
@@ -283,11 +283,11 @@ CIRCLE = "; remove extends from one of them\n"
         (
             "base",
             "extends: train_gpt",
-            " extends train_gpt: there is no preset train_gpt; did you mean train_gpt2? known: ",
+            " extends train_gpt: there is no preset train_gpt; did you mean train_gpt2? presets: ",
         ),
-        ("base", "extends:", " extends None: there is no preset None; known: bad, base, debug_one_step, "),
-        ("base", "extends: [a]", " extends ['a']: there is no preset ['a']; known: bad, base, debug_one_step, "),
-        ("base", "extends: bad", f" extends bad, a circle (bad -> base -> bad){CIRCLE}"),
+        ("base", "extends:", " extends None: there is no preset None; presets: bad, base, debug_one_step, "),
+        ("base", "extends: [a]", " extends ['a']: there is no preset ['a']; presets: bad, base, debug_one_step, "),
+        ("base", "extends: bad", f" extends bad, which forms a circle (bad -> base -> bad){CIRCLE}"),
     ],
 )
 def test_a_bad_preset_is_refused_in_one_line_and_nothing_is_changed(name: str, text: str, told: str) -> None:

@@ -143,7 +143,7 @@ def test_the_lines_say_what_the_json_says() -> None:
     assert re.search(rf"^peak +{found['bytes']['peak'] / 1e6:,.1f} ", text, re.MULTILINE)
     assert "2.00 times the train split" in text
     assert "rule of thumb" in text
-    assert f"{1e3 * found['time']['seconds_per_step']:,.4g} ms a step (as told), MFU 0.500 of 0.1 TFLOP/s" in text
+    assert f"{1e3 * found['time']['seconds_per_step']:,.4g} ms a step (from --mfu), MFU 0.500 of 0.1 TFLOP/s" in text
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_the_lines_say_what_the_json_says() -> None:
 def test_what_is_not_known_is_not_told_but_how_to_get_it() -> None:
     found = figures()["time"]
     assert (found["seconds"], found["peak_flops"], found["mfu"]) == (None, None, None)
-    assert "time        not known: --measure takes some steps here" in run().output
+    assert "time        unknown: --measure times some steps here" in run().output
 
 
 def test_a_share_of_an_unknown_peak_is_no_time() -> None:

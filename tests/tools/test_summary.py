@@ -66,8 +66,8 @@ def test_a_file_that_only_lies_here_is_named_before_a_commit_that_no_clone_could
     changed = lock("a", code="c1").replace("a.py", "texts")
     (repository / "dvc.lock").write_text(changed)
     assert summary().splitlines()[-1] == (
-        "dvc.lock counts texts/left over.txt, which git does not track and a clone would lack: commit it too, or move "
-        "it away and `dvc repro`"
+        "dvc.lock depends on texts/left over.txt, which git does not track, so a clone lacks it: commit it too, or "
+        "move it away and run `dvc repro`"
     )
     (repository / "texts/left over.txt").unlink()
     assert "commit it" in summary()
