@@ -205,7 +205,7 @@ def parse_params(text: str, path: Path) -> Params:
         line = _short(" ".join(str(error).split()), 300)
         raise Damaged(path, f"is not valid YAML ({line}); correct it") from error
     if not isinstance(values, dict):
-        raise Damaged(path, "holds no sections")
+        raise Damaged(path, "has no sections")
     return _validated(values, path)
 
 

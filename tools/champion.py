@@ -84,8 +84,8 @@ def against(results: list[Result], challenger: Result, present: str) -> list[str
             if challenger.id in {result.id for result in setting.results}:
                 if difference.verdict == "better":
                     return []
-                shown = f" {interval(difference)}" if difference.p is not None else ""
-                return [f"against {reigning.name}, {difference.mean:+.4f}{shown}: {words(difference)}"]
+                shown = f"{difference.mean:+.4f} {interval(difference)}".rstrip()
+                return [f"against {reigning.name}, {shown}: {words(difference)}"]
     return [f"it was not evaluated on the same text as {reigning.name}, or is the same setting"]
 
 

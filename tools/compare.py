@@ -140,23 +140,25 @@ def verdict_lines(found: Comparison) -> list[str]:
     """The difference of each setting from the reference."""
     if not found.others:
         return ["", "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"]
-    tests = _count(found.tests, "comparison")
-    chosen = ", the best" if found.chosen else ", the baseline"
-    against = f"against {number_of(found, found.reference)}{chosen}: difference, 95 % interval, p over {tests}"
-    lines = ["", against]
+    against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
+    lines = ["", f"{against}: difference, 95 % interval, p over {_count(found.tests, 'comparison')}"]
     for setting, diff in zip(found.others, found.differences, strict=True):
-        shown = f"{number_of(found, setting):>2}  {diff.mean:+.4f}"
-        if diff.p is not None:
-            kind = "paired" if diff.paired else "Welch"
-            shown += f"  {interval(diff)}  {kind}  {p_value(diff.p)}"
-        lines.append(f"{shown}  {words(diff)}")
+        kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
+        shown = [f"{diff.mean:+.4f}", interval(diff), kind, p_value(diff), words(diff)]
+        lines.append("  ".join([f"{number_of(found, setting):>2}", *filter(None, shown)]))
     return lines
+
+
+def difference_of(found: Comparison, setting: Setting) -> Difference | None:
+    """The difference of a setting from the reference; None for the reference itself."""
+    pairs = zip(found.others, found.differences, strict=True)
+    return next((difference for other, difference in pairs if other is setting), None)
 
 
 def words(diff: Difference) -> str:
     """The verdict, such as "worse", or "cannot tell: 4 more seeds" with the seeds that would show the difference."""
     if diff.p is None:
-        return "cannot tell: one seed cannot"
+        return "cannot tell from one seed"
     if diff.more_seeds is not None:
         return f"cannot tell: {_count(diff.more_seeds, 'more seed')}"
     if diff.verdict == "cannot tell":
@@ -165,11 +167,15 @@ def words(diff: Difference) -> str:
 
 
 def interval(diff: Difference) -> str:
-    return f"[{diff.low:+.4f}, {diff.high:+.4f}]"
+    return "" if diff.p is None else f"[{diff.low:+.4f}, {diff.high:+.4f}]"
 
 
-def p_value(p: float) -> str:
-    return "p<0.0001" if p < 0.0001 else f"p={p:.4f}"
+def p_value(diff: Difference) -> str:
+    return "" if diff.p is None else "p<0.0001" if diff.p < 0.0001 else f"p={diff.p:.4f}"
+
+
+def reference_is(found: Comparison) -> str:
+    return "best" if found.chosen else "baseline"
 
 
 def number_of(found: Comparison, setting: Setting) -> str:
@@ -210,26 +216,21 @@ def _row(number: str, label: str, values: Sequence[str], widths: Sequence[int], 
 def markdown_table(found: Comparison) -> str:
     """A comparison as one table in Markdown."""
     head, rows = cells(found)
-    verdicts = dict(zip(map(id, found.others), found.differences, strict=True))
-    lines = [f"**{title(found)}**", "", _markdown_row([*head, "difference", "95 % interval", "p", "verdict"])]
+    lines = [f"**{title(found)}**", "", markdown_row([*head, "difference", "95 % interval", "p", "verdict"])]
     lines.append("|" + " --- |" * (len(head) + 4))
     for setting, row in zip(found.settings, rows, strict=True):
-        diff = verdicts.get(id(setting))
-        shown = ["", "", "", "best" if found.chosen else "baseline"]
-        if diff is not None:
-            known = diff.p is not None
-            shown = [
-                f"{diff.mean:+.4f}",
-                interval(diff) if known else "",
-                p_value(diff.p or 0) if known else "",
-                words(diff),
-            ]
-        lines.append(_markdown_row([*row, *shown]))
+        diff = difference_of(found, setting)
+        shown = (
+            [f"{diff.mean:+.4f}", interval(diff), p_value(diff), words(diff)]
+            if diff
+            else ["", "", "", reference_is(found)]
+        )
+        lines.append(markdown_row([*row, *shown]))
     note = f"p is corrected for {_count(found.tests, 'comparison')}; a verdict needs p < {ALPHA}."
     return "\n".join([*lines, *(["", note] if found.others else [])])
 
 
-def _markdown_row(values: Sequence[str]) -> str:
+def markdown_row(values: Sequence[str]) -> str:
     return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
 
 
@@ -239,11 +240,11 @@ def as_dict(comparisons: Sequence[Comparison], left_out: Sequence[str]) -> dict[
 
 
 def _comparison_dict(found: Comparison) -> dict[str, Any]:
-    verdicts = dict(zip(map(id, found.others), found.differences, strict=True))
+    differences = [difference_of(found, setting) for setting in found.settings]
     return {
         "score": found.score,
         "reference": number_of(found, found.reference),
-        "reference_is": "best" if found.chosen else "baseline",
+        "reference_is": reference_is(found),
         "tests": found.tests,
         "settings": [
             {
@@ -253,16 +254,12 @@ def _comparison_dict(found: Comparison) -> dict[str, Any]:
                 "standard_deviation": setting.deviation(found.score),
                 "steps": setting.steps,
                 "seconds": setting.seconds,
-                "difference": _difference_dict(verdicts.get(id(setting))),
+                "difference": {**vars(diff), "verdict": diff.verdict} if diff else None,
                 "runs": [run_dict(result) for result in setting.results],
             }
-            for setting in found.settings
+            for setting, diff in zip(found.settings, differences, strict=True)
         ],
     }
-
-
-def _difference_dict(diff: Difference | None) -> dict[str, Any] | None:
-    return None if diff is None else {**vars(diff), "verdict": diff.verdict}
 
 
 def run_dict(result: Result) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from tools.compare import cells, interval, number_of, p_value, run_dict, title, words
+from tools.compare import cells, difference_of, interval, number_of, p_value, reference_is, run_dict, title, words
 from tracking.comparison import Comparison, Point, Setting
 from tracking.significance import ALPHA
 
@@ -110,21 +110,17 @@ def part(found: Comparison) -> dict[str, Any]:
 
 def verdict(found: Comparison, setting: Setting) -> dict[str, Any]:
     """The difference of a setting from the reference, with its interval on a bar from 0 to 100."""
-    nothing = dict.fromkeys(("mean", "interval", "p", "bar", "kind"))
-    if setting is found.reference:
-        return {**nothing, "words": "best" if found.chosen else "baseline"}
-    diff = found.differences[next(i for i, other in enumerate(found.others) if other is setting)]
-    shown: dict[str, Any] = {
-        **nothing,
-        "words": words(diff),
-        "mean": f"{diff.mean:+.4f}",
-        "kind": diff.verdict.split()[0],
-    }
-    if diff.p is None or diff.low is None or diff.high is None:
-        return shown
-    widest = max(max(abs(d.low), abs(d.high)) for d in found.differences if d.low is not None and d.high is not None)
-    places = [round(50 + 48 * value / (widest or 1), 1) for value in (diff.low, diff.mean, diff.high)]
-    return {**shown, "interval": interval(diff), "p": p_value(diff.p), "bar": places}
+    diff = difference_of(found, setting)
+    if diff is None:
+        return dict.fromkeys(("mean", "interval", "p", "bar", "kind")) | {"words": reference_is(found)}
+    bar = None
+    if diff.low is not None and diff.high is not None:
+        ends = (end for other in found.differences for end in (other.low, other.high) if end is not None)
+        widest = max(map(abs, ends)) or 1
+        bar = [round(50 + 48 * value / widest, 1) for value in (diff.low, diff.mean, diff.high)]
+    kind = diff.verdict.split()[0]
+    numbers = {"mean": f"{diff.mean:+.4f}", "interval": interval(diff), "p": p_value(diff)}
+    return {**numbers, "bar": bar, "kind": kind, "words": words(diff)}
 
 
 def curve(setting: Setting, x: Callable[[Point], float]) -> list[Place]:

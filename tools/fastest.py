@@ -178,8 +178,8 @@ def training_seconds(timed: Timed, params: Params) -> float:
 
 def fastest(rows: list[Row], params: Params) -> Row | None:
     """The candidate with the shortest training, of those that finished; None if none did."""
-    whole = [row for row in rows if row.timed and not row.timed.given_up]
-    return min(whole, key=lambda row: training_seconds(row.timed, params), default=None)  # type: ignore[arg-type]
+    finished = [row for row in rows if row.timed and not row.timed.given_up]
+    return min(finished, key=lambda row: training_seconds(row.timed, params), default=None)  # type: ignore[arg-type]
 
 
 def line(row: Row, params: Params) -> str:

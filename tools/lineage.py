@@ -15,6 +15,7 @@ from nanogpt.files import sha256_tree
 from tools.command import command
 from tracking.console import repository
 from tracking.dvc_files import DvcLock, directory_md5, is_cached
+from tracking.errors import warn
 from tracking.fingerprint import environment
 from tracking.git import git
 from tracking.history import Holder, KnownRun, KnownRuns, experiment_models, fetch_command, holders, known_commit
@@ -351,5 +352,5 @@ def main(subject: str, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=1))
         return
     for warning in runs.warnings:
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
+        warn("lineage", warning)
     show(root, found)

@@ -8,6 +8,7 @@ import click
 
 from tools.command import command
 from tracking.console import repository
+from tracking.errors import warn
 from tracking.journal import Record
 from tracking.run import Run, runs_in
 
@@ -55,7 +56,7 @@ def replay(step: int, run: Run, text: bool) -> bool:
             "`dvc checkout`, or choose another run with --attempt"
         )
     if hashes["code.sha256"] != tags["code.sha256"]:
-        click.secho("warning: the code of the train stage has changed since this run", fg="yellow", err=True)
+        warn("replay", "the code of the train stage has changed since this run")
     checkpoint = nearest_checkpoint(run, tags["fingerprint"], step - 1)
     retrace = Retrace(recipe, checkpoint)
     retrace.to(step - 1)
@@ -92,7 +93,7 @@ def nearest_checkpoint(run: Run, fingerprint: str, step: int) -> "Checkpoint | N
         try:
             return checkpoints.read(candidate)
         except ValueError as error:
-            click.secho(f"warning: {error}", fg="yellow", err=True)
+            warn("replay", str(error))
     return None
 
 

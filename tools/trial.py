@@ -14,6 +14,7 @@ import click
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten, load_params, parse_assignments, parse_params, with_values
 from tools.command import command, commit_of
+from tools.compare import markdown_row
 from tracking.comparison import SEED, TEXT, Result, journal_results, select, way_to_score
 from tracking.console import repository
 from tracking.errors import explain
@@ -325,7 +326,7 @@ def record(path: Path, trial: Trial) -> bool:
     hashes = f"{idea.code} {idea.model[:8]} / {baseline.code} {baseline.model[:8]}"
     values = [trial.idea.name, what(trial.idea), trial.baseline.name, str(seen.pairs), f"{seen.mean:+.4f}", interval]
     values += [f"{p_value(seen):.4f}", DECISIONS[trial.verdict][0], hashes]
-    line = f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+    line = markdown_row(values)
     text = path.read_text(encoding="utf-8") if path.exists() else HEAD
     if line in text.splitlines():
         return False

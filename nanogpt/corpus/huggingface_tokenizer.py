@@ -42,8 +42,8 @@ def read_huggingface(path: Path) -> TrainedTokenizer | None:
 
 def _problem(content: dict[str, Any]) -> str:
     """Why the tokens would differ, with the remedy; an empty text if they would not."""
-    given = content.get("pre_tokenizer")
-    words = given if isinstance(given, dict) else {}
+    entry = content.get("pre_tokenizer")
+    words = entry if isinstance(entry, dict) else {}
     kinds = (content["model"].get("type"), words.get("type"))
     if kinds != ("BPE", "ByteLevel") or words.get("use_regex") is False:
         return f"with model {kinds[0]!r:.40} and pre-tokenizer {kinds[1]!r:.40}; only BPE and ByteLevel are supported"

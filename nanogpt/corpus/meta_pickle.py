@@ -45,8 +45,8 @@ def _unpickled(data: bytes) -> Any:
     marks: list[int] = []  # lengths of the stack
     memo: dict[int, Any] = {}
     try:
-        for opcode, given, _ in itertools.islice(pickletools.genops(data), _INSTRUCTIONS):
-            name, argument = opcode.name, cast(Any, given)
+        for opcode, operand, _ in itertools.islice(pickletools.genops(data), _INSTRUCTIONS):
+            name, argument = opcode.name, cast(Any, operand)
             if name in _CONSTANTS:
                 stack.append(argument)
             elif name == "EMPTY_DICT":

@@ -9,7 +9,7 @@ import numpy.typing as npt
 Numbers = npt.NDArray[np.int64]
 
 _TOLERANCE = 0.02  # an absolute difference of the share that is always accepted
-_ABSURD = 0.1  # a split must have at least this part of the text that was asked for
+_LEAST_PART = 0.1  # a split must have at least this part of the text that was asked for
 
 
 def shuffled(documents: int, val_fraction: float, seed: int) -> tuple[Numbers, Numbers]:
@@ -37,7 +37,7 @@ def split_documents(
     train, val = _nearest(np.concatenate([val, train]), sizes, val_fraction * total)
     share = float(sizes[val].sum() / total)
     remedy = "use more documents, or join them into one file, which may be cut anywhere"
-    if _is_absurd(share, val_fraction):
+    if _is_nearly_empty(share, val_fraction):
         raise ValueError(
             f"tokenize.val_fraction = {val_fraction} is not possible with {len(sizes):,} documents, which stay whole: "
             f"the nearest share is {share:.2%} of the text; {remedy}"
@@ -50,12 +50,12 @@ def split_documents(
     return train, val
 
 
-def _is_near(share: float, asked: float) -> bool:
-    return abs(share - asked) <= max(_TOLERANCE, min(asked, 1 - asked) / 2) and not _is_absurd(share, asked)
+def _is_near(share: float, wanted: float) -> bool:
+    return abs(share - wanted) <= max(_TOLERANCE, min(wanted, 1 - wanted) / 2) and not _is_nearly_empty(share, wanted)
 
 
-def _is_absurd(share: float, asked: float) -> bool:
-    return share < _ABSURD * asked or 1 - share < _ABSURD * (1 - asked)
+def _is_nearly_empty(share: float, wanted: float) -> bool:
+    return share < _LEAST_PART * wanted or 1 - share < _LEAST_PART * (1 - wanted)
 
 
 def _nearest(order: Numbers, sizes: Numbers, wanted: float) -> tuple[Numbers, Numbers]:

@@ -164,11 +164,10 @@ class CharTokenizer(Tokenizer):
         return ids.astype(self.dtype, copy=False)
 
     def _unknown(self, text: str) -> ValueError:
-        known = set(self.characters)
-        position, character = next((i, c) for i, c in enumerate(text) if c not in known)
+        position, character = next((i, c) for i, c in enumerate(text) if c not in self.characters)
         return ValueError(
-            f"character {character!r} (U+{ord(character):04X}) at position {position} is not one of the {len(known)} "
-            "characters of the vocabulary; remove it, or set tokenize.tokenizer to gpt2 or bpe"
+            f"character {character!r} (U+{ord(character):04X}) at position {position} is not one of the "
+            f"{len(self.characters)} characters of the vocabulary; remove it, or set tokenize.tokenizer to gpt2 or bpe"
         )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -374,7 +374,7 @@ def test_a_date_that_does_not_exist_is_refused_too(refused):
 
 @pytest.mark.parametrize("content", [b"", b"# all commented out\n", b"- 1\n", b"hello\n"])
 def test_a_file_that_holds_no_sections_is_refused(content, refused):
-    assert refused(content, Damaged) == "holds no sections"
+    assert refused(content, Damaged) == "has no sections"
 
 
 def test_a_section_without_its_keys_is_refused(refused):

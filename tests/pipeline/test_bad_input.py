@@ -58,7 +58,7 @@ def test_a_variable_of_mlflow_that_has_no_effect_is_refused(clone):
 
 def test_set_param_with_a_wrong_value_changes_neither_model_nor_mlflow(seed, clone):
     output = clone.run("dvc exp run -S train.learning_rate=abc", check=None)
-    assert "Error: train: params.yaml: train.learning_rate = 'abc' is refused" in output
+    assert "Error: train: params.yaml: train.learning_rate = 'abc' is invalid" in output
     assert "Traceback" not in output
     assert len(clone.runs()) == len(clone.attempts()) == 1
     output = clone.run("dvc exp run -S train.learning_rat=1", check=None)
@@ -78,7 +78,7 @@ def test_a_block_longer_than_the_data_is_refused_before_training(clone):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "download.source = file:inputs/texts/mine.txt holds no text"),
+        (b"", "download.source = file:inputs/texts/mine.txt contains no text"),
         (
             TALE.encode() + b"caf\xe9",
             f"inputs/texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; it may be cp1252",

@@ -73,6 +73,6 @@ def test_what_cannot_be_replayed_is_refused(trained, copy_of):
     clone.set_params(**{"tokenize.vocab_size": 290})
     clone.repro("tokenize")
     output = clone.run("python -m tools replay --step 3", check=1)
-    assert "data/tokens is not what this run was trained on" in output
+    assert "data/tokens does not have the tokens of this run" in output
     clone.run("rm -r .runs")
     assert "holds no run" in clone.run("python -m tools replay --step 3", check=1)
