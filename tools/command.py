@@ -1,6 +1,6 @@
 """What the commands of `python -m tools` share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +30,16 @@ def commit_of(root: Path, name: str) -> str:
     if len(references) > 1:
         raise ValueError(f"{len(references)} experiments are named {name!r}; give the hash of one (`dvc exp show`)")
     return references[0]
+
+
+def duration(seconds: float) -> str:
+    """Such as "24 s", "13 min", "2.5 h" or "3.1 days"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def markdown_row(values: Iterable[str]) -> str:
+    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"

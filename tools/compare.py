@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from nanogpt.files import write_text
-from tools.command import command
+from tools.command import command, duration, markdown_row
 from tracking import comparison
 from tracking.comparison import Comparison, Result, Setting
 from tracking.significance import ALPHA, Difference
@@ -183,13 +183,6 @@ def number_of(found: Comparison, setting: Setting) -> str:
     return str(next(number for number, each in enumerate(found.settings, 1) if each is setting))
 
 
-def duration(seconds: float) -> str:
-    """ "24 s", "13 min", "2.5 h" """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -228,10 +221,6 @@ def markdown_table(found: Comparison) -> str:
         lines.append(markdown_row([*row, *shown]))
     note = f"p is corrected for {_count(found.tests, 'comparison')}; a verdict needs p < {ALPHA}."
     return "\n".join([*lines, *(["", note] if found.others else [])])
-
-
-def markdown_row(values: Sequence[str]) -> str:
-    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
 
 
 def as_dict(comparisons: Sequence[Comparison], left_out: Sequence[str]) -> dict[str, Any]:

@@ -21,9 +21,9 @@ import click
 from nanogpt.determinism import is_emulated
 from nanogpt.files import replacing
 from nanogpt.params import NumericsParams, Params, ParamsError, TokenizeParams, check_combinations, load_params
-from tools.command import command
+from tools.command import command, duration
 from tools.preset import changed
-from tools.size import duration, known_meta, planned_device, vocabulary
+from tools.size import known_meta, planned_device, vocabulary
 
 PARAMS = Path("params.yaml")
 KEYS = ("dtype", "compile", "attention")

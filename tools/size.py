@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tools.command import command
+from tools.command import command, duration
 
 if TYPE_CHECKING:
     from nanogpt.corpus.token_files import Meta
@@ -248,10 +248,3 @@ def line(name: str, *cells: int | str | None) -> str:
 
 def megabytes(number: int) -> str:
     return f"{number / 1e6:,.1f}"
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.1f} seconds"

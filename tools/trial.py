@@ -13,8 +13,7 @@ import click
 
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten, load_params, parse_assignments, parse_params, with_values
-from tools.command import command, commit_of
-from tools.compare import markdown_row
+from tools.command import command, commit_of, markdown_row
 from tracking.comparison import SEED, TEXT, Result, journal_results, select, way_to_score
 from tracking.console import repository
 from tracking.errors import explain

@@ -169,7 +169,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_is_told_removed_and_passed_over(saved, damage):
+def test_a_damaged_newest_is_reported_removed_and_passed_over(saved, damage):
     DAMAGES[damage](saved.directory / "step-00000030")
     told = []
     found = saved.newest(told.append)
@@ -247,7 +247,7 @@ def test_the_files_hold_no_times_and_no_paths(saved):
     assert str(saved.directory).encode() not in (saved.directory / "step-00000030" / "state.safetensors").read_bytes()
 
 
-def test_another_runs_checkpoint_is_told_removed_and_passed_over(saved, tmp_path):
+def test_another_runs_checkpoint_is_reported_removed_and_passed_over(saved, tmp_path):
     others = Checkpoints(tmp_path / "others", "another run")
     Trained().save(others, 40)
     others._path(40).rename(saved._path(40))

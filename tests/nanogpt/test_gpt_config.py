@@ -47,7 +47,7 @@ def test_numbers_have_limits(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_are_known_ones(name):
+def test_options_are_valid_ones(name):
     for value in get_args(GPTConfig.__dataclass_fields__[name].type):
         assert checked(name, value) == value
         ModelParams(**{**NOTHING, name: value})

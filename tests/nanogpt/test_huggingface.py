@@ -506,7 +506,7 @@ def test_a_checkpoint_whose_parts_disagree_is_refused(tmp_path, changes, message
 
 
 @pytest.mark.parametrize("damage", [b"", b"no archive", json.dumps({"model": 1}).encode()])
-def test_a_file_that_is_no_checkpoint_is_told(tmp_path, damage):
+def test_a_file_that_is_no_checkpoint_is_reported(tmp_path, damage):
     (tmp_path / "ckpt.pt").write_bytes(damage)
     with pytest.raises(ValueError, match="is not a readable checkpoint of nanoGPT"):
         load_nanogpt(tmp_path / "ckpt.pt")

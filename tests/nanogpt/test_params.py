@@ -212,7 +212,7 @@ def test_a_wrong_value_is_refused(key, written, message, refused):
         ("sample.top_k", "topk", "sample.top_k"),
     ],
 )
-def test_a_misspelt_key_is_told_with_the_nearest_one(key, misspelt, nearest, refused):
+def test_a_misspelt_key_is_reported_with_the_nearest_one(key, misspelt, nearest, refused):
     section, name = key.split(".")
     lines = TEXT.splitlines()
     lines[line_of(key)] = lines[line_of(key)].replace(f"{name}:", f"{misspelt}:")
@@ -222,7 +222,7 @@ def test_a_misspelt_key_is_told_with_the_nearest_one(key, misspelt, nearest, ref
 
 
 @pytest.mark.parametrize("name", ["zzz", "dict", "str"])  # the last two are no names of types here
-def test_a_key_that_resembles_none_is_told_with_all_of_its_section(name, refused):
+def test_a_key_that_resembles_none_is_reported_with_all_of_its_section(name, refused):
     message = refused(TEXT.replace("  n_layer:", f"  {name}: 1\n  n_layer:"))
     assert message == (
         f"model.{name} = 1 is not a known parameter; use one of n_layer, n_head, n_embd, block_size, bias, norm, "
@@ -232,7 +232,7 @@ def test_a_key_that_resembles_none_is_told_with_all_of_its_section(name, refused
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("trian", "train"), ("models", "model"), ("Runtime", "runtime")])
-def test_a_misspelt_section_is_told_with_the_nearest_one(name, nearest, refused):
+def test_a_misspelt_section_is_reported_with_the_nearest_one(name, nearest, refused):
     message = refused(re.sub(rf"(?m)^{nearest}:", f"{name}:", TEXT))
     assert message == f"{name} is not a known parameter; did you mean {nearest}?"
 
@@ -309,7 +309,7 @@ def test_values_that_do_not_go_together_are_refused(changes, message, refused):
 @pytest.mark.parametrize("position", ["learned", "rotary"])
 @pytest.mark.parametrize("n_head", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("n_embd", [1, 2, 3, 15, 64, 96, 99, 127, 128])
-def test_the_number_that_a_refused_shape_is_told_is_accepted(n_embd, n_head, position, load):
+def test_the_number_that_a_refused_shape_is_reported_is_accepted(n_embd, n_head, position, load):
     shape = {"model__n_head": n_head, "model__position": position}
     try:
         load(edited(**shape, model__n_embd=n_embd))

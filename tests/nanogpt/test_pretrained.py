@@ -107,7 +107,7 @@ def test_a_model_of_the_hub_at_a_commit(hub, tokenizer):
     assert (logits(found) - logits(theirs)).abs().max() < 1e-5
 
 
-def test_a_name_that_nobody_knows_is_told_in_one_line(tokenizer):
+def test_an_unknown_name_is_reported_in_one_line(tokenizer):
     with pytest.raises(ValueError, match=r"nobody/nothing is neither a directory nor a GPT-2 on the hub"):
         load_initial("hf:nobody/nothing", NOTHING, tokenizer)
 
@@ -223,13 +223,13 @@ def test_the_hash_sees_every_bit(published):
 
 
 @pytest.mark.parametrize(("name", "count"), zip(GPT2_REVISIONS, [size[-1] for size in tiny.GPT2_SIZES], strict=True))
-def test_what_gpt2_will_be_is_known_before_its_weights_are_there(name, count):
+def test_what_gpt2_will_be_is_computed_without_its_weights(name, count):
     config = planned_config(name, params(dropout=0.0, block_size=512), 50257)
     assert sum(sizing.parameters(config).values()) == count - 512 * config.n_embd
     assert (config.dropout, config.activation) == (0.0, "gelu_tanh")
 
 
-def test_a_plan_reads_what_lies_here(tmp_path, tokenizer, published):
+def test_a_plan_reads_local_files(tmp_path, tokenizer, published):
     hugging_face(tmp_path / "gpt2")
     for source in (f"hf:{tmp_path / 'gpt2'}", f"model:{tmp_path / 'ours'}"):
         assert planned_config(source, NOTHING, 13) == load_initial(source, NOTHING, tokenizer).config

@@ -57,7 +57,7 @@ def test_saving_twice_gives_the_same_bytes_and_loading_changes_none(tmp_path):
     assert tiny.contents(tmp_path / "c") == before
 
 
-def test_publishing_again_replaces_the_model_whole(directory):
+def test_publishing_again_replaces_the_model_completely(directory):
     (directory / "stray").write_text("of an older version")
     other = publish(directory, tiny.gpt(seed=5))
     assert set(tiny.contents(directory)) == set(FILES)
@@ -137,7 +137,7 @@ def test_a_stream_is_the_continuation_in_pieces(directory, seed, stop_at_end):
     assert all(pieces)
 
 
-def test_a_character_of_several_tokens_is_streamed_when_it_is_whole(monkeypatch, tmp_path):
+def test_a_character_of_several_tokens_is_streamed_when_it_is_complete(monkeypatch, tmp_path):
     tokenizer = train_bpe(["ab é"], 300, end_of_text=True)
     tokenizer.save(tmp_path / "tokenizer.json")
     publish(tmp_path / "model", tiny.gpt(vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer.json")
@@ -247,7 +247,7 @@ def test_a_model_json_without_one_of_its_parts(directory, key):
         {**tiny.SHAPE, "n_layers": 2},
     ],
 )
-def test_a_config_that_is_none(directory, config):
+def test_an_invalid_config(directory, config):
     tiny.edit_json(directory / "model.json", config=config)
     refused(directory, "model.json", "damaged")
 

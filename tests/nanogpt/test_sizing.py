@@ -212,7 +212,7 @@ def test_the_peak_with_a_loss_in_chunks(monkeypatch):
     assert predicted < 0.6 * plain
 
 
-def test_a_checkpoint_has_the_size_that_was_told(tmp_path):
+def test_a_checkpoint_has_the_size_that_was_predicted(tmp_path):
     model = GPT(WIDE)
     optimizer = make_optimizer(model, train_params(), "cpu", "float32")
     tokens = torch.zeros(2, WIDE.block_size, dtype=torch.long)

@@ -45,7 +45,7 @@ def run_tagged(clone: Clone, **tags: str) -> Any:
     return run
 
 
-def told(clone: Clone, argument: str) -> dict[str, Any]:
+def described(clone: Clone, argument: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(clone.run(f"python -m tools lineage --json {shlex.quote(argument)}"))
     return found
 
@@ -71,7 +71,7 @@ def follow(clone: Clone, argument: str) -> Path:
 
 def test_the_run_of_a_commit_is_made_again(clone: Clone, seed: Clone) -> None:
     (trained,) = seed.runs()
-    found = told(clone, trained.info.run_id)
+    found = described(clone, trained.info.run_id)
     tags = trained.data.tags
     assert found["run"]["id"] == trained.info.run_id
     assert len(found["run"]["source"]) == 2
@@ -90,8 +90,8 @@ def test_the_run_of_a_commit_is_made_again(clone: Clone, seed: Clone) -> None:
 
 def test_a_model_directory_is_the_same_as_its_run_and_comes_from_the_cache(clone: Clone, seed: Clone) -> None:
     (trained,) = seed.runs()
-    found = told(clone, "model")
-    assert found == told(clone, trained.info.run_id) == told(clone, seed.lock()["train"]["outs"][1]["md5"])
+    found = described(clone, "model")
+    assert found == described(clone, trained.info.run_id) == described(clone, seed.lock()["train"]["outs"][1]["md5"])
     clone.run(found["from_cache"])
     assert directory_md5(clone.path / found["from_cache"].split()[-1]) == found["model"]["md5"]
     assert clone.run("git status --porcelain") == ""
@@ -99,7 +99,7 @@ def test_a_model_directory_is_the_same_as_its_run_and_comes_from_the_cache(clone
 
 def test_an_experiment_is_made_again_in_a_clone_that_had_not_got_it(clone: Clone) -> None:
     run = run_tagged(clone, dvc_experiment="elsewhere")
-    found = told(clone, run.info.run_id)
+    found = described(clone, run.info.run_id)
     assert found["run"]["dvc.experiment"] == "elsewhere"
     assert found["run"]["git.commit"] == clone.run("git rev-parse main").strip()
     assert found["commit"]["kind"] == "experiment"
@@ -112,15 +112,15 @@ def test_an_experiment_is_made_again_in_a_clone_that_had_not_got_it(clone: Clone
     assert "elsewhere" in Clone(model.parent).run("dvc exp list --all-commits")
 
 
-@pytest.mark.parametrize("told_by", ["journal", "mlflow"])
-def test_a_run_that_no_commit_holds_is_made_again_from_its_changes(clone: Clone, told_by: str) -> None:
+@pytest.mark.parametrize("source", ["journal", "mlflow"])
+def test_a_run_that_no_commit_holds_is_made_again_from_its_changes(clone: Clone, source: str) -> None:
     baseline = clone.run("git rev-parse main").strip()
     run = run_tagged(clone, git_dirty="true", dvc_experiment="none")
-    if told_by == "mlflow":
+    if source == "mlflow":
         shutil.rmtree(clone.path / ".runs")
     else:
         (clone.path / "mlflow.db").rename(clone.path / "mlflow.db-gone")
-    found = told(clone, run.data.tags["model.sha256"][:12])
+    found = described(clone, run.data.tags["model.sha256"][:12])
     assert found["commit"] is None
     assert (found["run"]["git.commit"], found["run"]["git.dirty"]) == (baseline, "true")
     assert found["environment"]["torch"]
@@ -135,9 +135,9 @@ def test_a_model_from_the_run_cache_leads_to_the_run_that_made_it(seed: Clone, c
     clone.set_params(**{"train.seed": 2})
     clone.repro("train")
     other = directory_md5(clone.path / "model")
-    assert told(clone, "model")["run"]["id"] == clone.runs()[1].info.run_id
+    assert described(clone, "model")["run"]["id"] == clone.runs()[1].info.run_id
     clone.set_params(**{"train.seed": 1337})
     assert "Stage 'train' is cached" in clone.repro("train")
     assert len(clone.runs()) == 2
-    assert told(clone, "model")["run"]["id"] == trained.info.run_id
-    assert told(clone, other)["params"]["train.seed"] == "2"
+    assert described(clone, "model")["run"]["id"] == trained.info.run_id
+    assert described(clone, other)["params"]["train.seed"] == "2"

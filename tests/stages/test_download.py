@@ -67,7 +67,7 @@ def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
     assert [path.name for path in (folder / "data").iterdir()] == ["raw"]
 
 
-def test_without_network_nothing_is_left_and_the_way_out_is_told(project: Project, monkeypatch: pytest.MonkeyPatch):
+def test_without_network_nothing_is_left_and_the_way_out_is_reported(project: Project, monkeypatch: pytest.MonkeyPatch):
     folder = project(**{"download.source": "shakespeare"})
     monkeypatch.setattr(sources, "_PAUSE", 0)
     unreachable = sources.Remote("http://127.0.0.1:1/input.txt", "tinyshakespeare.txt", "0" * 64, 1)

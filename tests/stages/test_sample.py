@@ -87,7 +87,7 @@ def test_a_prompt_from_a_file_may_lie_anywhere_by_hand(folder):
     assert "mine.txt is not UTF-8 text (byte 2)" in run("--prompt", "FILE:mine.txt", code=1).stderr
 
 
-def test_a_file_of_the_pipeline_lies_in_prompts(folder):
+def test_a_file_of_the_pipeline_is_inside_prompts(folder):
     path = folder / "params.yaml"
     path.write_text(path.read_text().replace("FILE:inputs/prompts/one.txt", "FILE:params.yaml"))
     assert "sample.prompts = FILE:params.yaml is not in inputs/prompts/" in run(code=1).stderr
@@ -152,7 +152,7 @@ def test_a_checkpoint_with_another_vocabulary_is_refused_with_the_remedy(folder)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--stream"], ["--num-samples", "9"]])
-def test_output_that_nobody_reads_any_more_ends_it_in_silence(folder, arguments):
+def test_a_closed_pipe_ends_it_silently(folder, arguments):
     """As with `| head`; click and Python's own flush at the end would each have a word to say."""
     reader, writer = os.pipe()
     os.close(reader)

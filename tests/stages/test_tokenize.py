@@ -79,7 +79,7 @@ def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
     assert sorted(path.name for path in (folder / "data").iterdir()) == ["raw", "tokens"]
 
 
-def test_without_raw_text_the_way_to_it_is_told(project: Project):
+def test_without_raw_text_the_way_to_it_is_reported(project: Project):
     project()
     result = run()
     assert result.exit_code == 1

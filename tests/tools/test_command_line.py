@@ -157,7 +157,7 @@ def test_a_commands_own_exit_code_stays(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert run("verify", "--layer", "lock", "--out", str(tmp_path)).exit_code == 2
 
 
-def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word(
+def test_a_closed_pipe_ends_a_command_silently(
     size: Callable[[BaseException], Result],
 ) -> None:
     result = size(BrokenPipeError(32, "Broken pipe"))
@@ -172,19 +172,19 @@ def test_a_module_that_is_run_by_itself_names_its_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "remedy"),
     [
         *((f"stages/{name}.py", f"python -m stages.{name}") for name in STAGES),
         ("tools", "python -m tools"),
         ("tools/__main__.py", "python -m tools"),
     ],
 )
-def test_what_is_started_as_a_file_says_how_to_start_it(path: str, told: str, tmp_path: Path) -> None:
+def test_what_is_started_as_a_file_says_how_to_start_it(path: str, remedy: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for place in (REPOSITORY, tmp_path):
         command = [sys.executable, str(REPOSITORY / path), "--help"]
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("Error: ")
-        assert done.stderr.endswith(f" with `{told}`, in the root of the repository\n")
+        assert done.stderr.endswith(f" with `{remedy}`, in the root of the repository\n")
         assert len(done.stderr.splitlines()) == 1

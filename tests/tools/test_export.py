@@ -137,7 +137,7 @@ def test_gpt2s_files_are_gpt2s_own(gpt2_files):
     assert json.loads(files["vocab.json"]) == json.loads(own["vocab.json"])
 
 
-def test_without_gpt2s_files_the_export_tells_the_remedy(tmp_path, monkeypatch):
+def test_without_gpt2s_files_the_export_names_the_remedy(tmp_path, monkeypatch):
     import tiktoken
 
     model = published(tmp_path, Gpt2Tokenizer(), n_embd=2)
@@ -280,7 +280,7 @@ def run(*arguments):
     return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
-def test_the_card_tells_what_the_model_is_and_where_from(here):
+def test_the_card_says_what_the_model_is_and_where_from(here):
     model = published(here)
     result = run("--format", "huggingface", "out")
     assert result.exit_code == 0, result.output
@@ -298,12 +298,12 @@ def test_the_card_tells_what_the_model_is_and_where_from(here):
     assert "| commit | unknown: no dvc.lock in git's history contains this model |" in card
 
 
-def test_metrics_of_another_model_are_not_told(here):
+def test_metrics_of_another_model_are_not_reported(here):
     model = published(here)
     metrics = here / "metrics" / "evaluate.json"
     metrics.parent.mkdir()
     metrics.write_text('{"perplexity": 4.5}')
-    for md5, data, told in (
+    for md5, data, shown in (
         (directory_md5(model), metrics.read_bytes(), True),
         ("0" * 32 + ".dir", metrics.read_bytes(), False),
         (directory_md5(model), b"{}", False),
@@ -314,7 +314,7 @@ def test_metrics_of_another_model_are_not_told(here):
             YAML().dump({"stages": {"evaluate": stage}}, file)
         out = here / f"out-{md5[:4]}-{len(data)}"
         assert run("--format", "huggingface", out).exit_code == 0
-        assert ("| evaluation: perplexity | 4.5 |" in (out / "README.md").read_text()) is told
+        assert ("| evaluation: perplexity | 4.5 |" in (out / "README.md").read_text()) is shown
 
 
 def test_nothing_is_overwritten(here):
@@ -342,7 +342,7 @@ def test_what_nanogpt_cannot_express_is_refused_and_nothing_is_left(here):
     assert run("--format", "huggingface", "out").exit_code == 0
 
 
-def test_a_model_that_is_not_there_is_told(here):
+def test_a_model_that_is_not_there_is_reported(here):
     result = run("--format", "huggingface", "out")
     assert result.exit_code == 1
     assert "is missing; `dvc checkout` or `dvc repro` brings it back" in result.output

@@ -159,7 +159,7 @@ def test_a_preset_of_nothing_gives_the_commits_file_to_the_byte() -> None:
     assert overlaid(COMMITTED, Path("presets/nothing.yaml")) == (COMMITTED, [])
 
 
-def test_what_it_changes_of_the_commit_is_told() -> None:
+def test_what_it_changes_compared_with_the_commit_is_reported() -> None:
     write("few", 'train:\n  max_iters: 9\n  warmup_iters: 5\n  seed: 1337\nsample:\n  prompts: ["", "a"]\n  top_k: 5\n')
     lines = run("few").output.splitlines()
     assert lines == [
@@ -237,7 +237,7 @@ def test_a_params_file_that_is_gone_or_no_text_holds_no_edits_or_needs_force() -
     assert run("debug_one_step", "--force").exit_code == 0
 
 
-def test_without_a_commit_the_way_to_one_is_told(repository: Path) -> None:
+def test_without_a_commit_the_way_to_one_is_reported(repository: Path) -> None:
     outside = repository / "no-commit"
     outside.mkdir()
     shutil.copytree("presets", outside / "presets")
@@ -249,7 +249,7 @@ def test_without_a_commit_the_way_to_one_is_told(repository: Path) -> None:
     assert "HEAD has no params.yaml to which to apply a preset; commit it first (`git init`" in line
 
 
-def test_a_name_that_is_none_is_told_with_the_nearest_and_all() -> None:
+def test_an_unknown_name_is_reported_with_the_nearest_and_all() -> None:
     assert "there is no preset train_gpt; did you mean train_gpt2? presets: debug_one_step, " in refused("train_gpt")
     assert "there is no preset ../params; presets: debug_one_step, " in refused("../params")
     shutil.rmtree("presets")
@@ -264,7 +264,7 @@ CIRCLE = "; remove `extends` from one of them\n"
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("bad", "train: {max_iter: 9}", f" sets train.max_iter, {UNKNOWN} did you mean train.max_iters?\n"),
         ("bad", "trian: {max_iters: 9}", f" sets trian, {UNKNOWN} did you mean train?\n"),
@@ -290,11 +290,11 @@ CIRCLE = "; remove `extends` from one of them\n"
         ("base", "extends: bad", f" extends bad, which forms a circle (bad -> base -> bad){CIRCLE}"),
     ],
 )
-def test_a_bad_preset_is_refused_in_one_line_and_nothing_is_changed(name: str, text: str, told: str) -> None:
+def test_a_bad_preset_is_refused_in_one_line_and_nothing_is_changed(name: str, text: str, message: str) -> None:
     write("bad", "extends: base\ntrain: {max_iters: 9}")
     write("base", "train: {}")
     write(name, text)
-    assert f"presets/{name}.yaml{told}" in refused("bad")
+    assert f"presets/{name}.yaml{message}" in refused("bad")
     assert run("debug_one_step").exit_code == 0  # it is no hindrance to others
     assert run("debug_profile").exit_code == 0
 

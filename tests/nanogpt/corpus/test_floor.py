@@ -70,7 +70,7 @@ def test_what_is_no_story_is_refused(spoil):
         floor_nats(spoil(encoded(tokenizer), tokenizer.end_of_text), tokenizer)
 
 
-def test_a_model_at_the_floor_or_a_little_below_it_is_believed():
+def test_a_model_at_the_floor_or_a_little_below_it_is_accepted():
     for nats in (2000.0, 1000.0, 1000.0 - LEAKAGE_NATS):
         check_leakage(nats, 1000.0)
 

@@ -206,7 +206,7 @@ def test_bpe_learns_from_the_training_split_alone(tmp_path: Path):
     assert not any("z" in token for token in learnt)
 
 
-def test_a_small_corpus_that_yields_fewer_tokens_is_told(tmp_path: Path):
+def test_a_small_corpus_that_yields_fewer_tokens_is_reported(tmp_path: Path):
     warnings: list[str] = []
     raw = raw_of(tmp_path / "raw", ["ab ab ab ab ab ab ab ab ab ab"])
     meta = prepare(raw, tmp_path / "tokens", params("bpe"), 1, warn=warnings.append)
@@ -296,13 +296,13 @@ def test_token_files_are_taken_as_they_are(tmp_path: Path, gpt2_files: Path, kin
     meta, tokenizer, splits = run(tmp_path, documents, params(kind), name="ours")
     characters = tokenizer.characters if isinstance(tokenizer, CharTokenizer) else ""
     raw = write_pair(tmp_path / "pair", splits["train"], splits["val"], characters)
-    told: list[int] = []
-    found = prepare(raw, tmp_path / "theirs", params(kind), 1, told.append)
+    progress: list[int] = []
+    found = prepare(raw, tmp_path / "theirs", params(kind), 1, progress.append)
     assert found == meta.model_copy(update={"corpus": meta.corpus.model_copy(update={"source": "bin:pair"})})
     ours, theirs = files(tmp_path / "ours"), files(tmp_path / "theirs")
     assert ours.pop("meta.json") != theirs.pop("meta.json")
     assert theirs == ours
-    assert told[-1] == meta.train.bytes + meta.val.bytes
+    assert progress[-1] == meta.train.bytes + meta.val.bytes
     for name in ("train.bin", "val.bin"):
         assert theirs[name] == (tmp_path / "pair" / name).read_bytes()
     load_split(tmp_path / "theirs", "val")

@@ -127,7 +127,7 @@ def test_an_inventory_that_is_not_of_these_files_is_refused(tmp_path: Path, chan
             list(read(tmp_path / "raw"))
 
 
-def test_text_is_read_in_pieces_that_keep_characters_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_text_is_read_in_pieces_that_do_not_split_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(raw_module, "PIECE", 5)
     write_raw(tmp_path / "raw", [["ab🙂" * 20]])
     pieces = list(read_text(tmp_path / "raw"))

@@ -40,7 +40,7 @@ def test_a_document_without_end_is_refused():
     ],
 )
 @pytest.mark.parametrize("size", [1, 5, 100])
-def test_the_first_known_mark_is_found_once(text: str, mark: str | None, size: int):
+def test_the_first_common_separator_is_found_once(text: str, mark: str | None, size: int):
     found: list[str] = []
     assert list(watched(cut(text, size), found.append)) == cut(text, size)
     assert found == ([mark] if mark else [])

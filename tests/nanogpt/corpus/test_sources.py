@@ -325,7 +325,7 @@ def test_a_wrong_file_in_a_mirror_is_passed_over(server: Server, tmp_path: Path,
     assert [f"{tmp_path}/text.txt does not have the sha256 of text.txt" in line for line in warnings] == [True]
 
 
-def test_a_mirror_that_is_no_folder_is_told(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_mirror_that_is_no_folder_is_reported(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NANOGPT_MIRROR", "nowhere")
     server.answers = [(200, CONTENT, len(CONTENT))]
     warnings: list[str] = []
@@ -358,15 +358,15 @@ def test_token_files_are_kept_as_they_are(tmp_path: Path, pair: Path, vocabulary
     names = ["train.bin", "val.bin", *(["meta.pkl"] if vocabulary else [])]
     if not vocabulary:
         (pair / "meta.pkl").unlink()
-    told: list[int] = []
-    info = write_corpus(download_params(source=f"bin:{pair}"), tmp_path / "raw", told.append)
+    progress: list[int] = []
+    info = write_corpus(download_params(source=f"bin:{pair}"), tmp_path / "raw", progress.append)
     assert load_info(tmp_path / "raw") == info
     assert (info.kind, info.source, list(info.files)) == ("tokens", "bin:pair", names)
     for name in names:
         assert (tmp_path / "raw" / name).read_bytes() == (pair / name).read_bytes()
         assert info.files[name] == hashlib.sha256((pair / name).read_bytes()).hexdigest()
     assert {path.name for path in (tmp_path / "raw").iterdir()} == {*names, "corpus.json"}
-    assert told[-1] == 700_010 + 5 * vocabulary
+    assert progress[-1] == 700_010 + 5 * vocabulary
 
 
 @pytest.mark.parametrize("missing", ["train.bin", "val.bin"])

@@ -291,7 +291,7 @@ def test_an_unknown_encoding_names_the_key(project: Callable[..., Path], encodin
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "csv"])
-def test_marks_and_windows_line_ends_are_treated_alike_and_said(download: Download, kind: str):
+def test_marks_and_windows_line_ends_are_treated_alike_and_reported(download: Download, kind: str):
     text = "\ufeffone\r\ntwo \ufeff\r\n"
     for name in ("a", "b"):
         path = TEXTS / f"{name}.{kind}"

@@ -344,7 +344,7 @@ def test_a_token_of_absurd_length_is_refused(tmp_path: Path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
-def test_a_missing_file_and_a_foreign_one_are_told_apart(tmp_path: Path):
+def test_a_missing_file_and_a_foreign_one_are_distinguished(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     with refuses(r"tokenizer\.json cannot be read \(No such file or directory\)", Damaged):
         load_tokenizer(path)
