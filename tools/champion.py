@@ -24,7 +24,7 @@ def main(experiment: str, force: bool) -> None:
 
     EXPERIMENT may also be a run, a commit or a pattern such as 'wide-*'. The champion is the version of MLflow's
     registered model `nanogpt` with the alias `champion`, which `python -m tools serve` serves. The new model must beat
-    the present champion by `compare`, and its run must reproduce to the bit in a clean clone.
+    the present champion in `compare`, and its run must be reproduced to the bit in a clean clone.
     """
     root = repository()
     results, _ = journal_results(root)

@@ -35,7 +35,7 @@ class Garbage:
 @click.option("--days", default=14, show_default=True, help="Keep run directories that are newer.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def main(days: int, yes: bool) -> None:
-    """Frees what old runs and caches take, after showing it.
+    """Frees the disk space of old runs and caches, after showing it.
 
     Lists old run directories, deleted MLflow runs and unused DVC objects, and removes them if you agree. Keeps runs
     that were not sent to MLflow completely, and all objects of any commit or experiment.

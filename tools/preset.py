@@ -26,9 +26,9 @@ Layer = tuple[str, dict[str, dict[str, Any]]]  # the file that sets values, and 
 @click.argument("name", required=False)
 @click.option("--force", is_flag=True, help="Overwrite uncommitted edits of params.yaml.")
 def main(name: str | None, force: bool) -> None:
-    """Makes params.yaml that of a preset, or lists the presets.
+    """Writes params.yaml for a preset, or lists the presets.
 
-    Writes the committed params.yaml with the values of presets/NAME.yaml, whatever params.yaml contained before.
+    The new params.yaml is the committed one with the values of presets/NAME.yaml; other edits of it are discarded.
     Without NAME, lists the presets.
     """
     click.echo(listing() if name is None else apply(name, force))

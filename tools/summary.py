@@ -15,7 +15,7 @@ TRAIN, EVALUATE, LOCK = Path("metrics/train.json"), Path("metrics/evaluate.json"
 
 @command()
 def main() -> None:
-    """Sums up the newest result and compares dvc.lock with HEAD's."""
+    """Summarises the newest result and compares dvc.lock with HEAD's."""
     check_made(TRAIN, EVALUATE, LOCK)
     click.echo("\n".join([*result(), *places(), lock_state()]))
 

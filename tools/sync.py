@@ -18,7 +18,7 @@ from tracking.run import Run
 @click.option("--wait-seconds", type=float, default=60.0, help="With --follow: how long to try after the end.")
 @click.option("--again", is_flag=True, help="Check also what the server has confirmed, in case it lost data.")
 def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, again: bool) -> None:
-    """Sends to MLflow what has not reached it.
+    """Sends recorded runs to MLflow if it lacks them.
 
     Sends the journals of ATTEMPTS (default: all in this repository) and the reports. Does not change what MLflow has
     already. Exit code 1 if something could not be sent.

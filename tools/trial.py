@@ -115,16 +115,20 @@ class Trial:
     metavar="KEY=VALUE",
     help="Set a parameter of the idea; repeatable.",
 )
-@click.option("--baseline", metavar="EXPERIMENT", help="An experiment or a commit. [default: params.yaml as it is]")
+@click.option("--baseline", metavar="EXPERIMENT", help="An experiment or a commit.  [default: the current params.yaml]")
 @click.option(
     "--budget",
     type=click.Choice(["steps", "flops"]),
     default="steps",
     show_default=True,
-    help="What both sides get equally.",
+    help="What must be equal for both sides.",
 )
 @click.option(
-    "--max-seeds", type=click.IntRange(2, 1000), default=20, show_default=True, help="Stop undecided after so many."
+    "--max-seeds",
+    type=click.IntRange(2, 1000),
+    default=20,
+    show_default=True,
+    help="Stop after this many seeds, even if undecided.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def main(

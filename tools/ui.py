@@ -34,7 +34,7 @@ for _ in range(300):
 @command()
 @click.option("--port", type=click.IntRange(1, 65_535), default=5000, show_default=True, help="The port of the page.")
 def main(port: int) -> None:
-    """Shows MLflow's page, or says where its server has one.
+    """Opens MLflow's page, or prints the address of its server.
 
     Prints the address of the newest run's experiment, in a view with the columns to compare, and opens it in a browser
     on a desktop. Serves on 127.0.0.1 until Ctrl-C. If MLFLOW_TRACKING_URI names a server, only prints its address.
