@@ -14,7 +14,7 @@ EXTRA = {"journal": {"bytes": 123, "crc": "0a1b2c3d"}}
 
 
 class Trained:
-    """A model with its optimizer and scaler, some steps on."""
+    """A model with its optimizer and scaler after some steps."""
 
     def __init__(self, seed=0, steps=3, scaled=False, optimizer="adamw"):
         self.model = tiny.gpt(seed=seed)

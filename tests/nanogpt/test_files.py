@@ -13,7 +13,7 @@ from tests.nanogpt.tiny import contents
 
 
 def make(kind, path, text):
-    """A file, or a directory with a file and a subdirectory, that holds the text."""
+    """A file with the text, or a directory with such a file and a subdirectory."""
     if kind == "file":
         path.write_text(text)
     else:

@@ -1,4 +1,4 @@
-"""What no GPT can have is refused wherever a config is made, and params.yaml has the same limits."""
+"""Invalid configs are errors wherever they are made, and params.yaml has the same limits."""
 
 from dataclasses import fields
 from typing import get_args

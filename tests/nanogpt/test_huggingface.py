@@ -1,4 +1,4 @@
-"""Weights of other programs: the same logits there and here, and files of strangers that harm nobody."""
+"""Weights of other programs give the same logits, and hostile files do no harm."""
 
 import contextlib
 import json

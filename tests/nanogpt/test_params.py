@@ -46,7 +46,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def refused(load, tmp_path):
-    """The one line with which a text is refused, less the path; `error`: how."""
+    """The error for a text, one line without the path; `error` is its type."""
 
     def message(text, error=ParamsError):
         with pytest.raises(error) as caught:

@@ -34,7 +34,7 @@ def tokenizer(tmp_path) -> CharTokenizer:
 
 
 def hugging_face(directory: Path, seed: int = 0, vocab_size: int = 13) -> torch.nn.Module:
-    """A GPT-2 of transformers in that directory, its weights large enough for every part to matter."""
+    """Writes a GPT-2 of transformers, with weights large enough for every part to matter."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)

@@ -93,7 +93,7 @@ def test_each_setting_reaches_the_sampling(directory, setting):
 
 
 def scripted(monkeypatch, directory, rows):
-    """The published model, saying `rows` of tokens, one list a position."""
+    """The published model, which generates `rows` of tokens, one list per position."""
     asked = []
 
     def fake(model, prompt, samples, max_new_tokens, sampling):

@@ -96,7 +96,7 @@ def test_nanogpt_s_figure_differs_by_norms_and_biases_alone():
 
 
 def saved_bytes(model, batch, dtype):
-    """Bytes of all storages that autograd saves, but the parameters' own."""
+    """Bytes of all storages that autograd saves, except those of parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 

@@ -15,7 +15,7 @@ from tracking.run import Run
 
 @pytest.fixture
 def root(tmp_path, empty_database, monkeypatch):
-    """A repository with two seeds of two settings, of which `fast` is better, in MLflow too; verify passes."""
+    """A repository with two settings of two seeds, also in MLflow; `fast` is better, and verify passes."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What the export writes is loaded by transformers, offline, and is the same model with the same tokens."""
+"""transformers loads the exported files offline, as the same model with the same tokens."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def published(folder: Path, tokenizer: Tokenizer = LETTERS, **changes) -> Path:
 
 
 def auto(tokenizer: Tokenizer, folder: Path):
-    """What AutoTokenizer makes of the exported files alone."""
+    """The tokenizer that AutoTokenizer loads from the exported files."""
     from transformers import AutoTokenizer
 
     for name, text in tokenizer_files(tokenizer, 32).items():
@@ -119,7 +119,7 @@ def test_any_trained_tokenizer_gives_the_same_ids(tmp_path_factory, texts, text)
 
 
 def test_a_token_that_no_merge_reaches_is_still_a_word(tmp_path):
-    """tiktoken joins whatever makes the earliest token, and takes a word that is a token as it is."""
+    """tiktoken joins the parts that make the earliest token, and a word that is a token becomes that token."""
     a, b, c = b"abc"
     tokenizer = TrainedTokenizer([(a, b), (b, c), (a, 257), (258, c), (c, 258)], True)
     exported = auto(tokenizer, tmp_path)
@@ -153,7 +153,7 @@ def test_without_gpt2s_files_the_export_names_the_remedy(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["bpe", "char", "gpt2"])
 def test_the_end_of_text_is_one_token(request, name):
-    """In transformers its text is the token, as everywhere there; asked to split it, it reads as ours does."""
+    """In transformers the text of a special token is that token; with split_special_tokens it is ordinary text."""
     tokenizer, exported = request.getfixturevalue(name)
     assert (exported.eos_token, exported.eos_token_id) == (END_OF_TEXT, tokenizer.end_of_text)
     assert exported.bos_token_id == tokenizer.end_of_text
@@ -237,7 +237,7 @@ def test_the_weights_carry_the_one_mark_that_transformers_needs(tmp_path):
 
 
 def test_nanogpts_sampler_finds_weights_and_characters(tmp_path):
-    """As sample.py: weights from ckpt.pt, characters from data/<dataset>/meta.pkl, which the card's command makes."""
+    """Like sample.py, loads ckpt.pt and data/<dataset>/meta.pkl, which the command in the card makes."""
     tokenizer = CharTokenizer("\n \"'abcdé", True)
     model = published(tmp_path, tokenizer, bias=False)
     export(model, "nanogpt", tmp_path / "out")

@@ -205,7 +205,7 @@ def test_one_that_does_not_end_is_killed_with_all_it_started(off: Path, monkeypa
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs: init may not have buried it yet."""
+    """Whether the process runs, and is not a zombie."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -17,7 +17,7 @@ from tracking.run import Run
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with an object in DVC's cache that nothing uses."""
+    """A repository with an unused object in DVC's cache."""
     root = tmp_path_factory.mktemp("committed")
     (root / "unused").write_text("unused")
     commands = ("git init -q", "dvc init -q", "git -c user.name=a -c user.email=b commit -qm 1", "dvc add -q unused")
@@ -29,7 +29,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def repository(committed: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it with an old finished run that MLflow holds."""
+    """A copy of it with an old finished run that was sent to MLflow."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(committed, tmp_path, dirs_exist_ok=True)
@@ -42,7 +42,7 @@ def repository(committed: Path, empty_database: Path, tmp_path: Path, monkeypatc
 
 
 def confirmed(attempt: Path) -> dict[str, object]:
-    """What the replica notes when MLflow has everything."""
+    """The replica's notes when MLflow has everything."""
     end = json.loads((attempt / "journal.jsonl").read_text().splitlines()[-1])
     uri = store_name(resolve_uri(Path.cwd()), Path.cwd())
     return {"uri": uri, "run_id": "1", "finished": [end["status"], end["t"], 1]}
@@ -82,7 +82,7 @@ def test_a_run_that_is_young_or_held_or_not_in_mlflow_is_kept(repository: Path) 
 
 
 def deleted_run(repository: Path, name: str, location: str | None = None) -> str:
-    """A finished run that was deleted in MLflow; `location`: where its experiment's artifacts lie. Returns its id."""
+    """Makes a finished run and deletes it in MLflow; `location`: of its experiment's artifacts. Returns its id."""
     attempt = finished_attempt(repository, name)
     info = json.loads((attempt / "run.json").read_text()) | {"experiment": f"experiment {name}"}
     (attempt / "run.json").write_text(json.dumps(info))

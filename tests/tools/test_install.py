@@ -1,4 +1,4 @@
-"""The set-up takes the build of torch that fits the machine, and says so; stubs stand for pip and uv."""
+"""The set-up installs the build of torch that fits the machine; stubs replace pip and uv."""
 
 import os
 import re

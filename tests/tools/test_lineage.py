@@ -68,7 +68,7 @@ def commit(message: str) -> str:
 
 
 def write_lock(model: str, other: str = md5("e")) -> None:
-    """dvc.lock as if the pipeline had just run: `model` is train's, `other` an out of evaluate."""
+    """Writes dvc.lock as if the pipeline had just run: `model` is an out of train, `other` of evaluate."""
     params = YAML(typ="safe").load(Path("params.yaml").read_text())
     raw, tokens = {"path": "data/raw", "md5": md5("d")}, {"path": "data/tokens", "md5": md5("c")}
     lock = {
@@ -95,7 +95,7 @@ def commit_result(model: str, message: str = "Result") -> str:
 
 
 def train(name: str, prefix: str, status: str = "FINISHED", started: int = 1, **tags: str) -> Path:
-    """A run that made the model whose hashes begin so."""
+    """Makes a run whose model has hashes that begin with `prefix`."""
     known = {"git.commit": git("rev-parse", "HEAD"), "git.dirty": "false", "dvc.experiment": "none"}
     attempt = make_attempt(Path.cwd(), name, tags=known | {"code.sha256": "c0de"} | tags, started=started)
     result = {"model_sha256": sha256(prefix), "model_md5": md5(prefix)} if status == "FINISHED" else {}

@@ -44,7 +44,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def repository(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it to work in."""
+    """A copy of it, as the working directory."""
     shutil.copytree(committed, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -55,7 +55,7 @@ def run(*arguments: str) -> Result:
 
 
 def refused(*arguments: str) -> str:
-    """The one line with which it is refused; params.yaml is as it was, and nothing is left beside it."""
+    """The error, one line; checks that params.yaml is unchanged and nothing is left beside it."""
     before = PARAMS.read_bytes()
     result = run(*arguments)
     assert result.exit_code == 1
@@ -70,7 +70,7 @@ def write(name: str, text: str) -> None:
 
 
 def layers(name: str) -> list[dict[str, Any]]:
-    """What each preset sets that this one extends, and itself last."""
+    """The values of each preset that this one extends, then its own."""
     return [preset.flat(sections) for _, sections in preset.layers(Path(f"presets/{name}.yaml"))]
 
 
@@ -117,7 +117,7 @@ def test_a_preset_repeats_nothing_of_what_it_extends(name: str) -> None:
 
 
 def checked(values: dict[str, Any]) -> dict[str, Any]:
-    """All parameters, with these values on the committed ones; they are possible together."""
+    """The committed parameters with these values; they must be valid together."""
     sections = {name: dict(section) for name, section in DEFAULT.items()}
     for key, value in values.items():
         section, _, name = key.partition(".")
@@ -128,7 +128,7 @@ def checked(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_effect(params: dict[str, Any]) -> set[str]:
-    """Keys on which no result depends, the others being as they are."""
+    """The keys that do not affect results with the other values."""
     unused = {key for key in params if key.startswith("runtime.")}
     if params["train.optimizer"] != "muon":
         unused |= {"train.muon_learning_rate", "train.muon_momentum", "train.muon_weight_decay"}

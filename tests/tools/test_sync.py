@@ -108,7 +108,7 @@ ANSWERS = {
 
 @contextmanager
 def answering(answer: Callable[[bytes], str]) -> Iterator[str]:
-    """The address of a server that answers every request so."""
+    """The address of a server that gives this answer to every request."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:

@@ -1,4 +1,4 @@
-"""Byte-pair training: its time is linear in the longest word, and ordinary text is trained on as it is."""
+"""The time of byte-pair training is linear in the longest word, and ordinary text is used unchanged."""
 
 import random
 import time

@@ -24,7 +24,7 @@ def bpe_tokenizer():
 
 
 def encoded(tokenizer, texts=TEXTS):
-    """The texts as a split: after each one its end-of-text token."""
+    """The tokens of the texts, each followed by the end-of-text token."""
     parts = ([*tokenizer.encode(text), tokenizer.end_of_text] for text in texts)
     return np.array([*itertools.chain.from_iterable(parts)], dtype=tokenizer.dtype)
 

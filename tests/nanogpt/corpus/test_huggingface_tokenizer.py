@@ -1,4 +1,4 @@
-"""A tokenizer.json of Hugging Face's tokenizers: the same tokens as theirs, or refused with the reason."""
+"""Hugging Face tokenizers give the same tokens after conversion, or an error with the reason."""
 
 import json
 from collections.abc import Callable

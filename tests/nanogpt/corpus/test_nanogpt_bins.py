@@ -80,7 +80,7 @@ CHARACTERS = np.random.default_rng(2).integers(0, 4, 3000)
 
 
 def given(tmp_path: Path, train: bytes, val: bytes, characters: str = "") -> tuple[list[int], list[int], list[str]]:
-    """What files with these bytes are read as, and the warnings."""
+    """The tokens read from files with these bytes, and the warnings."""
     write_pair(tmp_path / "pair", [0], [0], characters)
     (tmp_path / "pair/train.bin").write_bytes(train)
     (tmp_path / "pair/val.bin").write_bytes(val)
@@ -169,7 +169,7 @@ def test_what_holds_no_tokens_of_gpt2_is_refused_as_what_it_is(tmp_path: Path, d
 
 
 def test_tokens_that_were_never_written_are_refused(tmp_path: Path):
-    """nanoGPT reserves the whole file before it writes; when it is killed, the rest is zeros."""
+    """nanoGPT reserves the file before it writes; if it is killed, the rest is zeros."""
     data = WORDS.astype("<u2").tobytes() * 100
     with refuses(r"pair-raw/train\.bin has only zeros in the 4,096 bytes before byte 610,000"):
         given(tmp_path, data + bytes(10_000), data)

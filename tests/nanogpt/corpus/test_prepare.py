@@ -47,7 +47,7 @@ def params(tokenizer: str, **changes: Any) -> TokenizeParams:
 def run(
     tmp_path: Path, documents: list[str], section: TokenizeParams, processes: int = 1, name: str = "tokens"
 ) -> tuple[Meta, Tokenizer, dict[str, list[int]]]:
-    """Prepares the documents and opens what was written, with all its checks."""
+    """Prepares the documents and loads the result, with all checks."""
     raw = tmp_path / "raw"
     if not raw.exists():
         write_raw(raw, documents)
@@ -119,7 +119,7 @@ def test_the_number_of_processes_leaves_no_trace(
 
 
 def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
-    """Memory stays flat: the text is read no further ahead than the encoded pieces are written."""
+    """Memory use is constant: reading stays only a few pieces ahead of writing."""
     monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
     for module in (raw_module, prepare_module):
         monkeypatch.setattr(module, "PIECE", 500)
@@ -224,7 +224,7 @@ def test_a_large_vocabulary_takes_four_bytes_each(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_that_cannot_be_held_out_can_be_joined(tmp_path: Path, gpt2_files: Path, kind: Kind):
-    """The remedy of the refusal."""
+    """The remedy in the error."""
     documents = [TEXT, "Hi.\n\n"]
     with refuses(r"tokenize\.val_fraction = 0\.1 is not possible with 2 documents.* join them into one file"):
         run(tmp_path, documents, params(kind))
@@ -237,7 +237,7 @@ def test_documents_that_cannot_be_held_out_can_be_joined(tmp_path: Path, gpt2_fi
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset in the hub's layout: several parquet files of one split."""
+    """A dataset with the hub's layout: several parquet files of one split."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -251,7 +251,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nanogpts_files(hub: Path, val_fraction: float, seed: int) -> dict[str, bytes]:
-    """nanoGPT's steps, by the libraries that it takes for them."""
+    """nanoGPT's steps, with the libraries that it uses."""
     import datasets
     import tiktoken
 
@@ -290,7 +290,7 @@ def test_openwebtexts_files_are_nanogpts(
 @pytest.mark.parametrize("kind", ["char", "gpt2"])
 @pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
 def test_token_files_are_taken_as_they_are(tmp_path: Path, gpt2_files: Path, kind: Kind, documents: list[str]):
-    """What is known of them is what we would know had we made them of the text."""
+    """Their counts are the same as for token files made from the text."""
     if kind == "char":
         documents = ["".join(documents)]
     meta, tokenizer, splits = run(tmp_path, documents, params(kind), name="ours")
@@ -397,7 +397,7 @@ def die() -> None:
 
 
 def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, gpt2_files: Path):
-    """It reads for ever, and is killed when its workers are there."""
+    """It reads endlessly, and is killed when its workers have started."""
     raw_of(tmp_path / "raw", ["a few words " * 10_000])
     program = tmp_path / "program.py"
     program.write_text(

@@ -26,7 +26,7 @@ CONTENT = ("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 5
 
 @pytest.fixture
 def download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """`download(source, **params)`: what that source writes, read back; the working directory is a new one."""
+    """`download(source, **params)` returns the documents of the source; the working directory is new."""
     monkeypatch.chdir(tmp_path)
 
     def run(source: str, warn: Callable[[str], None] = lambda line: None, **changes: Any) -> list[str]:
@@ -82,7 +82,7 @@ STORIES = ["One day, a cat.\n\nIt sat.", "Two dogs.", "Three birds."]
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("mark", ["\n<|endoftext|>\n", "\r\n<|endoftext|>\r\n\r\n", "<|endoftext|>"])
 def test_a_mark_between_documents_is_warned_of_and_cut_at(download: Callable[..., list[str]], suffix: str, mark: str):
-    """What the warning advises is done."""
+    """The remedy in the warning works."""
     data = (mark.join(STORIES) + mark).encode()
     Path(f"a.txt{suffix}").write_bytes(gzip.compress(data) if suffix else data)
     Path("b.txt").write_text("<|endoftext|>another", newline="")

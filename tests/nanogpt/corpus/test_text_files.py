@@ -1,4 +1,4 @@
-"""What a user may bring: kinds of files, links, rows without a text, and encodings."""
+"""Files of users: kinds of files, links, rows without text, and encodings."""
 
 import csv
 import gzip
@@ -26,7 +26,7 @@ TEXTS = Path("inputs/texts")
 
 @pytest.fixture
 def download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Download:
-    """`download(source, **params)`: the documents, and the warnings; in a new folder with an empty inputs/texts."""
+    """`download(source, **params)` returns documents and warnings, in a new folder with an empty inputs/texts."""
     monkeypatch.chdir(tmp_path)
     TEXTS.mkdir(parents=True)
 
@@ -40,7 +40,7 @@ def download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Download:
 
 
 def advised(message: object) -> dict[str, Any]:
-    """The settings of `download` that a message advises."""
+    """The settings of `download` that a message suggests."""
     found = re.findall(r"set download\.(\w+) to ([\w-]+)", str(message))
     assert found
     return {key: YAML(typ="safe").load(value) for key, value in found}

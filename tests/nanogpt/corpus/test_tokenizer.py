@@ -201,7 +201,7 @@ def test_cuts_lie_before_white_space(text: str, cut: int, trained: TrainedTokeni
 
 
 def test_a_long_word_does_not_make_the_rest_one_part(trained: TrainedTokenizer, monkeypatch: pytest.MonkeyPatch):
-    """Memory: what is encoded at once is larger only where it must be."""
+    """Parts are longer only where they must be, which bounds memory."""
     monkeypatch.setattr("nanogpt.corpus.tokenizer._PART", 10)
     text = "some words " * 5 + "x" * 75 + " some words" * 30
     parts = list(trained.parts(text))
@@ -231,7 +231,7 @@ def test_any_text_comes_back_from_bytes(text: str, trained: TrainedTokenizer):
 
 
 def test_the_library_that_trains_would_encode_alike(trained: TrainedTokenizer, shakespeare: Path):
-    """tiktoken merges by token, the library by merge; on real text that is the same."""
+    """tiktoken merges by token, the library by merge; on real text the result is the same."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, pre_tokenizers
 

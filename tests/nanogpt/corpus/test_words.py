@@ -1,4 +1,4 @@
-"""The table of words against tiktoken itself, on all that a cut, a key or a row could get wrong."""
+"""Compares the table of words with tiktoken, in all cases where a cut, a key or a row could be wrong."""
 
 import itertools
 import random
@@ -80,7 +80,7 @@ def test_a_table_that_is_full_or_shared_by_many_words_gives_the_same_tokens(
 
 
 def test_every_two_and_three_characters(encoding: tiktoken.Encoding, dtype: Dtype):
-    """All cuts between all kinds, one table for all, each text by itself."""
+    """All cuts between all kinds, each text separately, with one table."""
     table = WordTable(encoding, END_OF_TEXT, dtype)
     pairs = [a + b for a in CHARACTERS for b in CHARACTERS]
     check(table, encoding, pairs)
