@@ -10,14 +10,15 @@ import click
 def command() -> Callable[[Callable[..., None]], click.Command]:
     """Like click.command, for a module that runs only by `python -m tools`.
 
-    `python -m tools.NAME` would define the command, do nothing, and exit with 0, so it is an error instead.
+    Its help shows the defaults of options. `python -m tools.NAME` would define the command, do nothing, and exit with
+    0, so it is an error instead.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         if function.__module__ == "__main__":
             name = Path(function.__code__.co_filename).stem.replace("_", "-")
             raise SystemExit(f"Error: this command is `python -m tools {name}`")
-        return click.command()(function)
+        return click.command(context_settings={"show_default": True})(function)
 
     return decorate
 

@@ -266,9 +266,7 @@ def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
 @click.option(
     "--format", "format_name", type=click.Choice([*FORMATS]), required=True, help="The program that loads it."
 )
-@click.option(
-    "--model", type=click.Path(path_type=Path), default=Path("model"), show_default=True, help="The model to export."
-)
+@click.option("--model", type=click.Path(path_type=Path), default=Path("model"), help="The model to export.")
 @click.argument("out", type=click.Path(path_type=Path))
 def main(format_name: str, model: Path, out: Path) -> None:
     """Writes a trained model for transformers or nanoGPT.

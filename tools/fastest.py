@@ -51,13 +51,7 @@ class Row:
 
 @command()
 @click.option("--write", is_flag=True, help="Write the fastest settings into params.yaml.")
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0, min_open=True),
-    default=120,
-    show_default=True,
-    help="Limit for each candidate.",
-)
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=120, help="Limit for each candidate.")
 @click.option(
     "--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures to this file."
 )

@@ -32,7 +32,7 @@ class Garbage:
 
 
 @command()
-@click.option("--days", default=14, show_default=True, help="Keep run directories that are newer.")
+@click.option("--days", default=14, help="Keep run directories that are newer.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def main(days: int, yes: bool) -> None:
     """Frees the disk space of old runs and caches, after showing it.

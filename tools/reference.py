@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -115,7 +116,8 @@ def _commands() -> list[str]:
 
 
 def _help(name: str, described: click.Command) -> list[str]:
-    context = click.Context(described, info_name=f"python -m {name}", terminal_width=WIDTH, max_content_width=WIDTH)
+    settings: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH, **described.context_settings}
+    context = click.Context(described, info_name=f"python -m {name}", **settings)
     return [f"### {name}", f"```text\n{described.get_help(context)}\n```"]
 
 

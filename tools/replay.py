@@ -23,7 +23,7 @@ ATTEMPT = click.Path(exists=True, file_okay=False, resolve_path=True, path_type=
 @command()
 @click.option("--step", type=click.IntRange(1), required=True, help="The step, numbered as in the journal and MLflow.")
 @click.option("--attempt", type=ATTEMPT, help="[default: the newest]")
-@click.option("--text/--no-text", default=True, show_default=True, help="Show the text of the batch.")
+@click.option("--text/--no-text", default=True, help="Show the text of the batch.")
 def main(step: int, attempt: Path | None, text: bool) -> None:
     """Recomputes one training step and compares it with the journal.
 

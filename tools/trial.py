@@ -117,18 +117,10 @@ class Trial:
 )
 @click.option("--baseline", metavar="EXPERIMENT", help="An experiment or a commit.  [default: the current params.yaml]")
 @click.option(
-    "--budget",
-    type=click.Choice(["steps", "flops"]),
-    default="steps",
-    show_default=True,
-    help="What must be equal for both sides.",
+    "--budget", type=click.Choice(["steps", "flops"]), default="steps", help="What must be equal for both sides."
 )
 @click.option(
-    "--max-seeds",
-    type=click.IntRange(2, 1000),
-    default=20,
-    show_default=True,
-    help="Stop after this many seeds, even if undecided.",
+    "--max-seeds", type=click.IntRange(2, 1000), default=20, help="Stop after this many seeds, even if undecided."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def main(

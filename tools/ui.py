@@ -32,7 +32,7 @@ for _ in range(300):
 
 
 @command()
-@click.option("--port", type=click.IntRange(1, 65_535), default=5000, show_default=True, help="The port of the page.")
+@click.option("--port", type=click.IntRange(1, 65_535), default=5000, help="The port of the page.")
 def main(port: int) -> None:
     """Opens MLflow's page, or prints the address of its server.
 

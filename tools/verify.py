@@ -12,13 +12,7 @@ from tracking.verdict import Report, write_reports
 
 
 @command()
-@click.option(
-    "--layer",
-    type=click.Choice(["lock", "steps", "base", "full"]),
-    default="full",
-    show_default=True,
-    help="The check.",
-)
+@click.option("--layer", type=click.Choice(["lock", "steps", "base", "full"]), default="full", help="The check.")
 @click.option("--base", metavar="COMMIT", help="For --layer base: the commit to compare HEAD with.")
 @click.option("--varied", is_flag=True, help="For --layer full: vary cores, threads, locale, folder and hash seed.")
 @click.option("--commit", metavar="EXPERIMENT", help="For --layer full: an experiment or a commit.  [default: HEAD]")
