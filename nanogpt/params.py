@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -273,11 +273,8 @@ def _explain(error: Any) -> str:
     section = Params.model_fields[loc[0]].annotation if len(loc) > 1 and loc[0] in Params.model_fields else Params
     if error["type"] == "extra_forbidden":
         names = list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
-        near = difflib.get_close_matches(loc[-1], names, n=1, cutoff=0.5)
-        where = f"{loc[0]}." if len(loc) > 1 else ""
-        remedy = f"did you mean {where}{near[0]}?" if near else f"use one of {', '.join(names)}"
         value = "" if isinstance(error["input"], dict) else f" = {_value(error)}"
-        return f"{key}{value} is not a known parameter; {remedy}"
+        return f"{key}{value} is not a known parameter; {suggestion(key, names)}"
     if error["type"] == "missing":
         return f"{key} is missing; add it"
     problem = error["msg"][0].lower() + error["msg"][1:]
@@ -287,6 +284,13 @@ def _explain(error: Any) -> str:
     if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
         problem += ", but this is text; if it is in quotes, remove them"
     return f"{key} = {_value(error)} is invalid: {problem}"
+
+
+def suggestion(key: str, names: Collection[str]) -> str:
+    """The remedy for an unknown key or "section.key": the most similar of the names in its place, or all of them."""
+    section, dot, name = key.rpartition(".")
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {section}{dot}{near[0]}?" if near else f"use one of {', '.join(names)}"
 
 
 def _value(error: Any) -> str:

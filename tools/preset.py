@@ -1,9 +1,7 @@
 """Writes params.yaml for a preset experiment: `python -m tools preset NAME`; without a name, lists the presets."""
 
-import difflib
 import io
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nanogpt.files import write_text
-from nanogpt.params import Params, parse_params
+from nanogpt.params import Params, parse_params, suggestion
 from tools.command import command
 from tracking.git import git_or_none
 
@@ -40,10 +38,10 @@ def presets() -> dict[str, Path]:
 
 def listing() -> str:
     """All presets, each with the first line of its comment."""
-    known = presets()
-    width = max(map(len, known), default=0)
-    lines = (path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for path in known.values())
-    return "\n".join(f"{name:{width}}  {line}" for name, line in zip(known, lines, strict=True))
+    found = presets()
+    width = max(map(len, found), default=0)
+    lines = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in found.items()}
+    return "\n".join(f"{name:{width}}  {line.lstrip('# ')}" for name, line in lines.items())
 
 
 def apply(name: str, force: bool) -> str:
@@ -78,11 +76,11 @@ def checked(text: str, preset: Path) -> Params:
 
 def find(name: str, wanted: str = "") -> Path:
     """The path of a preset. Raises ValueError; it begins with `wanted` and suggests a similar name."""
-    known = presets()
-    if name in known:
-        return known[name]
-    near = f"{_near(name, known)} presets: {', '.join(known) or f'none in {PRESETS}/'}".lstrip()
-    raise ValueError(f"{wanted}there is no preset {name}; {near}")
+    found = presets()
+    if name not in found:
+        remedy = suggestion(name, found) if found else f"{PRESETS}/ is empty"
+        raise ValueError(f"{wanted}there is no preset {name}; {remedy}")
+    return found[name]
 
 
 def committed_params() -> str:
@@ -141,10 +139,11 @@ def changed(text: str, name: str, *overlays: Layer) -> tuple[str, list[str]]:
     """
     yaml, after = _yaml(), dict[str, Any]()
     params = _sections(yaml, text, name)
-    known = [*params, *flat(params)]
+    keys = {*params, *flat(params)}
     for source, sections in overlays:
-        if unknown := [key for key in (*map(str, sections), *flat(sections)) if key not in known]:
-            raise ValueError(f"{source} sets {unknown[0]}, which {name} does not have; {_remedy(unknown[0], known)}")
+        if unknown := next((key for key in (*map(str, sections), *flat(sections)) if key not in keys), ""):
+            names = list(params[unknown.partition(".")[0]] if "." in unknown else params)
+            raise ValueError(f"{source} sets {unknown}, which {name} does not have; {suggestion(unknown, names)}")
         after |= flat(sections)
     differing = []
     for key, before in flat(params).items():
@@ -184,16 +183,6 @@ def _sections(yaml: YAML, text: str, name: str, besides: str = "") -> dict[str, 
 
 def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-
-
-def _remedy(key: str, known: list[str]) -> str:
-    """Suggests a similar key, or lists those of its section."""
-    beside = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    return _near(key, beside) or f"use one of {', '.join(beside)}"
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    return "".join(f"did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
 
 
 def _shown(value: Any) -> str:

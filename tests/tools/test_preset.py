@@ -250,11 +250,11 @@ def test_without_a_commit_the_way_to_one_is_reported(repository: Path) -> None:
 
 
 def test_an_unknown_name_is_reported_with_the_nearest_and_all() -> None:
-    assert "there is no preset train_gpt; did you mean train_gpt2? presets: debug_one_step, " in refused("train_gpt")
-    assert "there is no preset ../params; presets: debug_one_step, " in refused("../params")
+    assert "there is no preset train_gpt; did you mean train_gpt2?\n" in refused("train_gpt")
+    assert "there is no preset ../params; use one of debug_one_step, " in refused("../params")
     shutil.rmtree("presets")
     Path("presets").mkdir()
-    assert "there is no preset x; presets: none in presets/" in refused("x")
+    assert "there is no preset x; presets/ is empty" in refused("x")
     assert run().output == "\n"
 
 
@@ -283,10 +283,10 @@ CIRCLE = "; remove `extends` from one of them\n"
         (
             "base",
             "extends: train_gpt",
-            " extends train_gpt: there is no preset train_gpt; did you mean train_gpt2? presets: ",
+            " extends train_gpt: there is no preset train_gpt; did you mean train_gpt2?\n",
         ),
-        ("base", "extends:", " extends None: there is no preset None; presets: bad, base, debug_one_step, "),
-        ("base", "extends: [a]", " extends ['a']: there is no preset ['a']; presets: bad, base, debug_one_step, "),
+        ("base", "extends:", " extends None: there is no preset None; use one of bad, base, debug_one_step, "),
+        ("base", "extends: [a]", " extends ['a']: there is no preset ['a']; use one of bad, base, debug_one_step, "),
         ("base", "extends: bad", f" extends bad, which forms a circle (bad -> base -> bad){CIRCLE}"),
     ],
 )
