@@ -13,7 +13,7 @@ from tracking.mlflow_server import connect, explained, resolve_uri
 
 @command()
 @click.option("--model", default=f"models:/{NAME}@{ALIAS}", help="The model to serve, in MLflow's notation.")
-@click.option("--host", default="127.0.0.1", help="0.0.0.0 also accepts other machines.")
+@click.option("--host", default="127.0.0.1", help="0.0.0.0 answers other machines.")
 @click.option("--port", type=click.IntRange(1, 65_535), default=5001)
 def main(model: str, host: str, port: int) -> None:
     """Serves the champion until Ctrl-C.

@@ -39,11 +39,8 @@ _OTHERS = {
 }
 
 
-class Unreadable(ValueError):
-    """A file is not a usable token file."""
-
-    def __init__(self, path: Path, what: str):
-        super().__init__(f"{path} {what}; make it again, or {_USE_TEXT}")
+def _unreadable(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} {what}; make it again, or {_USE_TEXT}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def read_tokens(raw: Path, tokenizer: Tokenizer, warn: Callable[[str], None]) ->
             if not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
                 wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0]
                 vocabulary = f"the vocabulary of {tokenizer.name} has {tokenizer.vocab_size:,}"
-                raise Unreadable(raw / file, f"has token {wrong:,} ({layout.dtype.name}), but {vocabulary}")
+                raise _unreadable(raw / file, f"has token {wrong:,} ({layout.dtype.name}), but {vocabulary}")
             yield name, ids.astype(tokenizer.dtype, copy=False)
 
 
@@ -105,16 +102,16 @@ def _tokens(raw: Path, file: str, layout: _Layout) -> Iterator[npt.NDArray[Any]]
         ids = np.frombuffer(block[skipped : len(block) - (len(block) - skipped) % width], layout.dtype)
         done, skipped = done + len(block), 0
         if (done - layout.start) % width:
-            raise Unreadable(path, f"has {done:,} bytes, which is not a whole number of {width}-byte tokens")
+            raise _unreadable(path, f"has {done:,} bytes, which is not a whole number of {width}-byte tokens")
         # nanoGPT reserves the file for OpenWebText before it writes the tokens; if it was killed, the rest is zeros.
         if len(ids) >= _SAMPLE and not ids[-_SAMPLE:].any():
-            raise Unreadable(path, f"has only zeros in the {_SAMPLE * width:,} bytes before byte {done:,}")
+            raise _unreadable(path, f"has only zeros in the {_SAMPLE * width:,} bytes before byte {done:,}")
         yield ids
     found = (done - layout.start) // width
     if not found:
-        raise Unreadable(path, "has no tokens")
+        raise _unreadable(path, "has no tokens")
     if layout.tokens not in (None, found):
-        raise Unreadable(path, f"has {found:,} tokens, but its header says {layout.tokens:,}")
+        raise _unreadable(path, f"has {found:,} tokens, but its header says {layout.tokens:,}")
 
 
 def _layout(raw: Path, file: str, tokenizer: Tokenizer) -> _Layout:
@@ -122,16 +119,16 @@ def _layout(raw: Path, file: str, tokenizer: Tokenizer) -> _Layout:
     path, block = raw / file, next(read_file(raw, file), b"")
     for beginning, what in _OTHERS.items():
         if block.startswith(beginning):
-            raise Unreadable(path, f"is {what}, not a token file")
+            raise _unreadable(path, f"is {what}, not a token file")
     if block.startswith(np.lib.format.MAGIC_PREFIX):
         return _npy(path, block)
     number, version, tokens = struct.unpack_from("<3i", block) if len(block) >= _HEADER else (0, 0, 0)
     if 2024_00_00 < number < 2030_00_00:  # as a raw token this number would be above GPT-2's vocabulary
         header = f"a header of llm.c with the number {number}"
         if (number, version) == _LLAMA3:
-            raise Unreadable(path, f"has Llama 3's tokens ({header}), which are not supported")
+            raise _unreadable(path, f"has Llama 3's tokens ({header}), which are not supported")
         if (number, version) != _GPT2:
-            raise Unreadable(path, f"has {header}, version {version}, which is not supported")
+            raise _unreadable(path, f"has {header}, version {version}, which is not supported")
         return _Layout(np.dtype("<u2"), "a header of llm.c or modded-nanogpt", _HEADER, tokens)
     return _Layout(_type(path, block, tokenizer))
 
@@ -144,9 +141,9 @@ def _npy(path: Path, block: bytes) -> _Layout:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
     except (ValueError, SyntaxError, TokenError) as error:
-        raise Unreadable(path, "has a damaged .npy header") from error
+        raise _unreadable(path, "has a damaged .npy header") from error
     if dtype.kind not in "iu":
-        raise Unreadable(path, f"has numpy's .npy header and {dtype.name} numbers, not tokens")
+        raise _unreadable(path, f"has numpy's .npy header and {dtype.name} numbers, not tokens")
     return _Layout(dtype, "numpy's .npy header", file.tell(), math.prod(shape))
 
 
@@ -169,7 +166,7 @@ def _type(path: Path, block: bytes, tokenizer: Tokenizer) -> np.dtype[Any]:
     if len(double) and single.max() < largest <= min(256, double.max()):
         return single.dtype
     if gpt2 and single.any() and len(single) >= 2 * _SAMPLE and _alike(single[::2], single[1::2]):
-        raise Unreadable(path, "is text, or has tokens of one byte each, but GPT-2's have two")
+        raise _unreadable(path, "is text, or has tokens of one byte each, but GPT-2's have two")
     return double.dtype
 
 

@@ -127,7 +127,7 @@ def test_a_preset_is_laid_over_the_params(project: Callable[..., Path]) -> None:
         assert CliRunner().invoke(command, arguments).exit_code == 0
     assert [(p.model.n_layer, p.model.n_embd, p.train.learning_rate) for p in found] == [(2, 8, 3e-5), (2, 16, 3e-5)]
     assert "presets/wrong.yaml sets model.layers, which" in invoke("--preset", "wrong")[1]
-    assert invoke("--preset", "missing") == (1, "Error: there is no preset missing; known: deep, wrong\n")
+    assert invoke("--preset", "missing") == (1, "Error: there is no preset missing; use one of deep, wrong\n")
 
 
 def test_the_pages_name_benchmarks_that_there_are() -> None:
