@@ -116,7 +116,7 @@ class Writer:
         self._write_line("".join(self._counted(document)))
 
     def close(self, source: str) -> CorpusInfo:
-        """Writes corpus.json. Raises ValueError if the corpus has no text at all."""
+        """Like `write_info`, but raises ValueError if the corpus has no text at all."""
         if not self.characters:
             raise ValueError(f"download.source = {source} contains no text; choose another source")
         return self.write_info(source)
@@ -135,6 +135,7 @@ class Writer:
         self.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
 
     def open(self, name: str) -> None:
+        """Begins a file of the corpus."""
         self._end_file()
         self.file = (self.raw / name).open("wb")
         self.files[name] = hashlib.sha256()
@@ -151,6 +152,7 @@ class Writer:
         self.file = None
 
     def write_info(self, source: str) -> CorpusInfo:
+        """Writes corpus.json."""
         self._end_file()
         kind, _, name = source.partition(":")
         info = CorpusInfo(
