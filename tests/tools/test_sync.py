@@ -18,7 +18,8 @@ from click.testing import CliRunner, Result
 from tests.runs import contents, end, finished_attempt, make_attempt, start, train, write_report
 from tools.__main__ import main
 from tracking import mlflow_process, mlflow_sync
-from tracking.journal import Journal, RunLock, read_records
+from tracking.journal import Journal, read_records
+from tracking.lock import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import TrackingError, connect, resolve_uri
 from tracking.mlflow_sync import SystemMetrics, Trainer, follow
@@ -62,7 +63,9 @@ def wait_until(true: Callable[[], bool]) -> None:
 # --- python -m tools sync
 
 
-def test_everything_that_lacks_is_sent_with_a_line_each(repository: Path, empty_database: Path) -> None:
+def test_everything_that_lacks_is_sent_with_a_line_each(
+    repository: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b"):
         finished_attempt(repository, name, model=name * 64)
     write_report(repository, model="a" * 64)
@@ -80,11 +83,12 @@ def test_everything_that_lacks_is_sent_with_a_line_each(repository: Path, empty_
     again = sync("--again")
     assert (again.exit_code, len(again.output.splitlines())) == (0, 3)
     assert [contents(client, run.info.run_id) for run in client.search_runs([experiment])] == before
-    # a new database is filled without being asked to
-    new_database(repository, empty_database)
-    command = [sys.executable, "-m", "tools", "sync"]  # MLflow in this process still has the old file open
-    filled = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert len(filled.splitlines()) == 3
+    # a new database is filled without being asked to; in a copy, since MLflow in this process has the old file open
+    copy = shutil.copytree(repository, repository.with_name("copy"))
+    new_database(copy, empty_database)
+    monkeypatch.setenv("DVC_ROOT", str(copy))
+    monkeypatch.chdir(copy)
+    assert len(sync().output.splitlines()) == 3
 
 
 def test_a_dead_server_is_one_line_and_exit_code_1(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +104,7 @@ def test_a_dead_server_is_one_line_and_exit_code_1(repository: Path, monkeypatch
 REFUSED = "HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno"
 ANSWERS = {
     REFUSED: "refuses these credentials: set MLFLOW_TRACKING_USERNAME",
-    "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n<html>Log in!</html>": "does not answer as MLflow's server does",
+    "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n<html>Log in!</html>": "does not answer like an MLflow server",
     "HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n": "correct MLFLOW_TRACKING_URI",
     'HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{"experiments"': "cut the connection",
 }
@@ -158,7 +162,7 @@ def test_a_killed_run_is_marked_and_a_living_one_is_not(repository: Path) -> Non
         start(journal)
         train(journal, 0, 12)
     with RunLock(attempt.parent):  # its trainer lives
-        assert "run 'run' goes on; MLflow has it up to now" in sync().output
+        assert "run 'run' is still training; MLflow has it up to now" in sync().output
         assert only_run(repository)["info"][1] == "RUNNING"
     assert "run 'run' was killed, and is marked so in MLflow" in sync(str(attempt)).output
     assert only_run(repository)["info"][1] == "KILLED"
@@ -237,7 +241,7 @@ def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypat
     assert follow(Run(attempt), resolve_uri(repository), os.getpid(), 60, said.append)
     journal.close()
     refused = "will try again: no server at http://***@host"
-    assert said[:4] == [refused, refused, "MLflow takes the run again", refused]
+    assert said[:4] == [refused, refused, "MLflow accepts the run again", refused]
     assert "is complete in MLflow" in said[4]
     assert only_run(repository)["info"][1] == "FINISHED"
 
@@ -255,7 +259,7 @@ def test_the_wait_for_a_dead_server_is_bounded_and_reported(repository: Path, mo
     monkeypatch.setattr(mlflow_process, "_GRACE", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     line = mlflow_process.wait(mlflow_process.Follower(process, attempt / "tracking.log"), 0)
-    assert line == "MLflow has not taken all of the run within 0 s; `python -m tools sync` sends the rest"
+    assert line == "MLflow did not take the whole run within 0 s; `python -m tools sync` sends the rest"
     assert process.returncode == -signal.SIGTERM
 
 
