@@ -171,7 +171,7 @@ def journal_results(root: Path, evaluated: str | None = None) -> tuple[list[Resu
                 found.append(_result(run, place, reports.get(run.result["model_sha256"])))
             else:
                 why = {"open": "has not finished, or was killed", "failed": "failed", "killed": "was stopped"}
-                left_out.append(f"{printable(run.info['name'])} ({place}) {why.get(run.status, 'has not begun')}")
+                left_out.append(f"{printable(run.info['name'])} ({place}) {why.get(run.status, 'has not started')}")
         except DAMAGE as error:
             left_out.append(f"{place} is damaged ({type(error).__name__}: {error})")
     return found, left_out

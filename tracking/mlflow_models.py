@@ -44,13 +44,10 @@ def log_models(client: Any, run_id: str, experiment: str, page: Page, run: Run) 
 
 def _models(page: Page, run: Run) -> dict[str, Record]:
     """The checkpoints that should be logged: name -> record."""
-    best, last = page.best_checkpoint, page.last.get("checkpoint")
-    found = {}
-    if best and (run.models / "best").is_dir():
-        found["best"] = best
-    if last and (run.models / "last").is_dir() and not (found and best and best["step"] == last["step"]):
-        found["last"] = last
-    return found
+    found = {"best": page.best_checkpoint, "last": page.last.get("checkpoint")}
+    if found["last"] == found["best"]:
+        del found["last"]
+    return {name: record for name, record in found.items() if record and (run.models / name).is_dir()}
 
 
 def _log_model(client: Any, run_id: str, experiment: str, name: str, record: Record, folder: Path) -> str:

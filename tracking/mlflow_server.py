@@ -248,7 +248,7 @@ def _check_location(uri: str, repository: Path, location: str) -> None:
     if found and was and not is_server(uri) and not was.exists():
         raise TrackingError(
             f"MLflow at {redact(uri)} keeps artifacts in {location}, and {was} is gone; if this repository was moved "
-            f"from there, `{shlex.join(['ln', '-s', str(repository), str(was)])}` leads to it"
+            f"from there, `{shlex.join(['ln', '-s', str(repository), str(was)])}` makes the old path work"
         )
 
 
