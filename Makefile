@@ -78,10 +78,10 @@ golden: $(READY)  ## write the golden file of this environment
 	@python -m tools golden
 
 test: $(READY)  ## the fast tests
-	pytest -n 2 --dist worksteal -m "not pipeline"
+	pytest -n 2 --dist worksteal tests --ignore=tests/pipeline --ignore=tests/faults
 
 test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
-	pytest -n 2 --dist loadfile --no-loadscope-reorder -m pipeline
+	pytest -n 3 --dist loadfile --no-loadscope-reorder tests/pipeline tests/faults
 
 soak: $(READY)  ## kill the pipeline at 100 random moments; nothing may be left of that (15 minutes)
 	python -m tests.faults.soak --kills 100

@@ -1,5 +1,6 @@
 """What several tests need: no network, no traces outside their own folder, and GPT-2's real vocabulary offline."""
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+
+from nanogpt.params import Params, load_params
 
 REPOSITORY = Path(__file__).parents[1]
 GPT2 = {  # what makes params.yaml's model and training those of nanoGPT, but for their size
@@ -33,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Threads of OpenMP that wait would spin, on cores that another worker's test needs. No result depends on it.
     os.environ["OMP_WAIT_POLICY"] = "passive"
+    # No test cuts the power, and each would wait for the disk. The processes that tests start do sync.
+    os.fsync = os.fstat
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HOME"] = folder = tempfile.mkdtemp(prefix="huggingface-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -42,11 +47,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # With `--dist loadfile` one worker runs the tests of a file, which share a clone. The longest first, so that no worker
-# is left alone with it in the end; the second file does not need the clone that the first one begins with.
+# is left alone with it in the end; the second and the third file do not need the clone that the first one begins with.
 FIRST = [
-    *("pipeline/test_docs.py", "pipeline/test_replay.py", "pipeline/test_verify.py", "pipeline/test_experiments.py"),
-    *("pipeline/test_kills.py", "faults/test_damage.py", "faults/test_tracking.py", "faults/test_resources.py"),
-    *("pipeline/test_lineage.py", "pipeline/test_repro.py", "faults/test_kills.py", "pipeline/test_init_from.py"),
+    *("pipeline/test_docs.py", "pipeline/test_replay.py", "pipeline/test_page.py", "pipeline/test_experiments.py"),
+    *("pipeline/test_verify.py", "pipeline/test_lineage.py", "faults/test_damage.py", "faults/test_tracking.py"),
+    *("pipeline/test_kills.py", "faults/test_resources.py", "pipeline/test_repro.py", "pipeline/test_trial.py"),
+    *("pipeline/test_bad_input.py", "pipeline/test_own_text.py", "pipeline/test_processes.py"),
+    *("pipeline/test_secrets.py", "pipeline/test_init_from.py", "faults/test_kills.py"),
 ]
 
 
@@ -65,6 +72,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             lines.append(f"### {report.nodeid}\n\n````text\n{report.longreprtext[-3000:]}\n````")
         with Path(path).open("a", encoding="utf-8") as file:
             file.write("\n\n".join(lines) + "\n")
+
+
+@functools.cache
+def committed_params() -> Params:
+    """The repository's params.yaml, parsed once."""
+    return load_params(REPOSITORY / "params.yaml")
 
 
 @pytest.fixture(scope="session")

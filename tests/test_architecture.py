@@ -1,11 +1,10 @@
 """The house's rules, read from its source: who may import whom, what no module does, how long things may get."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
-
-import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -101,10 +100,17 @@ BUILDERS = {
 RUN_BY_MLFLOW = "set_model(Model())"  # mlflow_model.py is a script of MLflow's "models from code"
 
 
+@functools.cache
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def nodes(paths):
+    """(path, node) of all that these files hold."""
+    return ((path, node) for path in paths for node in ast.walk(tree(path)))
+
+
+@functools.cache
 def imports(path):
     """Dotted names of all that a file imports, at its top or lazily; of `from a import b` both a and a.b."""
     names = set()
@@ -117,6 +123,7 @@ def imports(path):
     return names
 
 
+@functools.cache
 def own(path):
     """Modules of ours that a file imports, as "nanogpt.corpus.grammar"."""
     found = {name for name in imports(path) if name.split(".")[0] in TOPS}
@@ -146,11 +153,11 @@ def closure(path):
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_imports_go_down(path):
-    package = ".".join(path.relative_to(REPOSITORY).parent.parts)
-    for name in own(path) - LEAVES:
-        assert package_of(name) in BELOW[package] | {package}, f"{path} imports {name}"
+def test_imports_go_down():
+    for path in ALL:
+        package = ".".join(path.relative_to(REPOSITORY).parent.parts)
+        for name in own(path) - LEAVES:
+            assert package_of(name) in BELOW[package] | {package}, f"{path} imports {name}"
 
 
 def test_the_core_has_levels():
@@ -204,54 +211,52 @@ def _names(node):
 # --- what no module does ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_nothing_is_unpickled_or_executed(path):
+def test_nothing_is_unpickled_or_executed():
     pickles = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-    assert not {name.split(".")[0] for name in imports(path)} & pickles
-    for node in ast.walk(tree(path)):
+    unsafe = {"allow_pickle": True, "shell": True, "weights_only": False, "trust_remote_code": True}
+    assert [path for path in ALL if {name.split(".")[0] for name in imports(path)} & pickles] == []
+    for path, node in nodes(ALL):
+        place = f"{path}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in {"eval", "exec", "compile", "__import__"}, node.lineno
+            assert ast.unparse(node.func) not in {"eval", "exec", "compile", "__import__"}, place
             if ast.unparse(node.func) == "torch.load":
-                assert "weights_only=True" in map(ast.unparse, node.keywords), node.lineno
-        elif (
-            isinstance(node, ast.Attribute) and path != CORE["nanogpt_checkpoint"]
-        ):  # nanoGPT's ckpt.pt has no other form
-            assert ast.unparse(node) not in {"torch.load", "torch.save"}, node.lineno
+                assert "weights_only=True" in map(ast.unparse, node.keywords), place
+        elif isinstance(node, ast.Attribute):
+            if path != CORE["nanogpt_checkpoint"]:  # nanoGPT's ckpt.pt has no other form
+                assert ast.unparse(node) not in {"torch.load", "torch.save"}, place
         elif isinstance(node, ast.keyword):
-            unsafe = {"allow_pickle": True, "shell": True, "weights_only": False, "trust_remote_code": True}
             value = node.value.value if isinstance(node.value, ast.Constant) else None
-            assert unsafe.get(node.arg) is not value or value is None, ast.unparse(node)
+            assert unsafe.get(node.arg) is not value or value is None, place
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_nothing_runs_when_a_module_is_imported(path):
-    for node in tree(path).body:
-        if isinstance(node, ast.Expr):
-            docstring = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-            assert docstring or ast.unparse(node) == RUN_BY_MLFLOW, ast.unparse(node)
-        elif isinstance(node, ast.If):
-            never = {"TYPE_CHECKING", "__name__ == '__main__'", "__name__ == '__main__' and (not __package__)"}
-            assert ast.unparse(node.test) in never, ast.unparse(node.test)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            calls = [ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)]
-            unknown = {name for name in calls if not name.startswith("click.")} - BUILDERS
-            assert not unknown, f"line {node.lineno} calls {unknown}"
-        else:
-            assert isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef), ast.unparse(node)
+def test_nothing_runs_when_a_module_is_imported():
+    for path in ALL:
+        for node in tree(path).body:
+            place = f"{path}:{node.lineno}: {ast.unparse(node)}"
+            if isinstance(node, ast.Expr):
+                docstring = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+                assert docstring or ast.unparse(node) == RUN_BY_MLFLOW, place
+            elif isinstance(node, ast.If):
+                never = {"TYPE_CHECKING", "__name__ == '__main__'", "__name__ == '__main__' and (not __package__)"}
+                assert ast.unparse(node.test) in never, place
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                calls = [ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)]
+                assert {name for name in calls if not name.startswith("click.")} <= BUILDERS, place
+            else:
+                assert isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef), place
 
 
 # --- size -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [*ALL, *BENCHMARKS], ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_files_and_functions_stay_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
-    for node in ast.walk(tree(path)):
+def test_files_and_functions_stay_small():
+    for path in [*ALL, *BENCHMARKS]:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+    for path, node in nodes([*ALL, *BENCHMARKS]):
         if isinstance(node, ast.FunctionDef):
             allowed = LONGER_FUNCTIONS.get((path.name, node.name), 60)
-            assert node.end_lineno - node.lineno + 1 <= allowed, node.name
+            assert node.end_lineno - node.lineno + 1 <= allowed, f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_each_file_says_what_it_is_for(path):
-    assert ast.get_docstring(tree(path))
+def test_each_file_says_what_it_is_for():
+    assert [path for path in ALL if not ast.get_docstring(tree(path))] == []

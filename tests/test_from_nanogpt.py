@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from nanogpt.params import flatten, load_params
+from nanogpt.params import flatten
+from tests.conftest import REPOSITORY, committed_params
 from tools.preset import preset_params
 
-REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs/from-nanogpt.md").read_text(encoding="utf-8")
 
 FILES = {
@@ -108,7 +108,7 @@ def test_every_file_is_named() -> None:
 
 
 def test_every_key_of_params_yaml_that_is_named_exists() -> None:
-    known = flatten(load_params(REPOSITORY / "params.yaml")).keys()
+    known = flatten(committed_params()).keys()
     sections = "|".join(sorted({key.partition(".")[0] for key in known}))
     keys = set(re.findall(rf"(?:`|-S )((?:{sections})\.(?!py\b|bin\b)\w+)", PAGE))
     assert len(keys) > 40

@@ -35,7 +35,7 @@ fi
 if [ "$build" != default ] && [ "$installed" != "$torch+$build" ]; then
     # pip's own configuration may name a place that has it; if not, uv knows PyTorch's.
     if pip install --dry-run --quiet --no-deps "$torch+$build" &>/dev/null; then
-        pip install --no-deps "$torch+$build"
+        pip install --no-compile --no-deps "$torch+$build"
     else
         pip install --quiet --constraint constraints.txt uv
         if ! uv pip install --no-deps --torch-backend "$build" "$torch"; then
@@ -47,4 +47,6 @@ if [ "$build" != default ] && [ "$installed" != "$torch+$build" ]; then
         fi
     fi
 fi
-PYTHONUNBUFFERED=1 pip install --constraint constraints.txt '.[dev]' | progress
+PYTHONUNBUFFERED=1 pip install --no-compile --constraint constraints.txt '.[dev]' | progress
+# pip would compile on one core, which takes as long as its other work. What comes later is compiled when it is used.
+[ "$installed" ] || python -m compileall -q -j 0 "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &>/dev/null || true

@@ -45,10 +45,12 @@ def first_steps() -> dict[str, Any]:
 def bits_environment(environment: dict[str, str], numerics: dict[str, Any]) -> dict[str, str]:
     """The part of an environment that the bits may depend on."""
     names = ["torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"]
-    if numerics["determinism"] != "portable":
+    portable = numerics["determinism"] == "portable"
+    left_out = {"torch", "threads"} if portable else {"torch"}
+    if not portable:
         names.append("cpu")
     python = ".".join(environment["python"].split(".")[:2])
-    resolved = {f"numerics.{name}": str(value) for name, value in numerics.items() if name != "torch"}
+    resolved = {f"numerics.{name}": str(value) for name, value in numerics.items() if name not in left_out}
     return {"python": python, **{name: environment[name] for name in names}, **resolved}
 
 
@@ -69,7 +71,9 @@ def write_golden() -> tuple[Path, Golden]:
 def file_name(environment: dict[str, str]) -> str:
     """The parts of an environment that a person looks for, and eight digits of the hash of all of it."""
     torch = environment["torch"].partition("+")[0]
-    kind = f"{environment['numerics.determinism']}-{environment['numerics.threads']}threads"
+    kind = environment["numerics.determinism"]
+    if "numerics.threads" in environment:
+        kind += f"-{environment['numerics.threads']}threads"
     return f"python{environment['python']}-torch{torch}-{kind}-{sha256_json(environment)[:8]}.json"
 
 

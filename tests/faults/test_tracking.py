@@ -83,7 +83,7 @@ def test_a_server_that_is_killed_twice_and_comes_back(server, clone, seed, reque
     output = clone.repro(MLFLOW_TRACKING_URI=server.uri)
     assert output.count("`python -m tools sync` sends it later") == 2, output
     server.start()
-    assert "is in MLflow run" in clone.run("python -m tools sync", MLFLOW_TRACKING_URI=server.uri)
+    assert "is in MLflow run" in clone.tool("sync", MLFLOW_TRACKING_URI=server.uri)
     assert_all_is_there_once(server, clone, seed, name)
     assert clone.outs() == seed.outs()
 
@@ -106,7 +106,7 @@ def test_a_server_that_is_slow_or_broken_costs_the_stages_a_bounded_wait(server,
         assert output.count("`python -m tools sync` sends it later") == 2, output
         assert clone.lock() == seed.lock()
     proxy.mode = "pass"
-    output = clone.run("python -m tools sync", MLFLOW_TRACKING_URI=proxy.uri)
+    output = clone.tool("sync", MLFLOW_TRACKING_URI=proxy.uri)
     assert "is complete in MLflow" in output
     assert_all_is_there_once(server, clone, seed, request.node.name, reports=mode == "500")
     proxy.close()

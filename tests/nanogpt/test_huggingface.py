@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from nanogpt.huggingface import from_huggingface, load_huggingface, to_huggingfa
 from nanogpt.model import GPT
 from nanogpt.nanogpt_checkpoint import from_nanogpt, load_nanogpt, save_nanogpt, to_nanogpt
 from tests.nanogpt import tiny
+from tests.printed import run_python
 
 STD = 0.5  # of the weights: with 0.2 the two GELUs are only 1e-5 apart
 TOKENS = torch.from_numpy(tiny.tokens(24).astype("int64")).view(3, 8)
@@ -400,7 +399,7 @@ def test_the_remedy_for_an_unusual_checkpoint_makes_one_that_is_read(tmp_path, k
     command = re.search("`(.*)`", str(error.value))
     assert command
     assert "\n" not in str(error.value)
-    subprocess.run(command[1], shell=True, check=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}"})
+    run_python(command[1])
     assert tiny.same(load_nanogpt(path)[1], tiny.weights(tiny.gpt(std=0.2)))
 
 

@@ -2,8 +2,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from nanogpt.params import ModelParams
 from nanogpt.pretrained import GPT2_REVISIONS, crop_block_size, load_initial, planned_config, sha256_of
 from nanogpt.saved_model import save_model
 from tests.nanogpt import tiny
+from tests.printed import run_python
 
 NOTHING = ModelParams(**dict.fromkeys(ModelParams.model_fields))  # all as the source has it
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
@@ -194,7 +193,7 @@ def test_the_remedy_for_rows_that_are_no_tokens_of_gpt2_makes_a_model_that_is_ta
         load_initial(source, NOTHING, Gpt2Tokenizer())
     command = re.search("`(.*)`", str(error.value))
     assert command
-    subprocess.run(command[1], shell=True, check=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}"})
+    run_python(command[1])
     assert load_initial(source, NOTHING, Gpt2Tokenizer()).config.vocab_size == 50257
 
 

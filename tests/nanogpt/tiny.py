@@ -18,7 +18,8 @@ from nanogpt.determinism import Numerics
 from nanogpt.files import sha256_json
 from nanogpt.gpt_config import GPTConfig
 from nanogpt.model import GPT
-from nanogpt.params import Params, TrainParams, load_params
+from nanogpt.params import Params, TrainParams
+from tests.conftest import committed_params
 
 # Two workers of pytest share two cores; for models of this size a second thread is only overhead.
 torch.set_num_threads(1)
@@ -81,7 +82,7 @@ def train_params(**changes: Any) -> TrainParams:
 
 def params(train: TrainParams, **runtime: Any) -> Params:
     """The repository's params.yaml with that training and those settings of runtime."""
-    ours = load_params(Path(__file__).parents[2] / "params.yaml")
+    ours = committed_params()
     return ours.model_copy(update={"train": train, "runtime": ours.runtime.model_copy(update=runtime)})
 
 

@@ -17,11 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
+from click.testing import CliRunner
 from ruamel.yaml import YAML
 
 from nanogpt.checkpoint import Checkpoints
+from tools.__main__ import main
 from tracking.mlflow_page import REPORTED
 from tracking.run import Run, runs_in
 
@@ -104,6 +107,13 @@ class Clone:
             raise AssertionError(f"{command} ran longer than {timeout} s\n{output}") from None
         assert check in (None, process.returncode), f"{command} -> {process.returncode}\n{output}\n{self.logs()}"
         return output
+
+    def tool(self, *arguments: str, **variables: str) -> str:
+        """`python -m tools …`, by this repository's code and in this process, which has imported MLflow already."""
+        with contextlib.chdir(self.path), patch.dict(os.environ, environment() | variables):
+            result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
 
     def repro(self, *arguments: str, check: int | None = 0, **variables: str) -> str:
         return self.run(" ".join(["dvc repro", *arguments]), check, **variables)

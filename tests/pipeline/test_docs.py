@@ -16,6 +16,7 @@ pytestmark = pytest.mark.pipeline
 PAGES = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))]
 MIRROR = REPOSITORY.parent / "shared" / "data"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+VALUES = re.compile(r"=([^=,\s]+)(,[^=,\s]+)(?:,[^=,\s]+)*")  # of a parameter in a sweep
 BY_CI = {"make test", "make test-pipeline", "make lint"}
 ELSEWHERE = {  # run by other tests
     "make smoke": "test_experiments.py",
@@ -40,8 +41,9 @@ def commands(page: str) -> list[str]:
 def to_run(page: str) -> list[str]:
     """The commands of a page that its test runs, as it runs them.
 
-    A command of our own, or an experiment, is run for the first page that has it. A sweep has two values, and but for
-    the README's first one experiments end with their training: evaluate and sample do not make them differ.
+    A command of our own, or an experiment, is run for the first page that has it. A sweep has two values of its first
+    parameter and one of the others, and but for the README's first one experiments end with their training: evaluate
+    and sample do not make them differ.
     """
     known = {*BY_CI, *ELSEWHERE}
     for earlier in PAGES[: PAGES.index(page)]:
@@ -54,7 +56,9 @@ def to_run(page: str) -> list[str]:
             continue
         if "download.source=shakespeare" in command and not (MIRROR / "tinyshakespeare.txt").exists():
             continue
-        command = re.sub(r"=([^=,\s]+,[^=,\s]+)(,[^=,\s]+)+", r"=\1", command)
+        if swept := VALUES.search(command):
+            first, rest = command[: swept.end(2)], command[swept.end() :]
+            command = first + VALUES.sub(r"=\1", rest)
         if command.startswith("dvc exp run"):
             command, seen = f"{command} train" if seen else command, True
         chosen.append(command)

@@ -22,7 +22,7 @@ def test_a_model_is_finetuned_on_other_text_and_judged_without_training(seed: Cl
     clone.run("cp -r model inputs/pretrained/base && git add inputs/pretrained")
     clone.write("inputs/texts/tale.txt", TALE)
     clone.set_params(**BASE, **{"download.source": "file:inputs/texts/tale.txt", "train.eval_only": True})
-    clone.repro()
+    clone.repro("evaluate")
     before = json.loads(clone.read("metrics/evaluate.json"))
     assert clone.read("model/tokenizer.json") == clone.read("inputs/pretrained/base/tokenizer.json")
     assert json.loads(clone.read("metrics/train.json"))["steps"] == 0

@@ -13,6 +13,7 @@ import pytest
 
 from nanogpt.files import sha256_tree
 from tests.pipeline.clones import Clone
+from tests.pipeline.test_repro import ran
 from tracking.dvc_files import directory_md5
 
 pytestmark = pytest.mark.pipeline
@@ -46,7 +47,7 @@ def run_tagged(clone: Clone, **tags: str) -> Any:
 
 
 def told(clone: Clone, argument: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(clone.run(f"python -m tools lineage --json {shlex.quote(argument)}"))
+    found: dict[str, Any] = json.loads(clone.tool("lineage", "--json", argument))
     return found
 
 
@@ -129,15 +130,25 @@ def test_a_run_that_no_commit_holds_is_made_again_from_its_changes(clone: Clone,
     assert "# Not committed." in (model.parent / "nanogpt/optimizer.py").read_text()
 
 
-def test_a_model_from_the_run_cache_leads_to_the_run_that_made_it(seed: Clone, copy_of: Callable[..., Clone]) -> None:
+def test_an_earlier_training_comes_back_from_the_cache_without_a_run_of_its_own_and_leads_to_the_one_that_made_it(
+    seed: Clone, copy_of: Callable[..., Clone]
+) -> None:
+    """The only test that finds a run of its own in MLflow for a training that DVC's cache had."""
     clone = copy_of(seed)
     (trained,) = clone.runs()
     clone.set_params(**{"train.seed": 2})
-    clone.repro("train")
+    assert ran(clone.repro("train")) == ["train"]
+    assert clone.lock()["train"]["outs"] != seed.lock()["train"]["outs"]
+    assert len(clone.runs()) == 2
     other = directory_md5(clone.path / "model")
     assert told(clone, "model")["run"]["id"] == clone.runs()[1].info.run_id
+
     clone.set_params(**{"train.seed": 1337})
-    assert "Stage 'train' is cached" in clone.repro("train")
+    output = clone.repro()
+    assert ran(output) == []
+    assert "Stage 'train' is cached" in output
+    assert clone.read("dvc.lock") == seed.read("dvc.lock")
+    assert clone.outs() == seed.outs()
     assert len(clone.runs()) == 2
     assert told(clone, "model")["run"]["id"] == trained.info.run_id
     assert told(clone, other)["params"]["train.seed"] == "2"

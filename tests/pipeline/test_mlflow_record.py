@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from nanogpt.complete import complete
+from nanogpt.saved_model import load_model
+
 pytestmark = pytest.mark.pipeline
 
 EVALUATIONS = [0, 10, 20, 30]
@@ -98,21 +101,21 @@ def test_reports_of_later_stages_leave_the_end_of_the_run_alone(seed, run):
     assert later > run.info.end_time
 
 
-def test_only_what_loads_is_a_logged_model_and_it_writes_text_anywhere(seed, run, tmp_path):
+def test_only_what_loads_is_a_logged_model_and_it_writes_our_text_anywhere(seed, run, tmp_path):
     models = {m.name: m for m in seed.client().search_logged_models([run.info.experiment_id])}
     best = json.loads(seed.read("metrics/train.json"))["best_step"]
     assert models.keys() == ({"best"} if best == 30 else {"best", "last"})
     assert {str(model.status) for model in models.values()} == {"READY"}
     assert models["best"].tags["step"] == str(best)
     assert float(models["best"].params["val_loss"]) == run.data.metrics["eval/best_val_loss"]
+    prompts = ["One day", "The"]
     code = """
         import mlflow
         model = mlflow.pyfunc.load_model("models:/{}")
-        first, again = (model.predict(["One day"], params={{"max_new_tokens": 20}}) for _ in range(2))
-        assert first == again
-        print(first)
+        print(ascii(model.predict({!r}, params={{"max_new_tokens": 20}})))
     """
-    (tmp_path / "predict.py").write_text(textwrap.dedent(code).format(models["best"].model_id))
+    (tmp_path / "predict.py").write_text(textwrap.dedent(code).format(models["best"].model_id, prompts))
     uri = f"sqlite:///{seed.path}/mlflow.db"
     output = seed.run(f"cd {tmp_path} && python predict.py", MLFLOW_TRACKING_URI=uri)
-    assert "One day" in output
+    gpt = load_model(seed.path / "model")
+    assert output.splitlines()[-1] == ascii([complete(gpt, prompt, max_new_tokens=20) for prompt in prompts])

@@ -69,7 +69,7 @@ class Table(HTMLParser):
 def test_the_page_opens_on_the_runs_with_their_names_losses_and_what_differs(browser: str, tmp_path: Path) -> None:
     """The only test that looks at MLflow's page: its view is kept in a form that MLflow does not promise."""
     expected, clone = six_runs(tmp_path), Clone(tmp_path)
-    clone.run("python -m tools sync", PYTHONPATH=str(REPOSITORY))
+    clone.tool("sync")
     with mlflow_page(clone) as address:
         rows = Table(dom(browser, address)).rows
     groups = [row for row in rows.values() if row["attributes.`Run Name`"].startswith("Group: ")]
@@ -101,7 +101,7 @@ def test_a_comparison_fits_the_screen_and_draws_its_curves(
             scored_run(tmp_path, f"{rate}-{seed}", 1.9 + rate + seed / 1e3, seed=seed, params=params)
     text = (REPOSITORY / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(text.replace("experiment: nanogpt ", "experiment: test/one experiment "))
-    Clone(tmp_path).run("python -m tools compare --html page.html", PYTHONPATH=str(REPOSITORY))
+    Clone(tmp_path).tool("compare", "--html", "page.html")
     page = tmp_path / "page.html"
     page.write_text(page.read_text() + OVERFLOW)
     shown = dom(browser, page.as_uri(), width)

@@ -15,7 +15,7 @@ def trained(fresh: Clone, once) -> Clone:
     """A training whose steps have all that a step can have: dropout, several micro-batches, clipping."""
 
     def make(path):
-        clone = fresh.copy(path)
+        clone = fresh.copy(path, mlflow=False)
         clone.set_params(**{"model.dropout": 0.2, "train.gradient_accumulation_steps": 2})
         clone.set_params(**{"train.grad_clip": 0.5, "train.batch_size": 3})
         clone.commit()

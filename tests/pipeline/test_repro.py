@@ -90,18 +90,3 @@ def test_a_comment_costs_no_training_step_but_force_and_a_constant_do(seed, copy
     clone.write("nanogpt/model.py", clone.read("nanogpt/model.py").replace("eps=1e-5", "eps=1e-4"))
     assert "this training is finished already" not in clone.repro("train")
     assert len(clone.attempts()) == 3
-
-
-def test_an_earlier_training_comes_back_from_the_cache_without_a_run_in_mlflow(seed, copy_of):
-    """The only test that finds a run of its own in MLflow for a training that DVC's cache had."""
-    clone = copy_of(seed)
-    clone.set_params(**{"train.seed": 2})
-    assert ran(clone.repro("train")) == ["train"]
-    assert clone.lock()["train"]["outs"] != seed.lock()["train"]["outs"]
-    assert len(clone.runs()) == 2
-
-    clone.set_params(**{"train.seed": 1337})
-    assert ran(clone.repro()) == []
-    assert clone.read("dvc.lock") == seed.read("dvc.lock")
-    assert clone.outs() == seed.outs()
-    assert len(clone.runs()) == 2

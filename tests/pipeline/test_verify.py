@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.pipeline.clones import HOOKS, Clone
-from tests.pipeline.test_workflow import commands
+from tests.test_workflow import commands
 
 pytestmark = pytest.mark.pipeline
 

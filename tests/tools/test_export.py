@@ -4,9 +4,6 @@ import hashlib
 import json
 import pickle
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +21,7 @@ from nanogpt.generate import Sampling, generate
 from nanogpt.nanogpt_checkpoint import load_nanogpt
 from nanogpt.saved_model import load_model, save_model
 from tests.nanogpt import tiny
+from tests.printed import run_python
 from tools.__main__ import main
 from tools.export import export, tokenizer_files
 from tracking.dvc_files import directory_md5
@@ -236,7 +234,7 @@ def test_the_weights_carry_the_one_mark_that_transformers_needs(tmp_path):
 # --- nanoGPT ----------------------------------------------------------------------------------------------------------
 
 
-def test_nanogpts_sampler_finds_weights_and_characters(tmp_path):
+def test_nanogpts_sampler_finds_weights_and_characters(tmp_path, monkeypatch):
     """As sample.py: weights from ckpt.pt, characters from data/<dataset>/meta.pkl, which the card's command makes."""
     tokenizer = CharTokenizer("\n \"'abcdé", True)
     model = published(tmp_path, tokenizer, bias=False)
@@ -251,7 +249,8 @@ def test_nanogpts_sampler_finds_weights_and_characters(tmp_path):
 
     card = (tmp_path / "out" / "README.md").read_text()
     script = re.search(r"^python -c .*$", card, re.MULTILINE).group().replace("<this directory>", str(tmp_path / "out"))
-    subprocess.run([sys.executable, *shlex.split(script)[1:]], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    run_python(script)
     meta = pickle.loads((tmp_path / "data" / checkpoint["config"]["dataset"] / "meta.pkl").read_bytes())
     text = "a\n'é\" d"
     assert [meta["stoi"][c] for c in text] == tokenizer.encode(text).tolist()

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 TORCH = re.search(r"^torch==.*", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)[0]
-REST = "pip install --constraint constraints.txt .[dev]"
+REST = "pip install --no-compile --constraint constraints.txt .[dev]"
 OFFERED = f"pip install --dry-run --quiet --no-deps {TORCH}"
 UV = ["pip install --quiet --constraint constraints.txt uv", f"uv pip install --no-deps --torch-backend cpu {TORCH}"]
 without_gpu = pytest.mark.skipif(
@@ -46,7 +46,7 @@ def install(tmp_path):
 @without_gpu
 def test_without_a_gpu_pips_own_places_are_asked_for_the_cpu_build(install):
     code, output, calls = install()
-    assert (code, calls) == (0, [f"{OFFERED}+cpu", f"pip install --no-deps {TORCH}+cpu", REST])
+    assert (code, calls) == (0, [f"{OFFERED}+cpu", f"pip install --no-compile --no-deps {TORCH}+cpu", REST])
     assert 'the build "cpu" (200 MB), as no NVIDIA GPU is found' in output
     assert "0.3 GB to download" in output
     assert "make setup TORCH=default" in output

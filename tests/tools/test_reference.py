@@ -1,7 +1,7 @@
 """docs/reference.md is what the code says."""
 
-from nanogpt.params import flatten, load_params
-from tests.pipeline.clones import REPOSITORY
+from nanogpt.params import flatten
+from tests.conftest import REPOSITORY, committed_params
 from tools.reference import METRIC_NOTES, PAGE, metrics, page
 
 
@@ -12,5 +12,5 @@ def test_the_page_is_as_the_code_has_it() -> None:
 
 def test_every_key_and_every_metric_is_there() -> None:
     text = page()
-    assert [key for key in flatten(load_params(REPOSITORY / "params.yaml")) if f"| `{key}` |" not in text] == []
+    assert [key for key in flatten(committed_params()) if f"| `{key}` |" not in text] == []
     assert set(metrics()) == METRIC_NOTES.keys()

@@ -9,10 +9,9 @@ import pytest
 from nanogpt.corpus.sources import write_corpus
 from nanogpt.files import Damaged, Missing
 from nanogpt.params import DownloadParams, load_params
+from tests.conftest import committed_params
 from tracking.errors import explain
 from tracking.remedies import remedy
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +58,7 @@ def test_every_other_file_has_a_remedy():
       "name the folder into which nanoGPT wrote train.bin and val.bin")],
 )  # fmt: skip
 def test_a_missing_text_may_be_untracked(source, problem):
-    values = load_params(REPOSITORY / "params.yaml").download.model_dump()
+    values = committed_params().download.model_dump()
     with pytest.raises(Missing) as caught:
         write_corpus(DownloadParams(**values | {"source": source}), Path("raw"))
     assert explain(caught.value) == (

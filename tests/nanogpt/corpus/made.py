@@ -13,9 +13,9 @@ import pytest
 
 from nanogpt.corpus.raw_text import CorpusInfo, Writer
 from nanogpt.corpus.sources import write_corpus
-from nanogpt.params import DownloadParams, load_params
+from nanogpt.params import DownloadParams
+from tests.conftest import committed_params
 
-REPOSITORY = Path(__file__).parents[3]
 TOKENS = np.arange(1000) % 7
 
 
@@ -25,7 +25,7 @@ def refuses(message: str, error: type[Exception] = ValueError) -> Any:
 
 
 def download_params(**changes: Any) -> DownloadParams:
-    return DownloadParams(**(load_params(REPOSITORY / "params.yaml").download.model_dump() | changes))
+    return DownloadParams(**(committed_params().download.model_dump() | changes))
 
 
 def write_raw(

@@ -19,7 +19,8 @@ from nanogpt.corpus import grammar, sources
 from nanogpt.corpus.raw_text import CorpusInfo, load_info, read_documents
 from nanogpt.corpus.sources import Remote, fetch, write_corpus
 from nanogpt.files import Missing
-from tests.nanogpt.corpus.made import REPOSITORY, download_params, refuses
+from tests.conftest import REPOSITORY
+from tests.nanogpt.corpus.made import download_params, refuses
 
 CONTENT = ("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50).encode()
 

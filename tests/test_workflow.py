@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import pytest_terminal_summary
-from tests.pipeline.clones import REPOSITORY
+from tests.conftest import REPOSITORY, pytest_terminal_summary
 
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 REPRODUCE = REPOSITORY / ".github" / "workflows" / "reproduce.yml"
