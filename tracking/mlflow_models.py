@@ -6,7 +6,7 @@ MLflow creates a new model on each attempt to log one, so this looks first which
 import json
 import tempfile
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,7 @@ def save_pyfunc(model: Path, target: Path, run_id: str | None = None, model_id: 
             python_model=str(here / "mlflow_model.py"),
             artifacts={"model": str(model.absolute())},
             code_paths=[str(here.parent / "nanogpt")],
-            pip_requirements=[_requirement(name) for name in REQUIREMENTS],
+            # Without torch's +cpu, which no package index has.
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
             signature=ModelSignature(text, text, ParamSchema(options)),
         )
-
-
-def _requirement(name: str) -> str:
-    try:
-        return f"{name}=={version(name).partition('+')[0]}"  # no package index has torch's +cpu
-    except PackageNotFoundError:
-        return name
