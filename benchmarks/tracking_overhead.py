@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks.common import benchmark, call, row
 from nanogpt.params import load_params
-from tracking.first_steps import TOKENS
+from tracking.golden import TOKENS
 from tracking.run import Run
 
 CANDIDATES = {
@@ -36,7 +36,7 @@ CANDIDATES = {
 UNSAMPLED = """
 from tools.sync import main
 from tracking import mlflow_sync
-mlflow_sync._start_metrics = lambda *_: None
+mlflow_sync._sampler = lambda *_: lambda: None
 main()
 """
 

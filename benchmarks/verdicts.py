@@ -9,7 +9,7 @@ import click
 
 from benchmarks.common import benchmark
 from nanogpt.params import load_params, with_values
-from tracking.first_steps import TOKENS
+from tracking.golden import TOKENS
 from tracking.significance import ALPHA, corrected, difference, evidence, seeds_needed
 
 SMALL = {"model.n_layer": 1, "model.n_head": 2, "model.n_embd": 32, "model.block_size": 32}

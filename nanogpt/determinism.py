@@ -1,12 +1,14 @@
 """What the bits of a result depend on beside code, data and parameters, pinned before torch is first imported.
 
-portable: the same bits on any x86-64 CPU with AVX2 and FMA, whatever its number of cores. Threads, instruction set
-          and deterministic algorithms are pinned. Across vendors Intel promises MKL's results for
-          MKL_CBWR=COMPATIBLE only.
-machine:  the same bits on the same kind of machine. Threads and deterministic algorithms are pinned.
+portable: the same bits on any x86-64 CPU with AVX2 and FMA, for any number of threads. The instruction set and
+          deterministic algorithms are pinned, the kernels of portable.py take the place of torch's, and the known
+          answers of known_answers.py are checked.
+machine:  the same bits on the same kind of machine with the same number of threads: for GPUs, Arm, torch.compile and
+          bfloat16. Threads and deterministic algorithms are pinned.
 off:      the fastest; two runs may differ.
 """
 
+import ctypes
 import os
 import platform
 import sys
@@ -21,9 +23,12 @@ if TYPE_CHECKING:
     import torch
 
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
 @dataclass(frozen=True)
 class Numerics:
-    """What was resolved; part of a run's fingerprint."""
+    """What was resolved; what the bits depend on is part of a run's fingerprint."""
 
     determinism: str
     threads: int
@@ -38,17 +43,27 @@ class Numerics:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def of_the_bits(self) -> dict[str, Any]:
+        """What the bits depend on: not on the number of threads where the mode is portable."""
+        return {name: value for name, value in asdict(self).items() if name != "threads" or not self.is_portable}
+
+    @property
+    def is_portable(self) -> bool:
+        return self.determinism == "portable"
+
 
 def pin(params: NumericsParams, device: str) -> Numerics:
-    """Pins the process, imports torch, and tells what was resolved. `device`: auto, cpu, cuda, cuda:N or mps.
+    """Pins the process, imports torch, and returns what was resolved. `device`: auto, cpu, cuda, cuda:N or mps.
 
     Raises ValueError where the mode or the device cannot be had here, and RuntimeError when torch was imported before.
     """
+    threads = params.threads or available_cores()
     if params.determinism != "off":
         if "torch" in sys.modules:
             raise RuntimeError("determinism.pin must come before the first import of torch")
         _check_machine(params.determinism)
-        _pin_environment(params)
+        _pin_environment(params.determinism, threads)
+    _keep_freed_memory()
     import torch
 
     if params.determinism == "portable":
@@ -56,7 +71,6 @@ def pin(params: NumericsParams, device: str) -> Numerics:
     resolved = _resolve_device(device, params.determinism)
     if resolved.index is not None:
         torch.cuda.set_device(resolved)  # so that "cuda" is that one
-    torch.set_num_threads(params.threads)
     if params.determinism != "off":
         if params.compile:
             torch.use_deterministic_algorithms(True)
@@ -71,10 +85,17 @@ def pin(params: NumericsParams, device: str) -> Numerics:
             f"numerics.determinism = portable needs a torch with kernels for AVX2, and this one has {instruction_set}; "
             "set it to machine"
         )
+    if params.determinism == "portable":
+        from nanogpt import known_answers, portable
+
+        portable.install()
+        torch.set_num_threads(1)  # the answers are those of any number, and the threads need not start for this
+        known_answers.check()
+    torch.set_num_threads(threads)
     name = torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else platform.machine()
     return Numerics(
         determinism=params.determinism,
-        threads=params.threads,
+        threads=threads,
         dtype=params.dtype,
         compile=params.compile,
         attention=params.attention,
@@ -118,12 +139,29 @@ def _check_instructions(has: Mapping[str, Any]) -> None:
         )
 
 
-def _pin_environment(params: NumericsParams) -> None:
+def available_cores() -> int:
+    """Cores that this process may use: its share of the machine's where several processes train together."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep the memory that a step frees for the next step, instead of asking the kernel for it again.
+
+    The kernel hands out each page anew, zeroed: a tenth of the time of a small model's step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(M_TOP_PAD, 2**26)
+
+
+def _pin_environment(determinism: str, threads: int) -> None:
     """Environment variables win over the caller's: read by OpenMP, MKL, oneDNN, ATen and cuBLAS when torch loads."""
-    threads = str(params.threads)
     pinned = {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "OMP_DYNAMIC": "FALSE",
         "MKL_DYNAMIC": "FALSE",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -138,7 +176,7 @@ def _pin_environment(params: NumericsParams) -> None:
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",  # NVIDIA's containers set it; float32 products then have 10 bits
         "NVIDIA_TF32_OVERRIDE",
     ]
-    if params.determinism == "portable":
+    if determinism == "portable":
         pinned |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
     else:
         cleared += ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"]

@@ -87,6 +87,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_bytes(text.encode())
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Atomically replaces `path` by indented JSON with sorted keys."""
+    write_text(path, json.dumps(value, sort_keys=True, indent=1) + "\n")
+
+
 def _remove_leftovers(path: Path) -> None:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         owner = leftover.name.removeprefix(f".{path.name}.").partition(".")[0]

@@ -150,7 +150,7 @@ class SampleParams(Section):
 
 class NumericsParams(Section):
     determinism: Literal["portable", "machine", "off"]
-    threads: Natural
+    threads: Natural | None
     dtype: Literal["float32", "bfloat16", "float16"]
     compile: bool
     attention: Attention

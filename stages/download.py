@@ -1,4 +1,4 @@
-"""The first stage: raw text to data/raw/."""
+"""The first stage: fetches the raw text into data/raw/."""
 
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.download`, in the root of the repository")
@@ -12,7 +12,7 @@ RAW = Path("data/raw")
 
 @command("download")
 def main(console: Console) -> None:
-    """Fetches or writes the raw text (or token files) that params.yaml (download) names: to data/raw/."""
+    """Fetches the text or token files named in params.yaml (download) into data/raw/."""
     from nanogpt.corpus.sources import write_corpus
     from nanogpt.files import replacing
     from nanogpt.params import load_params

@@ -1,4 +1,4 @@
-"""Scores the model on the whole validation split: metrics/evaluate.json, and its loss alone in val_loss.json."""
+"""The fourth stage: scores the model on the whole validation split."""
 
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.evaluate`, in the root of the repository")
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanogpt.files import sha256_file, sha256_tree, write_json, write_text
 from tracking.console import Console, command, counting
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from nanogpt.saved_model import PublishedModel
 
 TOKENS, MODEL = Path("data/tokens"), Path("model")
-METRICS, LOSS = Path("metrics/evaluate.json"), Path("metrics/val_loss.json")  # all scores; the one in DVC's tables
+METRICS, LOSS = Path("metrics/evaluate.json"), Path("metrics/val_loss.json")  # all scores; the one for DVC's tables
 
 
 @command("evaluate")
@@ -30,14 +31,13 @@ def main(console: Console) -> None:
     from nanogpt.corpus.floor import check_leakage, floor_nats
     from nanogpt.corpus.token_files import load_meta, load_split
     from nanogpt.evaluate import Score
-    from nanogpt.files import sha256_file, sha256_tree, write_text
     from nanogpt.saved_model import load_model
     from tracking.report import report
 
     gpt = load_model(MODEL, resolved.device, params.numerics.attention)
     meta = load_meta(TOKENS)
     if sha256_file(MODEL / "tokenizer.json") != meta.tokenizer_sha256:
-        raise ValueError(f"{MODEL} has another tokenizer than {TOKENS} was made with; `dvc repro` makes them fit")
+        raise ValueError(f"{MODEL} has another tokenizer than {TOKENS}; `dvc repro` makes both from the same text")
     train, val = load_split(TOKENS, "train"), load_split(TOKENS, "val")
     val_score = score_split(console, gpt, val, len(val.tokens), params.evaluate, resolved.dtype)
     train_score = score_split(console, gpt, train, params.evaluate.train_tokens, params.evaluate, resolved.dtype)
@@ -63,7 +63,7 @@ def main(console: Console) -> None:
             f"val loss is {gap:.3f} above train loss: the model overfits; train for fewer steps, on more text, "
             "or with model.dropout"
         )
-    write_text(METRICS, json.dumps(metrics, sort_keys=True, indent=1) + "\n")
+    write_json(METRICS, metrics)
     write_text(LOSS, json.dumps({"val_loss": metrics["val_loss"]}) + "\n")
     console.say(f"{summary} -> {METRICS}")
     losses = {name: value for name, value in metrics.items() if not name.endswith("_tokens")}
@@ -80,7 +80,7 @@ def score_split(
     tokens = split.tokens[:limit]
     targets = len(tokens) - (split.meta.first_context is None)
     block_size = gpt.model.config.block_size
-    if params.stride is not None and params.stride > block_size:  # of a model.block_size that is null
+    if params.stride is not None and params.stride > block_size:  # params.py checks it unless model.block_size is null
         raise ValueError(
             f"evaluate.stride = {params.stride} is above the model's block_size, {block_size}, so tokens would be "
             "skipped; lower it or set it to null"

@@ -1,4 +1,4 @@
-"""Writes text with the model: samples/samples.md and samples/samples.json."""
+"""The fifth stage: generates text with the model."""
 
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.sample`, in the root of the repository")
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nanogpt.files import replacing, sha256_tree
 from tracking.console import Console, command
 
 if TYPE_CHECKING:
@@ -21,30 +22,27 @@ if TYPE_CHECKING:
     from nanogpt.saved_model import PublishedModel
 
 MODEL, SAMPLES = Path("model"), Path("samples")
-FOREIGN = r"gpt2(-medium|-large|-xl)?|hf:.+|nanogpt:.+"  # weights without a tokenizer.json: GPT-2's is theirs
-
-OPTIONS = [
-    click.option("--prompt", "prompts", multiple=True, help="Text to continue, or FILE:<path>; print, write nothing."),
-    click.option(
-        "--model",
-        default=str(MODEL),
-        show_default=True,
-        help="Model directory, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:<directory, or name on the hub>, "
-        "nanogpt:<ckpt.pt>.",
-    ),
-    click.option("--stream", is_flag=True, help="Print one sample token by token; write nothing."),
-    click.option("--num-samples", type=click.IntRange(1), help="Samples per prompt.  [default: params.yaml]"),
-    click.option("--max-new-tokens", type=click.IntRange(1), help="Length.  [default: params.yaml]"),
-    click.option("--temperature", type=click.FloatRange(0), help="0: the likeliest token.  [default: params.yaml]"),
-    click.option("--top-k", type=click.IntRange(1), help="Only the k likeliest tokens.  [default: params.yaml]"),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus.  [default: params.yaml]"),
-    click.option("--seed", type=click.IntRange(0), help="[default: params.yaml]"),
-]
+FOREIGN = r"gpt2(-medium|-large|-xl)?|hf:.+|nanogpt:.+"  # weights without a tokenizer.json, which use GPT-2's
 
 
-@command("sample", *OPTIONS)
+@command("sample")
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue, or FILE:<path>.")
+@click.option(
+    "--model",
+    default=str(MODEL),
+    show_default=True,
+    help="Model directory, or gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:<directory, or name on the hub>, "
+    "nanogpt:<ckpt.pt>.",
+)
+@click.option("--stream", is_flag=True, help="Print one sample, token by token.")
+@click.option("--num-samples", type=click.IntRange(1), help="Samples per prompt.  [default: params.yaml]")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Length.  [default: params.yaml]")
+@click.option("--temperature", type=click.FloatRange(0), help="0: the likeliest token.  [default: params.yaml]")
+@click.option("--top-k", type=click.IntRange(1), help="Only the k likeliest tokens.  [default: params.yaml]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus.  [default: params.yaml]")
+@click.option("--seed", type=click.IntRange(0), help="[default: params.yaml]")
 def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], **overrides: Any) -> None:
-    """Continues the prompts of params.yaml: samples/samples.md and .json. With an option, prints and writes nothing."""
+    """Continues the prompts of params.yaml: samples/samples.md and .json. With an option, prints the text instead."""
     from nanogpt import determinism
     from nanogpt.params import load_params
 
@@ -68,7 +66,6 @@ def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], *
             click.echo(f"{sample['prompt']}{sample['text']}\n{'-' * 80}")
     else:
         write(console, continue_all(console, gpt, texts, settings))
-        from nanogpt.files import sha256_tree
         from tracking.report import report
 
         files = {f"samples/{path.name}": path.read_text() for path in sorted(SAMPLES.iterdir())}
@@ -76,9 +73,9 @@ def main(console: Console, model: str, stream: bool, prompts: tuple[str, ...], *
 
 
 def load(name: str, device: "str | torch.device", attention: "Attention") -> "PublishedModel":
-    """A model directory of ours, or a model of others that reads and writes GPT-2's tokens.
+    """Loads a model directory, or weights of nanoGPT or Hugging Face with GPT-2's tokenizer.
 
-    Raises ValueError if there is none, or if its vocabulary is not GPT-2's: then no tokenizer is known.
+    Raises ValueError if there is no model, or if such weights have another vocabulary, whose tokenizer is unknown.
     """
     from nanogpt.saved_model import PublishedModel, load_model
 
@@ -120,8 +117,6 @@ def continue_all(
 
 
 def write(console: Console, samples: list[dict[str, Any]]) -> None:
-    from nanogpt.files import replacing
-
     with replacing(SAMPLES) as directory:
         directory.mkdir()
         blocks = [

@@ -1,17 +1,21 @@
-"""Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
+"""The third stage: trains a GPT on data/tokens/."""
 
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this stage with `python -m stages.train`, in the root of the repository")
 
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanogpt.files import replacing, sha256_tree, write_json, write_text
 from tracking.console import Console, command, repository
-from tracking.launch import check_started, launch, run_to_exit, started
+from tracking.dvc_files import directory_md5
+from tracking.journal import Journal
+from tracking.launch import check_world_size, launch, run_to_exit, world_size
+from tracking.lock import RunLock
 from tracking.mlflow_server import check_variables
+from tracking.run import Run
 
 if TYPE_CHECKING:
     from nanogpt.checkpoint import Checkpoints
@@ -20,38 +24,37 @@ if TYPE_CHECKING:
     from nanogpt.params import Params
     from nanogpt.recipe import Recipe
     from nanogpt.train_state import TrainState
-    from tracking.run import Run
 
 TOKENS, MODEL, METRICS, CURVE = Path("data/tokens"), Path("model"), Path("metrics/train.json"), Path("plots/loss.csv")
+NOT_METRICS = {"published", "model_sha256", "model_md5"}  # of a result
 
 
 @command("train")
 def main(console: Console) -> None:
-    """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues what was interrupted."""
+    """Trains a GPT on data/tokens: model/, metrics/train.json, plots/loss.csv. Continues an interrupted training."""
     from nanogpt import determinism
     from nanogpt.params import load_params
 
     params = load_params()
     check_variables(params.tracking.experiment)
     numerics = determinism.pin(params.numerics, params.runtime.device)
-    if params.train.processes > 1 and started() is None:
+    if params.train.processes > 1 and world_size() is None:
         sys.exit(launch(params.train.processes, params.tracking.wait_seconds, "-m", "stages.train"))
-    check_started(params.train.processes)
+    check_world_size(params.train.processes)
     from nanogpt.distributed import PeerFailed, join
 
     try:
         with join(numerics.device) as ranks:
             run(console, params, numerics, ranks)
-    except PeerFailed as error:  # the other process reports it
+    except PeerFailed as error:  # the process that failed reports its error
         console.record(str(error))
         sys.exit(1)
 
 
 def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks") -> None:
-    """Trains, or publishes a training that is finished already. Rank 0 does all reading and writing of its run."""
+    """Trains, or publishes a finished training. Only rank 0 reads and writes the run directory."""
     from nanogpt.recipe import load_recipe
     from tracking.fingerprint import check_agreement, identify
-    from tracking.journal import RunLock
     from tracking.resume import choose
 
     recipe = load_recipe(params, numerics, TOKENS)
@@ -63,7 +66,7 @@ def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks"
         return
 
     def on_wait(pid: int) -> None:
-        console.say(f"process {pid} is training exactly this; waiting for its result")
+        console.say(f"process {pid} runs the same training; waiting for its result")
 
     directory = repository() / ".runs" / hashes["fingerprint"][:16]
     with RunLock(directory, on_wait):
@@ -71,7 +74,7 @@ def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks"
         console.record(f"run directory: {chosen.directory}")
         if ranks.tell(chosen.status) == "finished":
             place = chosen.directory.relative_to(repository())
-            console.say(f"this training is done already ({place}): publishing its model")
+            console.say(f"this training is finished already ({place}): publishing its model")
             publish(console, chosen)
         else:
             warn_of_emulation(console, numerics)
@@ -79,7 +82,7 @@ def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks"
 
 
 def follow(recipe: "Recipe", ranks: "Ranks") -> None:
-    """Trains along with rank 0."""
+    """Trains as another rank than 0."""
     from nanogpt.train import Stopped, train
     from tracking.observers import StopRequest
 
@@ -92,11 +95,10 @@ def follow(recipe: "Recipe", ranks: "Ranks") -> None:
         sys.exit(stop.exit_code)
 
 
-def lead(console: Console, recipe: "Recipe", hashes: dict[str, str], run: "Run", ranks: "Ranks") -> None:
-    """Trains as rank 0, which reads and writes the run, and publishes."""
+def lead(console: Console, recipe: "Recipe", hashes: dict[str, str], run: Run, ranks: "Ranks") -> None:
+    """Trains as rank 0, which records the run and publishes its model."""
     from nanogpt.checkpoint import Checkpoints
     from nanogpt.train import Stopped, train
-    from tracking.journal import Journal
     from tracking.observers import StopRequest, check_prompts, observing
     from tracking.recording import recording
     from tracking.resume import restore_newest
@@ -129,13 +131,11 @@ def say_ended_early(console: Console, recipe: "Recipe", state: "TrainState") -> 
 
 
 def save_models(
-    recipe: "Recipe", hashes: dict[str, str], run: "Run", state: "TrainState", checkpoints: "Checkpoints"
+    recipe: "Recipe", hashes: dict[str, str], run: Run, state: "TrainState", checkpoints: "Checkpoints"
 ) -> dict[str, Any]:
-    """Writes models/best and models/last of the run; returns the result that the journal's end records."""
-    from nanogpt.files import sha256_tree
+    """Writes models/best and models/last of the run; returns the result for the end of the journal."""
     from nanogpt.params import flatten
     from nanogpt.saved_model import save_model
-    from tracking.dvc_files import directory_md5
 
     params, progress = recipe.params, state.progress
     evaluations = {record["step"]: record for record in run.records("eval")}
@@ -168,20 +168,18 @@ def save_models(
     }
 
 
-def publish(console: Console, run: "Run") -> None:
-    """Copies the run's result to where DVC expects it. The same bytes each time."""
+def publish(console: Console, run: Run) -> None:
+    """Copies the run's result to the outs in dvc.yaml, with the same bytes each time."""
     from nanogpt.evaluate import loss_curve
-    from nanogpt.files import replacing, sha256_tree, write_text
 
     result = run.result
     write_text(CURVE, loss_curve(run.records("eval")))
     source = run.models / result["published"]
     if sha256_tree(source) != result["model_sha256"]:
-        raise ValueError(f"{source} is damaged: it is not what was trained; remove {run.directory} to train afresh")
+        raise ValueError(f"{source} has changed since the training; remove {run.directory} to train afresh")
     with replacing(MODEL) as temporary:
         shutil.copytree(source, temporary)
-    metrics = {name: value for name, value in result.items() if name not in {"published", "model_sha256", "model_md5"}}
-    write_text(METRICS, json.dumps(metrics, sort_keys=True, indent=1) + "\n")
+    write_json(METRICS, {name: result[name] for name in result if name not in NOT_METRICS})
     console.say(
         f"{result['parameters']:,} parameters, {result['steps']:,} steps, {result['tokens']:,} tokens; "
         f"{result['published']} at step {result['step']:,}: val loss {result['val_loss']:.4f} -> {MODEL}"
@@ -189,13 +187,13 @@ def publish(console: Console, run: "Run") -> None:
 
 
 def warn_of_emulation(console: Console, numerics: "Numerics") -> None:
-    """Warns where a training will be slow because the CPU has no instructions for its dtype."""
+    """Warns of a slow training if the CPU has no instructions for its dtype."""
     from nanogpt.determinism import is_emulated
 
     if numerics.device == "cpu" and is_emulated(numerics.dtype):
         console.warn(
             f"this CPU has no instructions for numerics.dtype = {numerics.dtype}, and may take ten times as long; "
-            "set it to float32, or let `python -m tools fastest --write` measure what is fastest"
+            "set it to float32, or let `python -m tools fastest --write` find the fastest setting"
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from tools.command import command
-from tracking.first_steps import first_steps
+from tracking.golden import first_steps
 
 
 @command()

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from tools.command import command
-from tracking.journal import RunLock
+from tracking.lock import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, local_folder, resolve_uri
 from tracking.redaction import redact

@@ -14,12 +14,13 @@ import click
 from nanogpt.files import sha256_tree
 from tools.command import command
 from tracking.console import repository
-from tracking.dvc_files import DvcLock, directory_md5, is_cached
+from tracking.dvc_files import DvcLock, cache_path, directory_md5
 from tracking.fingerprint import environment
 from tracking.git import git
-from tracking.history import Holder, KnownRun, KnownRuns, experiment_models, fetch_command, holders, known_commit
-from tracking.mlflow_server import as_text, resolve_uri
+from tracking.history import Holder, RecordedRun, RecordedRuns, experiment_models, fetch_command, has_commit, holders
+from tracking.mlflow_server import resolve_uri
 from tracking.redaction import redact
+from tracking.run import as_text
 
 UNKNOWN = "unknown"
 _HASH = re.compile(r"[0-9a-f]{7,64}")
@@ -32,13 +33,13 @@ class Lineage:
 
     sha256: str
     md5: str
-    run: KnownRun | None
-    twins: list[KnownRun]  # other runs that made the same model
+    run: RecordedRun | None
+    twins: list[RecordedRun]  # other runs that made the same model
     held: list[Holder]  # commits and experiments whose dvc.lock has the model
     lock: DvcLock  # one that has it: a commit's, or else the workspace's; empty if there is none
 
 
-def resolve(argument: str, root: Path, runs: KnownRuns) -> Lineage:
+def resolve(argument: str, root: Path, runs: RecordedRuns) -> Lineage:
     """What the argument names. Raises ValueError where that is nothing, or several things."""
     path = Path(argument)
     if path.is_dir() or "/" in argument:
@@ -85,18 +86,22 @@ def _no_model(argument: str, root: Path) -> ValueError:
     """Why a directory is no model, and what makes the pipeline's own."""
     remedy = "give the directory of a published model"
     if Path(argument).resolve() == (root / "model").resolve():
-        md5 = DvcLock.of_workspace(root).out_md5("train", "model")
-        remedy = "`dvc checkout model` brings it back" if md5 and is_cached(root, md5) else "`dvc repro train` makes it"
+        md5 = DvcLock.of_workspace(root).model_md5
+        remedy = (
+            "`dvc checkout model` brings it back"
+            if md5 and cache_path(root, md5).exists()
+            else "`dvc repro train` makes it"
+        )
     return ValueError(f"{argument} is no model directory: it holds no model.json; {remedy}")
 
 
-def _models(root: Path, runs: KnownRuns, prefix: str) -> dict[str, tuple[str, str]]:
+def _models(root: Path, runs: RecordedRuns, prefix: str) -> dict[str, tuple[str, str]]:
     """All models with a hash that begins so: a name for people -> (sha256, md5), "" where it is not known."""
     pairs = [(run.sha256, run.md5) for run in runs.by_model(prefix)]
     if (root / "model" / "model.json").is_file():
         pairs.append((sha256_tree(root / "model"), directory_md5(root / "model")))
     pairs += [("", holder.md5) for holder in holders(root, prefix)]
-    pairs.append(("", DvcLock.of_workspace(root).out_md5("train", "model") or ""))
+    pairs.append(("", DvcLock.of_workspace(root).model_md5 or ""))
     found: dict[str, tuple[str, str]] = {}
     known = {md5: sha256 for sha256, md5 in pairs if sha256 and md5}
     for sha256, md5 in pairs:
@@ -108,7 +113,7 @@ def _models(root: Path, runs: KnownRuns, prefix: str) -> dict[str, tuple[str, st
     return found
 
 
-def _of_model(root: Path, runs: KnownRuns, sha256: str, md5: str, run: KnownRun | None) -> Lineage:
+def _of_model(root: Path, runs: RecordedRuns, sha256: str, md5: str, run: RecordedRun | None) -> Lineage:
     same = runs.by_model(sha256 or md5) if sha256 or md5 else []
     trained = [twin for twin in same if not twin.pulled]
     if run is None or run.pulled:
@@ -126,12 +131,12 @@ def _of_model(root: Path, runs: KnownRuns, sha256: str, md5: str, run: KnownRun 
     if run:
         runs.complete(run)
     lock = held[0].lock if held else DvcLock.of_workspace(root)
-    if not md5 or lock.out_md5("train", "model") != md5:
+    if not md5 or lock.model_md5 != md5:
         lock = DvcLock()
     return Lineage(sha256, md5, run, [twin for twin in trained if twin is not run], held, lock)
 
 
-def _listed(runs: list[KnownRun]) -> str:
+def _listed(runs: list[RecordedRun]) -> str:
     return ", ".join(run.id or run.attempt for run in runs[:5]) + (" …" if len(runs) > 5 else "")
 
 
@@ -145,7 +150,7 @@ def way_back(root: Path, lineage: Lineage) -> tuple[list[str], list[str]]:
     notes: list[str] = []
     trained_at = run.tags.get("git.commit", "none") if run else "none"
     whole = holder is not None and not holder.differs
-    if run and not whole and known_commit(root, trained_at):
+    if run and not whole and has_commit(root, trained_at):
         commit, patch = trained_at, _patch(root, run, notes)
         if patch is None:
             return [], notes
@@ -174,7 +179,7 @@ def way_back(root: Path, lineage: Lineage) -> tuple[list[str], list[str]]:
     return commands, notes
 
 
-def _patch(root: Path, run: KnownRun, notes: list[str]) -> list[str] | None:
+def _patch(root: Path, run: RecordedRun, notes: list[str]) -> list[str] | None:
     """The commands that bring back a run's uncommitted changes; None, with a note, where these are not whole."""
     if not run.dirty:
         return []
@@ -203,7 +208,7 @@ def _patch(root: Path, run: KnownRun, notes: list[str]) -> list[str] | None:
 
 def shortcut(root: Path, lineage: Lineage) -> str | None:
     """The command that takes the model from DVC's cache here, without training; None if it is not there."""
-    if not lineage.held or not is_cached(root, lineage.md5):
+    if not lineage.held or not cache_path(root, lineage.md5).exists():
         return None
     return f"dvc get . model --rev {lineage.held[0].commit} --out build/model-{lineage.md5[:8]}"
 
@@ -224,13 +229,13 @@ def _params(lineage: Lineage) -> dict[str, str]:
     return found
 
 
-def no_model_because(run: KnownRun | None) -> str:
+def no_model_because(run: RecordedRun | None) -> str:
     if run and "model.sha256" not in run.tags:
         return f"none: the run is {run.status}"
     return f"{UNKNOWN}: no run tells it"
 
 
-def describe(root: Path, runs: KnownRuns, lineage: Lineage) -> dict[str, Any]:
+def describe(root: Path, runs: RecordedRuns, lineage: Lineage) -> dict[str, Any]:
     """The whole chain: what `--json` prints, and what the lines for people are made of."""
     run, holder = lineage.run, next(iter(lineage.held), None)
     tags = run.tags if run else {}
@@ -351,7 +356,7 @@ def main(subject: str, as_json: bool) -> None:
     root = repository()
     if not (root / "dvc.yaml").is_file():
         raise ValueError(f"{root} has no dvc.yaml: start this in the root of the repository")
-    runs = KnownRuns(root)
+    runs = RecordedRuns(root)
     found = describe(root, runs, resolve(subject, root, runs))
     if as_json:
         click.echo(json.dumps(found, indent=1))

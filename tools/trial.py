@@ -14,13 +14,14 @@ import click
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten, load_params, parse_assignments, parse_params, with_values
 from tools.command import command
-from tracking.comparison import SEED, TEXT, Result, journal_results, select, way_to_score
+from tracking.comparison import TEXT, Result, journal_results, scoring_method, select
 from tracking.console import repository
 from tracking.errors import explain
 from tracking.fingerprint import code_hash
 from tracking.git import git_or_none
 from tracking.history import experiment_refs
-from tracking.mlflow_server import as_text
+from tracking.run import as_text
+from tracking.run_name import SEED
 from tracking.significance import Evidence, evidence
 
 WITH_OVERRIDES = Path("params.yaml with -S")  # the name of that in errors
@@ -59,7 +60,7 @@ class Side:
     @property
     def evaluated(self) -> str:
         """How its models are scored."""
-        return way_to_score(as_text(self.params.evaluate.stride))
+        return scoring_method(as_text(self.params.evaluate.stride))
 
     def find(self, root: Path, seed: int) -> Result | None:
         """Its finished, evaluated run with a seed, the newest one, if there is any."""

@@ -48,7 +48,7 @@ def check(root: Path, layer: str, base: str, varied: bool, commit: str) -> Repor
         if commit == "HEAD" and git(root, "status", "--porcelain", "--untracked-files=no"):
             say("uncommitted changes are not part of what is checked: the commit is")
         if layer == "lock":
-            return verification.check_lock(root, say)
+            return verification.check_lock(root)
         if layer == "steps":
             return verification.check_steps(root, say)
         if layer == "base":

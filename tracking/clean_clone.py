@@ -1,4 +1,4 @@
-"""A clone of a commit, in which nothing has been run, without cache and settings of the user's; for `tools verify`."""
+"""A fresh clone of a commit, without cache and without the user's settings; for `tools verify`."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ import psutil
 
 from tracking import git
 
-# What must not change a bit (docs/reproducibility.md); for the second run of a check.
+# What must not change a bit (docs/reproducibility.md): the environment of a varied run.
 VARIED = {
     "ATEN_CPU_CAPABILITY": "default",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
@@ -27,14 +27,11 @@ VARIED = {
     "TZ": "Asia/Tokyo",
     "PYTHONHASHSEED": "7",
 }
-
-
-# What of DVC, MLflow and Python is set outside belongs to another checkout.
-_FOREIGN = ("DVC_", "MLFLOW_", "PYTHONPATH", "PYTHONHASHSEED")
+_FOREIGN = ("DVC_", "MLFLOW_", "PYTHONPATH", "PYTHONHASHSEED")  # variables that belong to another checkout
 
 
 class CouldNotRun(ValueError):
-    """The check itself failed, so nothing is known of the result."""
+    """The check itself failed, so the result is unknown."""
 
 
 class CleanClone:
@@ -42,10 +39,10 @@ class CleanClone:
         self.path, self.varied = path, varied
 
     def run(self, *command: str) -> str:
-        """Runs a command to its end; returns what it printed. Raises CouldNotRun, with the end of that, if it fails."""
+        """Runs a command and returns its output. Raises CouldNotRun, with the end of the output, if it fails."""
         nowhere = str(self.path / ".dvc" / "tmp" / "nowhere")
-        own = {name: value for name, value in git.environment().items() if not name.startswith(_FOREIGN)}
-        environment = own | {
+        inherited = {name: value for name, value in git.environment().items() if not name.startswith(_FOREIGN)}
+        environment = inherited | {
             "DVC_NO_ANALYTICS": "1",
             "DVC_GLOBAL_CONFIG_DIR": nowhere,
             "DVC_SYSTEM_CONFIG_DIR": nowhere,
@@ -61,7 +58,7 @@ class CleanClone:
         try:
             output, _ = process.communicate()
         except BaseException:
-            _end(process)
+            _kill(process)
             raise
         if process.returncode:
             tail = "\n".join(output.splitlines()[-15:])
@@ -69,14 +66,14 @@ class CleanClone:
         return output
 
     def repro(self, stage: str) -> float:
-        """Runs one stage, surely and not from any cache; returns the seconds that it took."""
+        """Runs one stage, without any cache; returns the seconds that it took."""
         begin = time.monotonic()
-        # Without --force DVC would take outs that a committed configuration's cache has for those of dvc.lock.
+        # --force, since the cache of a committed configuration could provide the outs of dvc.lock.
         self.run("dvc", "repro", "--force", "--no-run-cache", "--single-item", stage)
         return time.monotonic() - begin
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
+def _kill(process: "subprocess.Popen[str]") -> None:
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -87,7 +84,7 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 @contextmanager
 def clean_clone(root: Path, commit: str, varied: bool = False) -> Iterator[CleanClone]:
-    """A clone of `root` at that commit, in a temporary folder. Raises GitError."""
+    """Clones the commit of the repository `root` into a temporary folder. Raises GitError."""
     folder = Path(tempfile.mkdtemp(prefix="verify-"))
     path = folder / ("a clone elsewhere, ü" if varied else "clone")
     try:

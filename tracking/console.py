@@ -1,7 +1,6 @@
-"""What a stage says: lines, progress, errors in one line. All of it is also in .runs/logs/<experiment>/<stage>.log."""
+"""What a stage prints: lines, progress, errors. A copy of each line goes to .runs/logs/<experiment>/<stage>.log."""
 
 import functools
-import inspect
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ import click
 
 from tracking.dvc_files import dvc_process
 from tracking.errors import errors_in_one_line, warn
-from tracking.launch import rank, started
+from tracking.launch import rank, world_size
 from tracking.stop import end_with
 
 if TYPE_CHECKING:
@@ -26,15 +25,12 @@ Item = TypeVar("Item")
 
 
 def repository() -> Path:
-    """The original repository; under `dvc exp run --temp` and in the queue, not the working directory."""
+    """The original repository; not the working directory under `dvc exp run --temp` and in the queue."""
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
 class Console:
-    """Prints lines and progress, and keeps a copy of every line in the stage's log.
-
-    Of the processes that share a training's steps the first one does; the others say nothing but what ends them.
-    """
+    """Prints lines and progress, and copies every line to the stage's log. In a distributed training, only rank 0."""
 
     def __init__(self, name: str):
         self.name, self.silent = name, rank() > 0
@@ -58,47 +54,47 @@ class Console:
 
     @contextmanager
     def _above_the_bar(self) -> Iterator[None]:
-        """Takes the bar away while whole lines are printed, on stdout or stderr, and shows it again below them."""
-        bar = self._bar
-        if bar:
-            bar.stop()
+        """Hides the progress bar while a line is printed, on stdout or stderr, and shows it again below."""
+        if self._bar:
+            self._bar.stop()
         yield
-        if bar:
-            bar.start()
+        if self._bar:
+            self._bar.start()
 
     def record(self, line: str) -> None:
-        # Without a copy on a full disk: what is to be told is told on the screen.
+        """Writes a line to the log alone. A full disk is ignored here: the screen shows what matters."""
         with suppress(OSError), self.log.open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     @contextmanager
     def progress(self, what: str, total: int | None, done: int = 0) -> Iterator[Update]:
-        """Yields `update(done, **fields)`. A bar on a terminal; elsewhere a plain line every five seconds."""
+        """Yields `update(done, **fields)`: a bar on a terminal, elsewhere a plain line every five seconds."""
         if self.silent:
             yield lambda done, **fields: None
-            return
-        if sys.stderr.isatty():
+        elif sys.stderr.isatty():
             with _bar(what, total) as self._bar:
                 task = self._bar.add_task(what, total=total, completed=done, text="")
                 try:
                     yield partial(_update, self._bar, task)
                 finally:
                     self._bar = None
-            return
-        last = time.monotonic()
+        else:
+            yield self._progress_lines(what, total)
 
-        def say(done: int, **fields: str) -> None:
+    def _progress_lines(self, what: str, total: int | None) -> Update:
+        last, of = time.monotonic(), f" of {total:,}" if total else ""
+
+        def update(done: int, **fields: str) -> None:
             nonlocal last
             if time.monotonic() - last >= 5:
                 last = time.monotonic()
-                of = f" of {total:,}" if total else ""
                 self.say(", ".join([f"{what} {done:,}{of}", *(f"{name} {value}" for name, value in fields.items())]))
 
-        yield say
+        return update
 
 
 def counting(items: Iterable[Item], update: Update) -> Iterator[Item]:
-    """The items one by one; `update` shows how many have been taken."""
+    """Yields the items; `update` shows how many have been processed."""
     done = 0
     for item in items:
         update(done)
@@ -108,7 +104,7 @@ def counting(items: Iterable[Item], update: Update) -> Iterator[Item]:
 
 
 def _bar(what: str, total: int | None) -> "Progress":
-    """One line, whatever the width of the terminal: the bar takes what the text leaves."""
+    """A progress bar of one line: the bar takes the width that the text leaves."""
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -132,11 +128,8 @@ def _update(bar: "Progress", task: "TaskID", done: int, **fields: str) -> None:
     bar.update(task, completed=done, text="  ".join(f"{name} {value}" for name, value in fields.items()))
 
 
-def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes `function(console, **options)` a click command.
-
-    Its errors print what errors.py says; their tracebacks are in the log.
-    """
+def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Makes `function(console, **options)` the click command of a stage, which ends with DVC and reports its errors."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
@@ -145,15 +138,13 @@ def command(name: str, *options: Callable[[Any], Any]) -> Callable[[Callable[...
                 console = Console(name)
             except OSError as error:
                 raise click.ClickException(f"{name}: the log cannot be written ({error}); check the disk") from error
-            if started() is not None:  # torchrun is the parent, and not DVC
-                end_with(os.getppid(), "who launched it", console.warn)
+            if world_size() is not None:  # torchrun is the parent, and not DVC
+                end_with(os.getppid(), "the process that launched it", console.warn)
             elif (dvc := dvc_process()) is not None:
                 end_with(dvc, "dvc", console.warn)
             with errors_in_one_line(name, console.warn, console.record):
                 function(console, **arguments)
 
-        for option in reversed(options):
-            run = option(run)
-        return click.command(name, help=inspect.getdoc(function))(run)
+        return click.command(name)(run)
 
     return decorate

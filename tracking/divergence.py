@@ -1,4 +1,4 @@
-"""Where two trainings part: the first step, the first tensor, and by how many units in the last place."""
+"""Where two trainings diverge: the first step, the first tensor, and by how many units in the last place."""
 
 import json
 from pathlib import Path
@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tracking.dvc_files import cached, directory_md5
+from tracking.dvc_files import cache_path, directory_md5
 from tracking.journal import Record
 from tracking.retrace import first_difference
 from tracking.run import runs_in
 
 
 def ulps(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Distance of floats of one type and shape, counted in representable numbers between them."""
+    """The distance of two arrays of floats, in units in the last place; both must have the same type and shape."""
     integers = np.dtype(f"i{first.dtype.itemsize}")
 
     def ordered(array: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         bits: npt.NDArray[np.int64] = array.view(integers).astype(np.int64)
-        # Negative floats count downwards from zero: -0.0 and 0.0 are the same place.
+        # Negative floats count downwards from zero, so that -0.0 and 0.0 are equal.
         return np.where(bits < 0, np.int64(np.iinfo(integers).min) - bits, bits)
 
     distance: npt.NDArray[np.int64] = np.abs(ordered(first) - ordered(second))
@@ -27,13 +27,13 @@ def ulps(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.in
 
 
 def first_step(expected: list[Record], found: list[Record]) -> str:
-    """A line on the first step whose record differs."""
+    """A line about the first step whose records differ."""
     common = {record["step"] for record in expected} & {record["step"] for record in found}
     if not common:
-        return "there is no record of the expected steps here"
+        return "the expected steps are not recorded here"
     difference = first_difference(expected, found)
     if difference is None:
-        return f"the {len(common)} steps that both records hold are the same"
+        return f"the {len(common)} steps that both have recorded are the same"
     step, name = difference
     values = [next(record[name] for record in records if record["step"] == step) for records in (expected, found)]
     distance = ulps(*(np.array([value], dtype=np.float32) for value in values))[0]
@@ -41,12 +41,12 @@ def first_step(expected: list[Record], found: list[Record]) -> str:
 
 
 def first_tensor(expected: Path, found: Path) -> str:
-    """A line on the first tensor, by name, that differs between two model directories."""
+    """A line about the first tensor, in the order of their names, that differs between two model directories."""
     from safetensors.numpy import load_file
 
     first, second = (load_file(folder / "weights.safetensors") for folder in (expected, found))
     if first.keys() != second.keys():
-        return f"tensors differ by name: {', '.join(sorted(first.keys() ^ second.keys()))}"
+        return f"the names of tensors differ: {', '.join(sorted(first.keys() ^ second.keys()))}"
     different = [name for name in sorted(first) if first[name].tobytes() != second[name].tobytes()]
     if not different:
         return "all tensors are the same"
@@ -59,18 +59,18 @@ def first_tensor(expected: Path, found: Path) -> str:
 
 
 def journal_of(root: Path, model_md5: str) -> list[Record]:
-    """The records of the training here that gave that model; none if there is no such run directory."""
+    """The steps of the training here that made that model; none without its run directory."""
     found = next((run for run in reversed(runs_in(root)) if run.result.get("model_md5") == model_md5), None)
     return list(found.records("step")) if found else []
 
 
 def model_of(root: Path, model_md5: str, folder: Path) -> Path | None:
-    """A directory with that model: the workspace's, or a copy in `folder` from DVC's cache; None if neither has it."""
+    """The workspace's model, or a copy in `folder` from DVC's cache; None if neither has that model."""
     if (root / "model").is_dir() and directory_md5(root / "model") == model_md5:
         return root / "model"
-    listing = cached(root, model_md5)
+    listing = cache_path(root, model_md5)
     entries = json.loads(listing.read_bytes()) if listing.is_file() else []
-    for weights in (cached(root, entry["md5"]) for entry in entries if entry["relpath"] == "weights.safetensors"):
+    for weights in (cache_path(root, entry["md5"]) for entry in entries if entry["relpath"] == "weights.safetensors"):
         if weights.is_file():
             (folder / "weights.safetensors").write_bytes(weights.read_bytes())
             return folder

@@ -1,4 +1,4 @@
-"""DVC's own files: dvc.lock, the stages of dvc.yaml, the cache; and what DVC says in the environment of a stage."""
+"""DVC's files: dvc.lock, the stages of dvc.yaml, the cache. And the DVC process that runs a stage."""
 
 import hashlib
 import json
@@ -10,11 +10,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from tracking.git import git_or_none
+
 
 def dvc_process() -> int | None:
-    """Process id of the DVC that runs this stage, its direct parent (`exec` in dvc.yaml); None if run by hand.
+    """Process id of the DVC that runs this stage, its direct parent (`exec` in dvc.yaml); None if started by hand.
 
-    0 if that DVC has died already: then the parent is init, which is of another session.
+    0 if that DVC has died already: then the parent is init, which belongs to another session.
     """
     if "DVC_STAGE" not in os.environ:
         return None
@@ -22,17 +24,12 @@ def dvc_process() -> int | None:
     return parent if os.getsid(parent) == os.getsid(0) else 0
 
 
-def experiment_name() -> str | None:
-    """Name of the running DVC experiment; None for a plain `dvc repro` and for a stage run by hand."""
-    return os.environ.get("DVC_EXP_NAME")
-
-
 # --- dvc.lock and dvc.yaml
 
 
 @dataclass(frozen=True)
 class LockedStage:
-    """What a stage was run with, and what it made."""
+    """A stage's entry in dvc.lock."""
 
     deps: dict[str, str]  # path -> md5
     outs: dict[str, str]  # path -> md5
@@ -41,13 +38,13 @@ class LockedStage:
 
 @dataclass(frozen=True)
 class DvcLock:
-    """A dvc.lock, or an empty one. DVC writes it in place, so a kill may leave any beginning of it."""
+    """A dvc.lock, or an empty one. DVC writes it in place, so a kill may cut it off anywhere."""
 
     stages: dict[str, LockedStage] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "DvcLock":
-        """Raises ValueError with a remedy for what is no whole dvc.lock."""
+        """Raises ValueError, with a remedy, for an incomplete dvc.lock."""
         try:
             stages = read_yaml(text, "dvc.lock")["stages"]
             return cls({name: _locked_stage(entry) for name, entry in stages.items()})
@@ -56,7 +53,7 @@ class DvcLock:
 
     @classmethod
     def parse_or_empty(cls, text: str | None) -> "DvcLock":
-        """Without stages for what is no whole dvc.lock: a commit may have none, or one with marks of a conflict."""
+        """Empty for no text or an incomplete one: a commit may have no dvc.lock, or one with conflict markers."""
         try:
             return cls.parse(text or "")
         except ValueError:
@@ -64,14 +61,24 @@ class DvcLock:
 
     @classmethod
     def of_workspace(cls, root: Path) -> "DvcLock":
-        """The dvc.lock that lies there, committed or not; empty where it is absent or damaged."""
+        """The dvc.lock in the working tree; empty where it is absent or damaged."""
         try:
             return cls.parse_or_empty((root / "dvc.lock").read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError):
             return cls()
 
+    @classmethod
+    def of_commit(cls, root: Path, commit: str) -> "DvcLock":
+        """The dvc.lock of a commit or ref; empty where it is absent or damaged."""
+        return cls.parse_or_empty(git_or_none(root, "show", f"{commit}:./dvc.lock"))
+
+    @property
+    def model_md5(self) -> str | None:
+        """The md5 of the model; None if the lock has none."""
+        return self.out_md5("train", "model")
+
     def out_md5(self, stage: str, path: str) -> str | None:
-        """The hash of a stage's out; None if the lock does not hold it."""
+        """The md5 of a stage's out; None if the lock has none."""
         return self.stages[stage].outs.get(path) if stage in self.stages else None
 
     def outs(self) -> dict[str, dict[str, str]]:
@@ -82,7 +89,7 @@ class DvcLock:
 def _locked_stage(entry: dict[str, Any]) -> LockedStage:
     deps, outs = ({part["path"]: part["md5"] for part in entry.get(kind, [])} for kind in ("deps", "outs"))
     if not all(isinstance(text, str) for text in (*deps.keys(), *deps.values(), *outs.keys(), *outs.values())):
-        raise TypeError("a path or an md5 is no text")
+        raise TypeError("a path or an md5 is not text")
     params = entry.get("params", {})
     if not all(isinstance(values, dict) for values in params.values()):
         raise TypeError("params are not grouped by file")
@@ -95,7 +102,7 @@ def stage_names(dvc_yaml: str) -> list[str]:
 
 
 def read_yaml(text: str, name: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds; `name` is its file in the ValueError that is raised if there is none."""
+    """Parses the text of the YAML file `name`, which must be a mapping. Raises ValueError with a remedy."""
     try:
         content = YAML(typ="safe").load(text)
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -112,11 +119,11 @@ def read_yaml(text: str, name: str) -> dict[str, Any]:
 # --- the cache
 
 
-def cached(root: Path, md5: str) -> Path:
-    """Where DVC's cache keeps what dvc.lock knows by that md5; nothing need lie there. Raises ValueError.
+def cache_path(root: Path, md5: str) -> Path:
+    """Where DVC's cache keeps the object with an md5 of dvc.lock, whether or not it is there. Raises ValueError.
 
-    DVC's own code reads its four levels of configuration: cache.dir may name any folder. In the stages, which have
-    loaded most of what it needs, that takes 0.05 s of processor time, where the command `dvc cache dir` takes 0.5 s.
+    DVC's own code reads its four levels of configuration, since cache.dir may name any folder. In the stages, which
+    have imported most of it, that takes 0.05 s of processor time; the command `dvc cache dir` takes 0.5 s.
     """
     from dvc.config import Config, ConfigError
 
@@ -128,11 +135,6 @@ def cached(root: Path, md5: str) -> Path:
     return Path(cache or dvc / "cache") / "files" / "md5" / md5[:2] / md5[2:]
 
 
-def is_cached(root: Path, md5: str) -> bool:
-    """Whether DVC's cache holds what dvc.lock knows by that md5."""
-    return cached(root, md5).exists()
-
-
 def path_md5(path: Path) -> str | None:
     """DVC's hash of a file or a directory; None if there is neither."""
     if path.is_dir():
@@ -141,13 +143,13 @@ def path_md5(path: Path) -> str | None:
 
 
 def directory_md5(directory: Path) -> str:
-    """DVC's hash of a directory, as it stands in dvc.lock (a test compares it with DVC's own)."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    """DVC's hash of a directory, as in dvc.lock (a test compares it with DVC's own)."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
     return listing_md5({path.relative_to(directory).as_posix(): _md5(path.read_bytes()) for path in files})
 
 
 def listing_md5(files: dict[str, str]) -> str:
-    """DVC's hash of a directory of which each file's md5 is known: path below it -> md5."""
+    """DVC's hash of a directory, from the md5 of each of its files: path relative to it -> md5."""
     entries = [{"md5": md5, "relpath": path} for path, md5 in sorted(files.items())]
     return _md5(json.dumps(entries, sort_keys=True).encode()) + ".dir"
 

@@ -1,4 +1,4 @@
-"""What an error prints, of stages and tools alike: one line for what a user can mend, the traceback for a defect."""
+"""How stages and tools report errors: one line for what a user can mend, the traceback for a bug."""
 
 import sys
 import traceback
@@ -18,17 +18,13 @@ def warn(name: str, line: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The message of a ValueError or OSError on one line, with the remedy that who raised it cannot know.
-
-    It is shown and logged, so it is without secrets.
-    """
-    text = redact(str(error))
-    advice = remedy(error)
+    """The message of a ValueError or OSError on one line, without secrets, and the command that mends it."""
+    text, advice = redact(str(error)), remedy(error)
     return f"{text}; {advice}" if advice and "start again" not in text else text
 
 
 def check_made(*paths: Path) -> None:
-    """Raises ValueError for the first of the pipeline's artifacts that is missing."""
+    """Raises ValueError for the first of the pipeline's outputs that is missing."""
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} is missing; `dvc repro` or `dvc checkout` makes it")
@@ -38,22 +34,19 @@ def check_made(*paths: Path) -> None:
 def errors_in_one_line(
     name: str, warn: Callable[[str], None], record: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
-    """Turns the errors of the command `name` into what its user sees; `record` gets their tracebacks.
+    """Reports the errors of the command `name`; `record` gets their tracebacks.
 
     ValueError and OSError become one line and exit code 1, Ctrl-C a warning and exit code 130. Click's own errors keep
-    their exit codes. Anything else is a defect and shows its traceback.
+    their exit codes. Anything else is a bug and shows its traceback.
     """
     try:
         yield
-    except (KeyboardInterrupt, click.Abort):  # click's prompts turn one into the other
+    except (KeyboardInterrupt, click.Abort):  # click's prompts raise Abort for Ctrl-C
         warn("interrupted")
         sys.exit(130)
-    except BrokenPipeError:  # nobody reads the output any more; click ends the command without a word
+    except Exception as error:
         record(without_secrets(traceback.format_exc()))
-        raise
-    except (ValueError, OSError) as error:
-        record(without_secrets(traceback.format_exc()))
-        raise click.ClickException(f"{name}: {explain(error)}") from error
-    except Exception:
-        record(without_secrets(traceback.format_exc()))
+        # On a BrokenPipeError nobody reads the output any more; click ends the command silently.
+        if isinstance(error, ValueError | OSError) and not isinstance(error, BrokenPipeError):
+            raise click.ClickException(f"{name}: {explain(error)}") from error
         raise

@@ -1,4 +1,4 @@
-"""Where a result comes from: content hashes, the code that made it, the run's fingerprint, the environment."""
+"""What identifies a training: hashes of its inputs and code, its fingerprint; and the environment."""
 
 import ast
 import platform
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from nanogpt.distributed import Ranks
     from nanogpt.recipe import Recipe
 
-# What cannot change a result: it checks parameters, shows progress, chooses the run to go on with, or records it. No
-# stage declares it in dvc.yaml, and what only it imports does not count either.
+# Code that cannot change a result: it checks parameters, shows progress, chooses the run to continue, or records it. No
+# stage declares it in dvc.yaml, and neither counts what only this code imports.
 PLUMBING = ("nanogpt/params.py", "tracking/")
 
 
 def import_closure(root: Path, module: str) -> list[str]:
-    """Files of the repository that `module` imports, directly or not, lazily or not; itself included, plumbing not.
+    """The module's file and all files of the repository that it imports, directly or not; without plumbing.
 
-    Paths are relative to `root`, sorted. Found in the source, so that an import inside a function counts and nothing
-    is run. Packages' own `__init__.py` hold docstrings alone (a test sees to it) and are left out.
+    Paths are relative to `root`, sorted. Reads the source and runs nothing, so imports inside functions count. The
+    `__init__.py` of packages are left out, as they contain only docstrings (a test checks that).
     """
     seen: set[str] = set()
     todo = [module.replace(".", "/") + ".py"]
@@ -50,27 +50,24 @@ def _imported_names(tree: ast.AST) -> Iterable[str]:
 
 
 def code_hash(root: Path, module: str) -> str:
-    """Hash of the code in a module's import closure: not of its comments, docstrings and formatting."""
+    """Hash of the code in a module's import closure, without its comments, docstrings and formatting."""
     return sha256_json(
         {path: code_of((root / path).read_text(encoding="utf-8")) for path in import_closure(root, module)}
     )
 
 
 def code_of(source: str) -> Any:
-    """What a source file computes, as JSON: its syntax tree without docstrings and places.
+    """The syntax tree of a source file as JSON, without docstrings and line numbers.
 
-    Fields that are empty are left out, since each version of Python adds some.
+    Empty fields are left out, since new versions of Python add some.
     """
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                del node.body[0]
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
+            del node.body[0]
     return _as_json(tree)
 
 
@@ -82,19 +79,19 @@ def _as_json(node: Any) -> Any:
 
 
 def fingerprint(params: dict[str, Any], inputs: dict[str, str], code: str, numerics: dict[str, Any]) -> str:
-    """Hash of all that determines a run's bits: parameters, input hashes, code hash, resolved numerics.
+    """Hash of everything that determines a run's bits: parameters, input hashes, code hash, resolved numerics.
 
-    Two runs with the same fingerprint are the same run; one that was killed is continued.
+    A training with the fingerprint of a killed run continues it.
     """
     return sha256_json({"params": params, "inputs": inputs, "code": code, "numerics": numerics})
 
 
 def identify(recipe: "Recipe") -> dict[str, str]:
-    """What a run is found by: the fingerprint, and the hashes of tokens, code and, unless new, initial weights."""
+    """The hashes by which a run is found: fingerprint, tokens, code and, unless they are random, initial weights."""
     inputs = {"tokens": sha256_tree(recipe.data.directory), "initial": recipe.initial.sha256}
     code = code_hash(Path.cwd(), "stages.train")
     hashes = {
-        "fingerprint": fingerprint(_read(recipe), inputs, code, recipe.numerics.as_dict()),
+        "fingerprint": fingerprint(_params_of(recipe), inputs, code, recipe.numerics.of_the_bits()),
         "tokens.sha256": inputs["tokens"],
         "code.sha256": code,
     }
@@ -104,31 +101,31 @@ def identify(recipe: "Recipe") -> dict[str, str]:
 def check_agreement(recipe: "Recipe", hashes: dict[str, str], ranks: "Ranks") -> None:
     """Raises ValueError unless all processes of a training have the same code, parameters and data.
 
-    All must come to the same decisions, so the intervals, which change no result, count as well; what differs from
-    machine to machine (the resolved numerics) does not.
+    They must make the same decisions, so the intervals count as well, although they change no result. The resolved
+    numerics, which may differ between machines, do not.
     """
     runtime = recipe.params.runtime
-    read = _read(recipe) | {"intervals": (runtime.log_interval, runtime.checkpoint_interval)}
+    params = _params_of(recipe) | {"intervals": (runtime.log_interval, runtime.checkpoint_interval)}
     inputs = {"tokens": hashes["tokens.sha256"], "initial": recipe.initial.sha256}
-    same = fingerprint(read, inputs, hashes["code.sha256"], recipe.params.numerics.model_dump())
-    if ranks.tell(same) != same:
+    own = fingerprint(params, inputs, hashes["code.sha256"], recipe.params.numerics.model_dump())
+    if ranks.tell(own) != own:
         raise ValueError(
             "not all processes of this training have the same code, parameters and data; on each machine check out the "
             "same commit and `dvc pull`"
         )
 
 
-def _read(recipe: "Recipe") -> dict[str, Any]:
+def _params_of(recipe: "Recipe") -> dict[str, Any]:
     """The parameters that a training depends on."""
     params = recipe.params
-    read = flatten(params.model, "model.") | flatten(params.train, "train.")
+    values = flatten(params.model, "model.") | flatten(params.train, "train.")
     if params.numerics.determinism == "off":
-        del read["train.processes"]  # it changes the last bits alone, so more or fewer of them may go on with a run
-    return read
+        del values["train.processes"]  # it changes only the last bits, so another number may continue a run
+    return values
 
 
 def environment() -> dict[str, str]:
-    """What the pinned environment cannot pin, and the versions that change bits. For the record, not for the hash."""
+    """Versions and hardware that may change bits, for the record; they are not part of the fingerprint."""
     packages = ("torch", "numpy", "tiktoken", "tokenizers", "transformers", "datasets", "safetensors", "dvc", "mlflow")
     return {
         "python": platform.python_version(),

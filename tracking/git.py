@@ -1,4 +1,4 @@
-"""git, run in one place."""
+"""Runs git."""
 
 import os
 import subprocess
@@ -8,16 +8,16 @@ from tracking.redaction import redact
 
 
 class GitError(ValueError):
-    """git is missing or refused; the message is one line with the command and what git said."""
+    """git is missing or a command failed; the message is one line with the command and git's reason."""
 
 
 def git(root: Path, *arguments: str) -> str:
-    """What a git command in `root` prints, without the last newline. Raises GitError."""
+    """Runs a git command in `root`; returns its output without the last newline. Raises GitError."""
     return git_bytes(root, *arguments).decode(errors="replace").rstrip("\n")
 
 
 def git_or_none(root: Path, *arguments: str) -> str | None:
-    """The same; None where the command fails or `root` is in no repository."""
+    """`git`, but None where the command fails or `root` is in no repository."""
     try:
         return git(root, *arguments)
     except GitError:
@@ -25,17 +25,17 @@ def git_or_none(root: Path, *arguments: str) -> str | None:
 
 
 def git_bytes(root: Path, *arguments: str) -> bytes:
-    """What a git command in `root` prints, to the byte. Raises GitError."""
+    """`git`, with the output as bytes. Raises GitError."""
     command = ["git", "-C", str(root), *arguments]
     try:
         return subprocess.run(command, env=environment(), capture_output=True, check=True).stdout
     except OSError as error:
         raise GitError(f"git cannot be run ({error})") from error
     except subprocess.CalledProcessError as error:
-        message = redact(error.stderr.decode(errors="replace"))
-        raise GitError(f"`{redact(' '.join(command))}` failed: {message}") from error
+        reason = error.stderr.decode(errors="replace")
+        raise GitError(redact(f"`{' '.join(command)}` failed: {reason}")) from error
 
 
 def environment() -> dict[str, str]:
-    """Ours without git's variables: a git hook sets GIT_DIR and GIT_INDEX_FILE, which name another repository."""
+    """os.environ without git's variables: a git hook sets GIT_DIR and GIT_INDEX_FILE, which name another repository."""
     return {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}

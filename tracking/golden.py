@@ -1,41 +1,84 @@
-"""Golden files: what this commit's training gives in each environment. golden/README.md says what they are for."""
+"""Golden files: what this commit's training gives in each environment. golden/README.md describes their use."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from nanogpt.files import sha256_json
+from nanogpt.files import sha256_json, write_json
+from nanogpt.params import flatten, load_params
 from tracking.dvc_files import DvcLock
-from tracking.first_steps import first_steps
 
-FOLDER = Path("golden")
+FOLDER, TOKENS = Path("golden"), Path("data/tokens")
+STEPS = 20
 Golden = dict[str, Any]
 
 
+def first_steps() -> dict[str, Any]:
+    """Trains the first steps of data/tokens and params.yaml, and leaves nothing behind.
+
+    Returns {"environment": ..., "made_of": hashes of params, tokens and code, "steps": records, exact to the bit}.
+    """
+    params = load_params()
+    from nanogpt import determinism
+
+    numerics = determinism.pin(params.numerics, params.runtime.device)
+    from nanogpt.recipe import load_recipe
+    from tracking.fingerprint import environment, identify
+    from tracking.retrace import VALUES, Retrace
+
+    recipe = load_recipe(params, numerics, TOKENS)
+    hashes = identify(recipe)
+    made_of = {
+        "params": sha256_json(flatten(params.model, "model.") | flatten(params.train, "train.")),
+        "tokens": hashes["tokens.sha256"],
+        "code": hashes["code.sha256"],
+    }
+    records = Retrace(recipe).to(min(STEPS, params.train.last_step))
+    steps = [{name: record[name] for name in ("step", *VALUES)} for record in records]
+    return {
+        "environment": bits_environment(environment(), numerics.as_dict()),
+        "made_of": made_of,
+        "steps": steps,
+    }
+
+
+def bits_environment(environment: dict[str, str], numerics: dict[str, Any]) -> dict[str, str]:
+    """The part of an environment that the bits may depend on."""
+    names = ["torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"]
+    portable = numerics["determinism"] == "portable"
+    left_out = {"torch", "threads"} if portable else {"torch"}
+    if not portable:
+        names.append("cpu")
+    python = ".".join(environment["python"].split(".")[:2])
+    resolved = {f"numerics.{name}": str(value) for name, value in numerics.items() if name not in left_out}
+    return {"python": python, **{name: environment[name] for name in names}, **resolved}
+
+
 def write_golden() -> tuple[Path, Golden]:
-    """Writes the golden file of this environment: the first steps, and the metrics that belong to dvc.lock.
+    """Writes the golden file of this environment: the first steps, and the metrics of the model in dvc.lock.
 
     Raises ValueError, OSError.
     """
-    model = DvcLock.parse(Path("dvc.lock").read_text()).out_md5("train", "model")
+    model = DvcLock.parse(Path("dvc.lock").read_text()).model_md5
     if model is None:
         raise ValueError("dvc.lock has no model; `dvc repro` comes first")
     golden = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
     path = FOLDER / file_name(golden["environment"])
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(golden, sort_keys=True, indent=1) + "\n")
+    write_json(path, golden)
     return path, golden
 
 
 def file_name(environment: dict[str, str]) -> str:
-    """What a person looks for in it, and eight digits of the hash of the whole environment."""
+    """The parts of an environment that a person looks for, and eight digits of the hash of all of it."""
     torch = environment["torch"].partition("+")[0]
-    kind = f"{environment['numerics.determinism']}-{environment['numerics.threads']}threads"
+    kind = environment["numerics.determinism"]
+    if "numerics.threads" in environment:
+        kind += f"-{environment['numerics.threads']}threads"
     return f"python{environment['python']}-torch{torch}-{kind}-{sha256_json(environment)[:8]}.json"
 
 
 def load_goldens(folder: Path) -> list[Golden]:
-    """All golden files of a folder. Raises ValueError for one that is damaged."""
+    """All golden files in a folder. Raises ValueError for a damaged one."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -43,7 +86,7 @@ def load_goldens(folder: Path) -> list[Golden]:
             if file_name(golden["environment"]) != path.name:
                 raise ValueError("its name is not that of its environment")
             if not (golden["steps"] and golden["metrics"]):
-                raise ValueError("it holds no steps or no metrics")
+                raise ValueError("it has no steps or no metrics")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}); `git checkout {path}`, or `make golden`") from error
         found.append(golden)
@@ -52,10 +95,9 @@ def load_goldens(folder: Path) -> list[Golden]:
 
 def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
     """ "torch 2.13.0+cpu -> 2.14.0" for each entry that differs."""
-    names = sorted({*expected, *found})
     return [
         f"{name} {expected.get(name, 'none')} -> {found.get(name, 'none')}"
-        for name in names
+        for name in sorted({*expected, *found})
         if expected.get(name) != found.get(name)
     ]
 
@@ -66,6 +108,6 @@ def nearest(goldens: list[Golden], environment: dict[str, str]) -> Golden:
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
-    """The numbers of metrics/evaluate.json."""
+    """The content of metrics/evaluate.json."""
     metrics: dict[str, float] = json.loads((folder / "metrics" / "evaluate.json").read_bytes())
     return metrics

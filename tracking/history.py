@@ -1,4 +1,4 @@
-"""Where lineage is looked up: dvc.lock in all of git's history, the journals of the runs, and MLflow."""
+"""Looks up lineage: dvc.lock in all of git's history, the journals of the runs, and MLflow."""
 
 import hashlib
 import json
@@ -12,12 +12,13 @@ from typing import Any
 
 from tracking.dvc_files import DvcLock, listing_md5, read_yaml
 from tracking.git import git, git_bytes, git_or_none
-from tracking.mlflow_server import TrackingError, as_text, connect, has_run, resolve_uri, sqlite_path
+from tracking.mlflow_server import TrackingError, connect, has_run, resolve_uri, sqlite_path
 from tracking.redaction import redact
-from tracking.run import Run, runs_in
+from tracking.run import DAMAGE, Run, runs_in
 
 NOT_FINISHED = "not finished"
-_EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(?P<name>.+)")  # others of DVC's refs are its own affair
+_NAMES = ("refs/heads/", "refs/tags/", "refs/remotes/")
+_EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(?P<name>.+)")  # DVC's other refs are internal
 
 
 # --- git
@@ -34,52 +35,51 @@ class Holder:
 
     @cached_property
     def refs(self) -> list[str]:
-        """The names, in full, from which the commit can be reached."""
-        return git(self.root, "for-each-ref", "--format=%(refname)", "--contains", self.commit).splitlines()
+        """The full names of the refs from which the commit can be reached."""
+        return _refs_to(self.root, self.commit)
 
     @property
     def experiments(self) -> dict[str, str]:
-        """The DVC experiments that it can be reached from: name -> ref."""
+        """The DVC experiments from which it can be reached: name -> ref."""
         found = ((_EXPERIMENT.fullmatch(ref), ref) for ref in self.refs)
         return {match["name"]: ref for match, ref in found if match}
 
     @property
     def kind(self) -> str:
-        if any(ref.startswith(("refs/heads/", "refs/tags/", "refs/remotes/")) for ref in self.refs):
+        """commit | experiment | unnamed"""
+        if any(ref.startswith(_NAMES) for ref in self.refs):
             return "commit"
         return "experiment" if self.experiments else "unnamed"
 
     @property
     def name(self) -> str:
-        """In a few words: "1a2b3c4 main" or "1a2b3c4 experiment slower"."""
+        """For people: "1a2b3c4 main" or "1a2b3c4 experiment slower"."""
         if self.kind == "experiment":
             return f"{self.commit[:7]} experiment {', '.join(self.experiments)}"
-        prefixes = "refs/heads/", "refs/tags/", "refs/remotes/"
-        names = [ref.split("/", 2)[2] for ref in self.refs if ref.startswith(prefixes)]
+        names = [ref.split("/", 2)[2] for ref in self.refs if ref.startswith(_NAMES)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return f"{self.commit[:7]} {', '.join(names[:3]) + more if names else 'in no branch'}"
 
     @cached_property
     def differs(self) -> list[str]:
-        """What of the commit is not what dvc.lock says the model was made from; empty if `dvc repro` makes it again."""
+        """The deps and params of the commit that differ from its dvc.lock; without any, it makes the same model."""
         return _differences(self.root, self.commit, self.lock)
 
 
 def holders(root: Path, md5: str) -> list[Holder]:
-    """All commits that brought a model whose hash begins with `md5` into dvc.lock, the best to go back to first.
+    """All commits that brought a model whose hash begins with `md5` into dvc.lock, the best one to check out first.
 
-    That is one that makes the model again rather than one whose code or params have changed since, a commit of a branch
-    rather than an experiment, and the oldest.
+    Preferred are commits that make the model again to those whose code or params differ from dvc.lock, commits of a
+    branch to experiments, and older to newer ones.
     """
     # -m: a merge that resolved dvc.lock by hand may be the first to hold it.
     search = ["log", "--all", "-m", "--full-history", "--topo-order", "--reverse", "--no-show-signature"]
     commits = git_or_none(root, *search, "--format=%H", f"-S{md5}", "--", "dvc.lock") or ""
     found = []
     for commit in dict.fromkeys(commits.splitlines()):
-        lock = DvcLock.parse_or_empty(git_or_none(root, "show", f"{commit}:./dvc.lock"))
-        held = lock.out_md5("train", "model")
-        if held and held.startswith(md5):
-            found.append(Holder(root, commit, held, lock))
+        lock = DvcLock.of_commit(root, commit)
+        if lock.model_md5 and lock.model_md5.startswith(md5):
+            found.append(Holder(root, commit, lock.model_md5, lock))
     order = ["commit", "experiment", "unnamed"]
     return sorted(found, key=lambda holder: (bool(holder.differs), order.index(holder.kind)))
 
@@ -87,34 +87,36 @@ def holders(root: Path, md5: str) -> list[Holder]:
 def experiment_models(root: Path, name: str) -> set[str]:
     """The md5 of the model in dvc.lock, for each DVC experiment of that name.
 
-    One whose stages all came from the cache has no run of its own, and its dvc.lock may have been another commit's.
+    An experiment whose stages all came from the cache has no run, and its dvc.lock may be the same as its baseline's.
     """
-    named = experiment_refs(root, name)
-    locks = [DvcLock.parse_or_empty(git_or_none(root, "show", f"{ref}:./dvc.lock")) for ref in named]
-    return {md5 for lock in locks if (md5 := lock.out_md5("train", "model"))}
+    return {md5 for ref in experiment_refs(root, name) if (md5 := DvcLock.of_commit(root, ref).model_md5)}
 
 
 def experiment_refs(root: Path, name: str) -> list[str]:
-    """git's refs of the DVC experiments of that name; empty where no repository is."""
+    """The refs of the DVC experiments of that name; empty outside of a repository."""
     refs = (git_or_none(root, "for-each-ref", "--format=%(refname)", "refs/exps") or "").splitlines()
     return [ref for ref in refs if (match := _EXPERIMENT.fullmatch(ref)) and match["name"] == name]
 
 
-def known_commit(root: Path, commit: str) -> bool:
+def has_commit(root: Path, commit: str) -> bool:
     return git_or_none(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is not None
 
 
 def fetch_command(root: Path, commit: str) -> str | None:
-    """What a fresh clone lacks of a commit, as a command; None if it comes with every clone."""
-    refs = git(root, "for-each-ref", "--format=%(refname)", "--contains", commit).splitlines()
+    """The command that brings a commit into a fresh clone; None if every clone has it."""
+    refs = _refs_to(root, commit)
     if any(ref.startswith(("refs/heads/", "refs/tags/")) for ref in refs):
         return None
     experiment = next((ref for ref in refs if _EXPERIMENT.fullmatch(ref)), None)
     return f"git fetch --quiet origin {f'{experiment}:{experiment}' if experiment else commit}"
 
 
+def _refs_to(root: Path, commit: str) -> list[str]:
+    return git(root, "for-each-ref", "--format=%(refname)", "--contains", commit).splitlines()
+
+
 def _differences(root: Path, commit: str, lock: DvcLock) -> list[str]:
-    """Names of deps and params of train, and of the stages before it, that the commit has otherwise or not at all."""
+    """Names of the deps and params of train and the stages before it that differ between a commit and its dvc.lock."""
     blobs = _tree(root, commit)
     makers = {path: name for name, outs in lock.outs().items() for path in outs}
     found: list[str] = []
@@ -136,7 +138,7 @@ def _differences(root: Path, commit: str, lock: DvcLock) -> list[str]:
 
 
 def _value(values: Any, key: str) -> Any:
-    """A section, or one value of it: "train" or "train.seed"; dvc.yaml may name either."""
+    """The section "train" or the value "train.seed"; dvc.yaml may name either."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
@@ -157,7 +159,7 @@ def _tree(root: Path, commit: str) -> dict[str, str]:
 
 
 def _md5_at(root: Path, blobs: dict[str, str], path: str) -> str | None:
-    """DVC's hash of a file or directory of a commit, as directory_md5 makes it; None for what it does not hold."""
+    """DVC's hash of a file or directory of a commit; None if the commit has neither."""
     if path in blobs:
         return _md5_of_blob(root, blobs[path])
     prefix = f"{path.rstrip('/')}/"
@@ -171,7 +173,7 @@ def _md5_of_blob(root: Path, blob: str) -> str:
 
 
 def _yaml_at(root: Path, commit: str, file: str) -> dict[str, Any]:
-    """What a commit's file of params holds; nothing where it is absent or damaged."""
+    """The content of a commit's params file; empty where it is absent or damaged."""
     try:
         return read_yaml(git(root, "show", f"{commit}:./{file}"), file)
     except ValueError:
@@ -182,10 +184,10 @@ def _yaml_at(root: Path, commit: str, file: str) -> dict[str, Any]:
 
 
 @dataclass
-class KnownRun:
-    """A training as its journal or MLflow tells of it."""
+class RecordedRun:
+    """A training as recorded in its journal or in MLflow."""
 
-    id: str  # MLflow's; empty: it has not got there
+    id: str  # MLflow's; empty if it has not been sent
     name: str
     status: str
     started: int  # ms
@@ -193,9 +195,29 @@ class KnownRun:
     tags: dict[str, str]
     environment: dict[str, str] | None = None
     diff: Path | None = None  # uncommitted changes
-    attempt: str = ""  # where its journal lies
+    attempt: str = ""  # where its journal is
     in_mlflow: bool = False
     diff_in_mlflow: bool = False
+
+    @classmethod
+    def from_journal(cls, run: Run, root: Path) -> "RecordedRun":
+        """Raises an error of DAMAGE."""
+        return cls(
+            id=run.mlflow.get("run_id", ""),
+            name=run.info["name"],
+            status=(run.end or {}).get("status", NOT_FINISHED),
+            started=run.info["started"],
+            params=run.params,
+            tags=run.tags,
+            environment=run.environment,
+            diff=run.diff if run.diff.exists() else None,
+            attempt=str(run.directory.relative_to(root)),
+        )
+
+    @classmethod
+    def from_mlflow(cls, run: Any) -> "RecordedRun":
+        info, data = run.info, run.data
+        return cls(info.run_id, info.run_name, info.status, info.start_time, data.params, data.tags)
 
     @property
     def sha256(self) -> str:
@@ -207,7 +229,7 @@ class KnownRun:
 
     @property
     def pulled(self) -> bool:
-        """Whether it is no training: MLflow's place for scores of a model whose training is in another database."""
+        """Whether it is no training: MLflow keeps scores there of a model whose training is in another database."""
         return "model.pulled" in self.tags
 
     @property
@@ -219,41 +241,55 @@ class KnownRun:
 
 
 @dataclass
-class KnownRuns:
-    """All runs, from the journals and from MLflow; what one of them has lost the other one tells."""
+class RecordedRuns:
+    """All runs of the journals and of MLflow; each fills in what the other has lost."""
 
     root: Path
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.uri = resolve_uri(self.root)
-        self.local = {key: run for found in runs_in(self.root) for key, run in self._journal(found)}
+        self.local: dict[str, RecordedRun] = {}  # by run_key
+        for run in runs_in(self.root):
+            try:
+                self.local[run.info["run_key"]] = RecordedRun.from_journal(run, self.root)
+            except DAMAGE as error:
+                self.warnings.append(f"{run} is damaged ({type(error).__name__}: {error}) and was skipped")
         self.client = self._connect()
 
-    def by_id(self, run_id: str) -> KnownRun | None:
+    def by_id(self, run_id: str) -> RecordedRun | None:
         found = [run for run in self.local.values() if run.id == run_id]
-        with_mlflow = self._ask(lambda: [self.client.get_run(run_id)] if has_run(self.client, run_id) else [])
-        return next(iter(self._merged(found, with_mlflow)), None)
+        in_mlflow = self._ask(lambda: [self.client.get_run(run_id)] if has_run(self.client, run_id) else [])
+        return next(iter(self._merged(found, in_mlflow)), None)
 
-    def by_name(self, name: str) -> list[KnownRun]:
-        """Those of that name, or of the DVC experiment of that name."""
+    def by_name(self, name: str) -> list[RecordedRun]:
+        """The runs of that name, or of the DVC experiment of that name."""
         quoted = f'"{name}"' if "'" in name else f"'{name}'"
         found = [run for run in self.local.values() if name in (run.name, run.tags.get("dvc.experiment"))]
         fields = ("attributes.run_name", "tags.`dvc.experiment`")
         return self._merged(found, [run for field in fields for run in self._search(f"{field} = {quoted}")])
 
-    def by_model(self, prefix: str) -> list[KnownRun]:
-        """Those that made a model whose sha256 or md5 begins so; clean ones first, then the oldest."""
+    def by_model(self, prefix: str) -> list[RecordedRun]:
+        """The runs that made a model whose sha256 or md5 has that prefix; clean ones first, then the oldest."""
         local = self.local.values() if prefix else []
         found = [run for run in local if run.sha256.startswith(prefix) or run.md5.startswith(prefix)]
-        told = [run for tag in ("sha256", "md5") for run in self._search(f"tags.`model.{tag}` LIKE '{prefix}%'")]
-        merged = self._merged(found, told)
-        return sorted(merged, key=lambda run: (run.pulled, run.dirty, run.started))
+        in_mlflow = [run for tag in ("sha256", "md5") for run in self._search(f"tags.`model.{tag}` LIKE '{prefix}%'")]
+        return sorted(self._merged(found, in_mlflow), key=lambda run: (run.pulled, run.dirty, run.started))
+
+    def complete(self, run: RecordedRun) -> None:
+        """Adds what MLflow's artifacts record of a run without a journal."""
+        files = self._ask(lambda: self.client.list_artifacts(run.id)) if run.in_mlflow else []
+        names = {file.path for file in files}
+        run.diff_in_mlflow = "uncommitted.diff" in names
+        if run.environment is None and "environment.json" in names:
+            with tempfile.TemporaryDirectory() as folder:
+                for path in self._ask(lambda: [self.client.download_artifacts(run.id, "environment.json", folder)]):
+                    run.environment = json.loads(Path(path).read_text(encoding="utf-8"))[-1]["environment"]
 
     def _connect(self) -> Any:
         path = sqlite_path(self.uri)
         if path and not path.exists():
-            self._warn(f"there is no {path}")  # connecting would make an empty one
+            self._warn(f"there is no {path}")  # connecting would create an empty one
             return None
         try:
             return connect(self.uri, self.root)
@@ -262,7 +298,7 @@ class KnownRuns:
             return None
 
     def _warn(self, why: str) -> None:
-        self.warnings.append(f"{why}; told from the journals in {self.root / '.runs'} alone")
+        self.warnings.append(f"{why}; only the journals in {self.root / '.runs'} were searched")
 
     def _ask(self, question: Callable[[], Any]) -> list[Any]:
         if self.client is None:
@@ -281,46 +317,14 @@ class KnownRuns:
 
         return self._ask(question)
 
-    def _merged(self, local: list[KnownRun], mlflow: list[Any]) -> list[KnownRun]:
-        """Each run once: the journal's view, as it is the original, and MLflow's where the journal is gone."""
+    def _merged(self, local: list[RecordedRun], mlflow: list[Any]) -> list[RecordedRun]:
+        """Each run once, as in its journal, which is the original, or as in MLflow if it has no journal here."""
         found = {id(run): run for run in local}
-        for told in mlflow:
-            tags = told.data.tags
-            run = self.local.get(tags.get("run_key", ""))
-            if run is None:
-                info = told.info
-                run = KnownRun(info.run_id, info.run_name, info.status, info.start_time, told.data.params, tags)
-                self.local[tags.get("run_key") or info.run_id] = run
-            run.id, run.in_mlflow = told.info.run_id, True
-            if run.status == NOT_FINISHED:  # a kill leaves no word in the journal
-                run.status = told.info.status
+        for recorded in mlflow:
+            key = recorded.data.tags.get("run_key") or recorded.info.run_id
+            run = self.local.setdefault(key, RecordedRun.from_mlflow(recorded))
+            run.id, run.in_mlflow = recorded.info.run_id, True
+            if run.status == NOT_FINISHED:  # a killed process writes nothing in the journal
+                run.status = recorded.info.status
             found[id(run)] = run
         return list(found.values())
-
-    def complete(self, run: KnownRun) -> None:
-        """Fetches from MLflow what its artifacts tell of a run whose journal is gone."""
-        names = (
-            {file.path for file in self._ask(lambda: self.client.list_artifacts(run.id))} if run.in_mlflow else set()
-        )
-        run.diff_in_mlflow = "uncommitted.diff" in names
-        if run.environment is None and "environment.json" in names:
-            with tempfile.TemporaryDirectory() as folder:
-                for path in self._ask(lambda: [self.client.download_artifacts(run.id, "environment.json", folder)]):
-                    run.environment = json.loads(Path(path).read_text(encoding="utf-8"))[-1]["environment"]
-
-    def _journal(self, run: Run) -> list[tuple[str, KnownRun]]:
-        try:
-            info, end = run.info, run.end or {}
-            made = {f"model.{name}": run.result.get(f"model_{name}") for name in ("sha256", "md5")}
-            tags = info["tags"] | {name: value for name, value in made.items() if value is not None}
-            params = {name: as_text(value) for name, value in info["params"].items()}
-            status = end.get("status", NOT_FINISHED)
-            known = KnownRun(run.mlflow.get("run_id", ""), info["name"], status, info["started"], params, tags)
-            known.attempt = str(run.directory.relative_to(self.root))
-            known.environment = run.environment
-            if (run.artifacts / "uncommitted.diff").exists():
-                known.diff = run.artifacts / "uncommitted.diff"
-            return [(info["run_key"], known)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self.warnings.append(f"{run} is damaged ({type(error).__name__}: {error}) and was passed over")
-            return []

@@ -1,38 +1,39 @@
-"""The one door to MLflow's stores: makes fit what they would refuse, or keep as something else.
+"""The only way to MLflow's stores, which changes what they would reject or store as something else.
 
-PostgreSQL refuses NUL in text and names beyond their column, every store text that is no UTF-8, and MLflow keys with
-other characters than its own; NaN would be kept as 0 and infinity as 1.8e308. What fits is sent as it is.
+PostgreSQL rejects NUL in text and text longer than its column, every store rejects text that is not UTF-8, and MLflow
+would store NaN as 0 and infinity as 1.8e308. Keys need no such care: they are constants and parameters' names.
 """
 
 import math
 import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-_NAME, _KEY, _PARAM, _TAG, _DATASET = 250, 250, 6000, 8000, 500  # characters
+from tracking.mlflow_page import Point
+from tracking.run import as_text
+
+_NAME, _PARAM, _TAG, _DATASET, _PROFILE = 250, 6000, 8000, 500, 16_777_215  # characters
+_PARAMS_AT_ONCE, _METRICS_AT_ONCE = 100, 1000
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _UNKNOWN = re.compile(r"[\x80-\x9f\ud800-\udfff]")  # controls without a picture, and lone surrogates
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def fit_text(text: str, limit: int) -> str:
-    """Text with control characters visible, one for one, and cut at `limit` characters."""
+    """Replaces each control character by a visible one, and cuts the text at `limit` characters."""
     text = _CONTROL.sub(lambda found: chr(0x2400 + ord(found[0])), text[:limit])  # NUL becomes ␀
     return _UNKNOWN.sub("\ufffd", text.replace("\x7f", "␡"))
 
 
-def fit_key(key: str) -> str:
-    """A key of the characters that MLflow takes, and without parts that would climb in a path."""
-    parts = re.sub(r"[^/\w.\- :]", "_", key).split("/")
-    return "/".join(part for part in parts if part not in {"", ".", ".."})[:_KEY] or "_"
-
-
-def fit_file(text: str) -> str:
-    """A file's content, to the character but for lone surrogates, which have no UTF-8."""
-    return _SURROGATE.sub("\ufffd", text)
+def fit_file(text: str) -> bytes:
+    """A file's content; replaces only lone surrogates, which have no UTF-8."""
+    return _SURROGATE.sub("\ufffd", text).encode()
 
 
 class StoreClient:
-    """An MlflowClient that fits what it is given; of its methods that write text or numbers, those used here."""
+    """An MlflowClient whose methods below accept any text and any number; all others are MLflow's own."""
 
     def __init__(self, uri: str):
         from mlflow import MlflowClient
@@ -45,57 +46,57 @@ class StoreClient:
     def get_experiment_by_name(self, name: str) -> Any:
         return self._client.get_experiment_by_name(fit_text(name, _NAME))
 
-    def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> Any:
-        return self._client.create_experiment(fit_text(name, _NAME), artifact_location, tags)
+    def create_experiment(self, name: str, artifact_location: str | None = None) -> Any:
+        return self._client.create_experiment(fit_text(name, _NAME), artifact_location)
 
-    def create_run(
-        self, experiment_id: str, start_time: int | None = None, tags: Any = None, run_name: str | None = None
-    ) -> Any:
-        name = run_name and fit_text(run_name, _NAME)
-        return self._client.create_run(experiment_id, start_time, _fit(tags or {}), run_name=name)
+    def create_run(self, experiment: str, started: int, name: str, tags: dict[str, Any]) -> Any:
+        return self._client.create_run(experiment, started, _fit_tags(tags), run_name=fit_text(name, _NAME))
 
-    def set_tag(self, run_id: str, key: str, value: Any, synchronous: bool | None = None) -> Any:
-        return self._client.set_tag(run_id, fit_key(key), fit_text(value, _TAG), synchronous)
+    def set_tags(self, run_id: str, tags: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
 
-    def log_batch(
-        self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = (), synchronous: bool | None = None
-    ) -> Any:
-        from mlflow.entities import Param, RunTag
+        self._client.log_batch(run_id, tags=[RunTag(*tag) for tag in _fit_tags(tags).items()], synchronous=True)
 
-        metrics = [_fit_metric(metric) for metric in metrics if math.isfinite(metric.value)]
-        params = [Param(fit_key(param.key), fit_text(param.value, _PARAM)) for param in params]
-        tags = [RunTag(fit_key(tag.key), fit_text(tag.value, _TAG)) for tag in tags]
-        return self._client.log_batch(run_id, metrics, params, tags, synchronous)
+    def log_params(self, run_id: str, params: dict[str, str]) -> None:
+        from mlflow.entities import Param
 
-    def log_inputs(self, run_id: str, datasets: Any = None, models: Any = None) -> None:
-        self._client.log_inputs(run_id, [_fit_dataset(one) for one in datasets or []], models)
+        entities = [Param(key, fit_text(value, _PARAM)) for key, value in params.items()]
+        for first in range(0, len(entities), _PARAMS_AT_ONCE):
+            self._client.log_batch(run_id, params=entities[first : first + _PARAMS_AT_ONCE], synchronous=True)
 
-    def log_text(self, run_id: str, text: str, artifact_file: str) -> None:
-        self._client.log_text(run_id, fit_file(text), artifact_file)
+    def log_points(self, run_id: str, points: Iterable[Point], model_id: str | None = None) -> None:
+        """Logs those points of metrics that are finite, for the run or for one of its models."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(p.key, p.value, p.t, p.step, model_id=model_id, run_id=model_id and run_id)
+            for p in points
+            if math.isfinite(p.value)
+        ]
+        for first in range(0, len(metrics), _METRICS_AT_ONCE):
+            self._client.log_batch(run_id, metrics=metrics[first : first + _METRICS_AT_ONCE], synchronous=True)
+
+    def log_dataset(self, run_id: str, name: str, sha256: str, source: str, profile: str) -> None:
+        """Records that the run was trained on a dataset; `source` and `profile` are JSON."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        # MLflow takes 36 characters of digest; the profile has the whole hash.
+        data = Dataset(
+            fit_text(name, _DATASET),
+            sha256[:36],
+            "local",
+            fit_text(source, 65_535),
+            profile=fit_text(profile, _PROFILE),
+        )
+        self._client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+    def log_file(self, run_id: str, path: str, content: bytes) -> None:
+        """Stores an artifact of that content."""
+        folder, _, name = path.rpartition("/")
+        with tempfile.TemporaryDirectory() as temporary:
+            (Path(temporary) / name).write_bytes(content)
+            self.log_artifact(run_id, f"{temporary}/{name}", folder or None)
 
 
-def _fit(tags: dict[str, str]) -> dict[str, str]:
-    return {fit_key(key): fit_text(value, _TAG) for key, value in tags.items()}
-
-
-def _fit_metric(metric: Any) -> Any:
-    from mlflow.entities import Metric
-
-    key = fit_key(metric.key)
-    if key == metric.key:
-        return metric
-    return Metric(key, metric.value, metric.timestamp, metric.step, metric.model_id, run_id=metric.run_id)
-
-
-def _fit_dataset(given: Any) -> Any:
-    from mlflow.entities import Dataset, DatasetInput
-
-    data = given.dataset
-    fitted = Dataset(
-        fit_text(data.name, _DATASET),
-        data.digest,
-        data.source_type,
-        fit_text(data.source, 65_535),
-        profile=data.profile and fit_text(data.profile, 16_777_215),
-    )
-    return DatasetInput(fitted, given.tags)
+def _fit_tags(tags: dict[str, Any]) -> dict[str, str]:
+    return {key: fit_text(as_text(value), _TAG) for key, value in tags.items()}

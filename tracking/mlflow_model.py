@@ -1,4 +1,4 @@
-"""The model as MLflow stores it: prompts in, texts out. MLflow runs this file to load a model; nobody imports it."""
+"""The model as MLflow stores it: prompts in, texts out. MLflow runs this file to load a model; nothing imports it."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class TextGenerator:
     def predict(  # type: ignore[no-untyped-def]
         self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """One text for each prompt; `model_input` is a text, a list of them or a DataFrame's first column.
+        """Returns one text for each prompt; `model_input` is a text, a list of them or a DataFrame's first column.
 
         params: max_new_tokens, temperature, top_k (0: all), top_p (1: all), seed.
         """
@@ -32,8 +32,8 @@ class TextGenerator:
         return [complete(self.gpt, str(prompt), **options) for prompt in prompts]
 
 
-# Two classes, because MLflow asks of a predict method of its own subclass that its input has a type hint, for which it
-# would then forget the model's signature and with it the options in `params`.
+# Two classes, because MLflow requires a type hint for the input of a predict method that its own subclass defines, and
+# would then ignore the model's signature and with it the options in `params`.
 class Model(TextGenerator, PythonModel):  # type: ignore[misc]
     pass
 

@@ -1,6 +1,6 @@
-"""Starts the process that fills MLflow beside a training, and waits for it at the end; imports nothing of MLflow.
+"""Starts the process that fills MLflow during a training, and waits for it at the end; does not import MLflow itself.
 
-A process of its own, since MLflow's import alone would stop the loop for seconds, and a dead server for minutes.
+In the training process, MLflow's import alone would stop the loop for seconds, and a dead server for minutes.
 """
 
 import importlib
@@ -11,9 +11,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from tracking.run import Run
 
-_GRACE = 5.0  # seconds beyond its own limit before the process is ended
+_GRACE = 5.0  # seconds beyond its own limit before the process is terminated
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class Follower:
 
 
 def start(run: Run, repository: Path, wait_seconds: float) -> Follower:
-    """Starts `python -m tools sync ATTEMPT --follow <this process>`; its output goes to tracking.log of the attempt.
+    """Starts `python -m tools sync ATTEMPT --follow <this process>`; its output goes to the attempt's tracking.log.
 
-    It is in a session of its own, so that a Ctrl-C for the trainer does not end it too, and ends by itself when the
-    trainer has ended, at most `wait_seconds` later.
+    It runs in a session of its own, so that Ctrl-C ends only the training, and exits at most `wait_seconds` after the
+    training has ended.
     """
     command = [sys.executable, "-m", "tools", "sync", str(run), "--follow", str(os.getpid())]
-    # The trainer's pinned threads are not for this process; and it must read this code, not an installed copy.
+    # One thread, whatever the training has pinned; and DVC_ROOT, so that it imports this code, not an installed copy.
     environment = {**os.environ, "DVC_ROOT": str(repository), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with run.log.open("ab") as output:
         process = subprocess.Popen(
@@ -44,7 +46,7 @@ def start(run: Run, repository: Path, wait_seconds: float) -> Follower:
 
 
 def wait(follower: Follower, wait_seconds: float) -> str:
-    """Waits until MLflow has everything, or `wait_seconds` and a little more; returns the line to tell the user."""
+    """Waits until MLflow has the whole run, or a little more than `wait_seconds`; returns the line to print."""
     try:
         code = follower.process.wait(wait_seconds + _GRACE)
     except subprocess.TimeoutExpired:
@@ -54,9 +56,8 @@ def wait(follower: Follower, wait_seconds: float) -> str:
         except subprocess.TimeoutExpired:
             follower.process.kill()
             follower.process.wait()
-        return f"MLflow has not taken all of the run within {wait_seconds:g} s; `python -m tools sync` sends the rest"
-    lines = follower.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    last = lines[-1] if lines else ""
+        return f"MLflow did not take the whole run within {wait_seconds:g} s; `python -m tools sync` sends the rest"
+    last = "".join(follower.log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:])
     if code == 0:
         return last
     if code < 0:
@@ -65,21 +66,19 @@ def wait(follower: Follower, wait_seconds: float) -> str:
 
 
 def describe_system_metrics() -> str:
-    """One line that says which system metrics go to MLflow, and which this machine cannot report."""
-    known: list[str] = ["CPU", "memory", "disk"]
-    unknown: list[str] = []
+    """One line that names the system metrics sent to MLflow, and those that this machine cannot report."""
+    available: list[str] = ["CPU", "memory", "disk"]
+    missing: list[str] = []
     try:
-        import psutil
-
-        (known if psutil.net_io_counters() else unknown).append("network")
-    except Exception as error:
-        unknown.append(f"network ({type(error).__name__})")
+        (available if psutil.net_io_counters() else missing).append("network")
+    except Exception as error:  # psutil's own errors and those of /proc differ by platform
+        missing.append(f"network ({type(error).__name__})")
     try:
         importlib.import_module("pynvml").nvmlInit()
-        known.append("GPU")
+        available.append("GPU")
     except ImportError:
-        unknown.append("GPU (nvidia-ml-py is not installed)")
-    except Exception as error:  # NVML's errors have no common base that exists without the library
-        unknown.append(f"GPU ({error})")
-    line = f"system metrics: {', '.join(known)}"
-    return f"{line}; this machine cannot report {', '.join(unknown)}" if unknown else line
+        missing.append("GPU (nvidia-ml-py is not installed)")
+    except Exception as error:  # NVML's errors have no common base class without the library
+        missing.append(f"GPU ({error})")
+    line = f"system metrics: {', '.join(available)}"
+    return f"{line}; this machine cannot report {', '.join(missing)}" if missing else line

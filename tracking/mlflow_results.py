@@ -1,4 +1,4 @@
-"""The finished runs of an MLflow experiment, as results that can be compared: those of a team's server, say."""
+"""The finished runs of an experiment on an MLflow server, for instance a team's, as results to compare."""
 
 import json
 import tempfile
@@ -6,17 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tracking.comparison import Point, Result, way_to_score
+from tracking.comparison import Point, Result, scoring_method
 from tracking.mlflow_page import LOSS
 from tracking.mlflow_run import SAMPLES
 from tracking.mlflow_server import connect, explained, resolve_uri
 
 _SCORES = ("val_loss", "bits_per_byte", "excess")
-_PAGE = 1000  # runs that MLflow gives at once
+_PAGE = 1000  # runs that MLflow returns at once
 
 
 def server_results(root: Path, experiment: str) -> tuple[list[Result], list[str]]:
-    """All finished trainings of the experiment at MLFLOW_TRACKING_URI, oldest first; a line for each run left out.
+    """All finished trainings of the experiment at MLFLOW_TRACKING_URI, oldest first; and a line for each other run.
 
     Raises TrackingError if MLflow does not answer, ValueError if it has no such experiment.
     """
@@ -36,7 +36,7 @@ def server_results(root: Path, experiment: str) -> tuple[list[Result], list[str]
             runs += page
     results, left_out = [], []
     for run in sorted(runs, key=lambda each: each.info.start_time):
-        if "model.pulled" in run.data.tags:  # the place of scores whose training is in another database
+        if "model.pulled" in run.data.tags:  # only scores, of a training in another database
             continue
         if run.info.status == "FINISHED" and "model.sha256" in run.data.tags:
             results.append(_result(client, run, experiment))
@@ -47,14 +47,14 @@ def server_results(root: Path, experiment: str) -> tuple[list[Result], list[str]
 
 def _result(client: Any, run: Any, experiment: str) -> Result:
     info, params, tags, metrics = run.info, run.data.params, run.data.tags, run.data.metrics
-    # Runs of earlier versions have these names with a prefix.
-    scores = {name: metrics.get(name, metrics.get(f"evaluate/{name}")) for name in _SCORES}
-    stride = tags.get("evaluate.stride")
-    if scores["val_loss"] is None:
-        scores["val_loss"], stride = metrics.get(LOSS, metrics.get("val/loss")), None
-    known = {name: float(value) for name, value in scores.items() if value is not None}
-    if {"val_loss", "excess"} <= known.keys():
-        known["floor"] = known["val_loss"] - known["excess"]
+    scores = {name: float(metrics[name]) for name in _SCORES if name in metrics}
+    evaluated = None
+    if "val_loss" in scores:
+        evaluated = scoring_method(tags["evaluate.stride"]) if "evaluate.stride" in tags else None
+    elif LOSS in metrics:
+        scores["val_loss"] = float(metrics[LOSS])
+    if {"val_loss", "excess"} <= scores.keys():
+        scores["floor"] = scores["val_loss"] - scores["excess"]
     return Result(
         id=info.run_id,
         name=info.run_name,
@@ -65,15 +65,15 @@ def _result(client: Any, run: Any, experiment: str) -> Result:
         started=info.start_time,
         steps=int(params.get("train.max_iters", 0)),
         seconds=(info.end_time - info.start_time) / 1000,  # with the time between a kill and the next start
-        scores=known,
-        evaluated=None if stride is None else way_to_score(stride),
+        scores=scores,
+        evaluated=evaluated,
         curve=partial(_curve, client, info.run_id, info.start_time),
         sample=partial(_sample, client, info.run_id),
     )
 
 
 def _profile(run: Any) -> dict[str, Any]:
-    """meta.json of the run's tokens, as MLflow's dataset holds it; empty where it is not."""
+    """meta.json of the run's tokens, from MLflow's dataset; empty if it is not there."""
     for each in run.inputs.dataset_inputs if run.inputs else []:
         try:
             profile = json.loads(each.dataset.profile)
@@ -85,19 +85,19 @@ def _profile(run: Any) -> dict[str, Any]:
 
 
 def _curve(client: Any, run_id: str, started: int) -> list[Point]:
-    history = {
-        key: {point.step: point for point in client.get_metric_history(run_id, key)}
+    val, train, tokens = (
+        {point.step: point for point in client.get_metric_history(run_id, key)}
         for key in (LOSS, "eval/train_loss", "tokens")
-    }
+    )
     return [
         Point(
             step,
-            int(history["tokens"][step].value) if step in history["tokens"] else 0,
+            int(tokens[step].value) if step in tokens else 0,
             (point.timestamp - started) / 1000,
-            history["eval/train_loss"][step].value if step in history["eval/train_loss"] else float("nan"),
+            train[step].value if step in train else float("nan"),
             point.value,
         )
-        for step, point in sorted(history[LOSS].items())
+        for step, point in sorted(val.items())
     ]
 
 

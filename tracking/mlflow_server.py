@@ -1,6 +1,5 @@
-"""Which MLflow server, how long to wait for it, what its errors mean, and how it keeps values."""
+"""Which MLflow server to use, how to connect to it, and what its errors mean."""
 
-import json
 import os
 import re
 import shlex
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tracking.journal import JournalDamaged, RunLock
+from tracking.journal import JournalDamaged
+from tracking.lock import RunLock
 from tracking.mlflow_client import StoreClient
 from tracking.redaction import redact
 
-# A dead server must be noticed in seconds, not in MLflow's four minutes; and nothing is to be told to anybody.
+# A dead server must be noticed in seconds, not in MLflow's four minutes. No telemetry, no progress bars.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -27,8 +27,7 @@ _ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
-
-# Where MLflow keeps locations of artifacts, all of them absolute.
+# The columns in which MLflow stores locations of artifacts, all of them absolute.
 _LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -36,75 +35,79 @@ _LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-# What MLflow's client says of an answer -> what a user can do about it.
-_ANSWERS = (
+# A pattern in an error of MLflow, its database or its connection -> what to report; the first that matches counts.
+_ERRORS = (
+    (
+        r"malformed|not a database|Can't locate revision|out-of-date database",
+        "{where} is damaged or of another MLflow version ({text:.200}): move it away (with its -wal and -shm), then "
+        "`python -m tools sync` fills a new one from the journals",
+    ),
+    (
+        r"Max retries exceeded.*?(timed out|too many \d+ error|\[Errno -?\d+\] [\w ]+)",
+        "MLflow at {where} cannot be reached ({found[1]})",
+    ),
     (
         r"failed with error code 40[13] ",
-        "refuses these credentials: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        "{where} refuses these credentials: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
     ),
     (
         r"response body was not in a valid JSON format|failed with error code 404 .*<html|Exceeded 30 redirects",
-        "does not answer as MLflow's server does: correct MLFLOW_TRACKING_URI",
+        "{where} does not answer like an MLflow server: correct MLFLOW_TRACKING_URI",
     ),
-    (r"Connection broken|Connection aborted", "cut the connection before its answer was complete"),
+    (r"Connection broken|Connection aborted", "{where} cut the connection before its answer was complete"),
+    (r"", "MLflow at {where} failed ({kind}: {text:.300})"),
 )
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")  # scheme, path
 
 
 class TrackingError(ValueError):
-    """MLflow could not be filled; one line that says why and what to do. Nothing is lost: try again later."""
+    """MLflow could not be reached or reported an error; one line with the reason and the remedy. Try again later."""
 
 
 def prepare_environment() -> None:
-    """Sets, where the user has not, what bounds MLflow's waiting; must come before mlflow is imported."""
+    """Sets limits of MLflow's waiting, unless the user has; must run before mlflow is imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def resolve_uri(repository: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a database in the original repository. What is relative is relative to that."""
+    """MLFLOW_TRACKING_URI, or a database in the original repository, which relative paths start from."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    scheme, separator, path = uri.partition("://")
     # A relative path would land in the temporary workspace of `dvc exp run --temp`, which is deleted.
     if (database := _SQLITE.match(uri)) and database[2]:
         return f"{database[1]}{_quoted(repository) / database[2]}"
     if uri.startswith("file:") and not uri.startswith("file:/"):
         return (repository / uri.removeprefix("file:")).as_uri()
-    if not separator and not re.match(r"(file:|databricks)", uri):
+    if "://" not in uri and not re.match(r"(file:|databricks)", uri):
         return (repository / uri).as_uri()
-    return f"{scheme}{separator}{path}"
+    return uri
 
 
 def is_server(uri: str) -> bool:
-    """Whether a server answers there, which holds the artifacts too; else it is a database or a folder."""
+    """Whether the URI is a server's, which also stores the artifacts; otherwise it is a database or a folder."""
     return uri.startswith(("http://", "https://", "databricks", "uc:"))
 
 
 def store_name(uri: str, repository: Path) -> str:
-    """What the records of what was sent call a store: no password, and the same after the repository has moved."""
+    """The name of a store in records: without a password, and the same after the repository was moved."""
     return redact(uri.replace(f"{_quoted(repository)}/", "", 1))
 
 
 def _quoted(path: Path) -> Path:
-    """A path as a database's address holds it; Jenkins names folders like feature%2Fname."""
+    """A path for a database's URI; Jenkins names folders like feature%2Fname."""
     return Path(str(path).replace("%", "%25").replace("?", "%3F"))
 
 
 def local_folder(location: str) -> Path | None:
-    """The folder on this machine that an artifact location names; None if it is another kind of store."""
+    """The folder on this machine at an artifact location; None for another kind of store."""
     address = urlsplit(location)
     if address.scheme not in {"", "file"}:
         return None
     return Path(unquote(address.path) if address.scheme else location)
 
 
-def as_text(value: Any) -> str:
-    """A value of a param or tag as MLflow keeps it."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def connect(uri: str, repository: Path) -> Any:
-    """A StoreClient. A new sqlite database is created whole, by one process at a time. Raises TrackingError."""
+    """Returns a StoreClient; first creates an SQLite database if there is none. Raises TrackingError."""
     prepare_environment()
     with explained(uri):
         if path := sqlite_path(uri):
@@ -125,7 +128,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 def _prepare_sqlite(path: Path) -> None:
     if not path.exists() or path.stat().st_size == 0:
-        # Under another name first: a process that is killed half-way must not leave half a database.
+        # Under another name first, so that a kill cannot leave an incomplete database.
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.new")
         for leftover in (new, new.with_name(f"{new.name}-journal")):
@@ -137,15 +140,15 @@ def _prepare_sqlite(path: Path) -> None:
     database = sqlite3.connect(path, timeout=30)
     try:
         if database.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-            database.execute("PRAGMA journal_mode=wal")  # lets several runs write at once; stays set in the file
+            database.execute("PRAGMA journal_mode=wal")  # lets several runs write at once; stored in the file
     finally:
         database.close()
 
 
 def _move_locations(path: Path, repository: Path) -> None:
-    """Has a database that lies in the repository name the artifacts there, after both were moved or copied.
+    """Updates the absolute locations of artifacts after the repository, with the database in it, was moved or copied.
 
-    MLflow keeps absolute locations. What lies in another place is left as it is.
+    Locations outside of the repository stay.
     """
     database = sqlite3.connect(path, timeout=30)
     try:
@@ -171,40 +174,29 @@ def _move_locations(path: Path, repository: Path) -> None:
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turns what MLflow, its database or its connection raise into a TrackingError of one line."""
+    """Turns errors of MLflow, its database or its connection into a TrackingError of one line."""
     try:
         yield
     except (TrackingError, JournalDamaged):
         raise
     except Exception as error:
-        text = redact(str(error))
-        where = redact(uri)
-        if path := sqlite_path(uri):
-            if re.search(r"malformed|not a database|Can't locate revision|out-of-date database", text):
-                raise TrackingError(
-                    f"{path} is damaged or of another MLflow version ({text[:200]}): move it away (with its -wal and "
-                    "-shm), then `python -m tools sync` fills a new one from the journals"
-                ) from error
-            where = str(path)
-        if unreachable := re.search(
-            r"Max retries exceeded.*?(timed out|too many \d+ error|\[Errno -?\d+\] [\w ]+)", text
-        ):
-            raise TrackingError(f"MLflow at {where} cannot be reached ({unreachable[1]})") from error
-        for pattern, meaning in _ANSWERS:
-            if re.search(pattern, text):
-                raise TrackingError(f"{where} {meaning}") from error
-        raise TrackingError(f"MLflow at {where} did not take it ({type(error).__name__}: {text[:300]})") from error
+        text, where = redact(str(error)), str(sqlite_path(uri) or redact(uri))
+        message, found = next((message, found) for p, message in _ERRORS if (found := re.search(p, text)))
+        raise TrackingError(message.format(where=where, text=text, found=found, kind=type(error).__name__)) from error
 
 
 def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
-    """The experiment of that name, created if it is new; never Default, whose artifacts would lie anywhere."""
+    """The id of the experiment of that name, which is created if it is new.
+
+    Never Default, whose artifacts could be anywhere.
+    """
     from mlflow.exceptions import MlflowException
 
     for _ in range(2):
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             if experiment.lifecycle_stage != "active":
-                other = _present_experiment(repository)
+                other = _current_experiment(repository)
                 if other not in {None, name}:
                     return experiment_id(client, uri, repository, str(other))
                 raise TrackingError(
@@ -213,9 +205,11 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
                 )
             _check_location(uri, repository, experiment.artifact_location)
             return str(experiment.experiment_id)
-        # Not quoted: MLflow takes a % in a path for an escape when it loads a model. Each run has its own folder below.
-        folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:100]  # the location has a limit too
-        # A server knows where its artifacts belong; a database would take the working directory, which DVC may delete.
+        # Not quoted, since MLflow takes a % in a path for an escape when it loads a model. Each run has its own folder
+        # in it, so names may clash.
+        folder = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:100]
+        # A server has its own place for artifacts; with a database it would be the working directory, which DVC may
+        # delete.
         location = None if is_server(uri) else (repository / "mlartifacts" / folder).as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=location))
@@ -225,8 +219,8 @@ def experiment_id(client: Any, uri: str, repository: Path, name: str) -> str:
     raise TrackingError(f"the MLflow experiment {name!r} can neither be created nor found")
 
 
-def _present_experiment(repository: Path) -> str | None:
-    """tracking.experiment as it is now, where it replaces a recorded name that cannot be used any more."""
+def _current_experiment(repository: Path) -> str | None:
+    """tracking.experiment of params.yaml, to replace the recorded name of a deleted experiment."""
     from nanogpt.params import load_params
 
     try:
@@ -236,7 +230,7 @@ def _present_experiment(repository: Path) -> str | None:
 
 
 def check_variables(experiment: str) -> None:
-    """Raises ValueError for variables of MLflow that would have no effect on the runs made here."""
+    """Raises ValueError for environment variables of MLflow that have no effect here."""
     for name, remedy in {
         "MLFLOW_EXPERIMENT_NAME": "set tracking.experiment in params.yaml",
         "MLFLOW_EXPERIMENT_ID": "set tracking.experiment in params.yaml to the experiment's name",
@@ -248,7 +242,7 @@ def check_variables(experiment: str) -> None:
 
 
 def _check_location(uri: str, repository: Path, location: str) -> None:
-    """Raises TrackingError for artifacts in a repository that is gone, which MLflow would make anew as a folder."""
+    """Raises TrackingError if the artifacts are in a repository that is gone; MLflow would create a folder there."""
     root, found, _ = location.rpartition("/mlartifacts/")
     was = local_folder(root)
     if found and was and not is_server(uri) and not was.exists():
@@ -259,7 +253,7 @@ def _check_location(uri: str, repository: Path, location: str) -> None:
 
 
 def has_run(client: Any, run_id: str | None) -> bool:
-    """Whether the server has that run, be it deleted; None: no."""
+    """Whether the server has that run, deleted or not; false for None."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -271,7 +265,7 @@ def has_run(client: Any, run_id: str | None) -> bool:
 
 
 def find_run(client: Any, experiment: str, filter_string: str) -> Any | None:
-    """The newest run, deleted ones too, so that what a user has deleted is not sent again."""
+    """The newest matching run, deleted or not, so that a run that the user has deleted is not sent again."""
     from mlflow.entities import ViewType
 
     order = ["attributes.start_time DESC"]

@@ -1,4 +1,4 @@
-"""Fills MLflow from a run while its trainer lives, and samples the machine's metrics; see mlflow_run.py."""
+"""Fills MLflow during a training and samples the machine's metrics; or sends everything later (`tools sync`)."""
 
 import json
 import time
@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 
 from tracking import mlflow_server
-from tracking.journal import Journal, holder
+from tracking.journal import Journal
+from tracking.lock import holder
 from tracking.mlflow_run import Replica, deliver_report, delivered_to
 from tracking.redaction import redact
 from tracking.run import Run, runs_in
@@ -18,14 +19,14 @@ from tracking.run import Run, runs_in
 PUSH_SECONDS = 2.0
 SAMPLE_SECONDS = 10.0
 MAX_SYSTEM_KEYS = 12
-_TICK = 0.1
+_INTERVAL = 0.1  # seconds between looks at the training
 _SLOWEST = 60.0  # seconds between tries while a server is dead
 
 Say = Callable[[str], None]
 
 
 class Trainer:
-    """The process that trains. A pid that is given to another process later is not taken for it."""
+    """The training process; another process that gets its pid later is not mistaken for it."""
 
     def __init__(self, pid: int):
         try:
@@ -34,18 +35,17 @@ class Trainer:
             self._process = None
 
     def is_alive(self) -> bool:
-        if self._process is None:
-            return False
         try:
-            return bool(self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE)
+            process = self._process
+            return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
 
 class SystemMetrics:
-    """MLflow's own monitors, sampled into a run's system.jsonl; from there they are replicated like all else.
+    """Samples MLflow's monitors into a run's system.jsonl, from which they are replicated like the journal.
 
-    A sample each 10 s at first, then each 200th of the time since the first one: a day has some 900 of them.
+    The time between samples grows from 10 s to a 200th of the time since the first one: a day has some 900 of them.
     """
 
     def __init__(self, run: Run):
@@ -57,7 +57,7 @@ class SystemMetrics:
 
     def sample_if_due(self) -> None:
         now, moment = time.time(), time.monotonic()
-        if moment < self._due:  # whatever the clock is set to meanwhile
+        if moment < self._due:  # monotonic, since the clock may be set meanwhile
             return
         self._due = moment + max(SAMPLE_SECONDS, (now - self._first) / 200)
         values: dict[str, float] = {}
@@ -65,7 +65,7 @@ class SystemMetrics:
             monitor.collect_metrics()
             values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        # The page bears some 25 metrics in all, and eight GPUs alone have 40.
+        # MLflow's page copes with some 25 metrics in all, and eight GPUs alone have 40.
         chosen = sorted(values, key=_importance)[:MAX_SYSTEM_KEYS]
         fields = {f"system/{key}": values[key] for key in chosen}
         self.journal.append("system", t=int(now * 1000), step=self._count, **fields)
@@ -77,7 +77,7 @@ def _importance(key: str) -> tuple[bool, str]:
 
 
 def _monitors() -> list[Any]:
-    """Those of MLflow's monitors that work here; replicator.describe_system_metrics says which do not."""
+    """Those of MLflow's monitors that work on this machine; mlflow_process.describe_system_metrics names the others."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -88,36 +88,40 @@ def _monitors() -> list[Any]:
     for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor, ROCMMonitor):
         try:
             found.append(kind())
-        except Exception:  # no such hardware, driver or library; each kind says it with errors of its own
+        except Exception:  # no such hardware, driver or library; each monitor raises its own errors
             continue
     psutil.cpu_percent()  # the first call has nothing to compare with and returns 0
     return found
 
 
 def follow(run: Run, uri: str, pid: int, wait_seconds: float, say: Say) -> bool:
-    """Fills MLflow until the training has ended or its process is gone; returns whether MLflow has everything.
+    """Fills MLflow until the training (process `pid`) has ended or died; returns whether MLflow has everything.
 
-    A server that fails is tried again, ever more rarely. After the end it is tried for `wait_seconds`.
+    While a server fails, it tries again at growing intervals; after the training's end for another `wait_seconds`.
     """
     trainer = Trainer(pid)
+
+    def is_over() -> bool:
+        return bool(run.end) or not trainer.is_alive()
+
     with run.sending_lock(lambda holder: say(f"process {holder} still sends this run; waiting for it")):
-        metrics = _start_metrics(run, say)
+        sample = _sampler(run, say)
+        sample()  # at least once, however short the training
         replica = Replica(run, uri)
         delay, failed = PUSH_SECONDS, False
-        if metrics:
-            metrics = _sample(metrics, say)  # once at least, however short the training
-        while trainer.is_alive() and not run.end:
-            if metrics:
-                metrics = _sample(metrics, say)
+        while not is_over():
+            sample()
             try:
                 replica.push()
                 if failed:
-                    say("MLflow takes the run again")
+                    say("MLflow accepts the run again")
                 delay, failed = PUSH_SECONDS, False
-            except Exception as error:  # also what nobody thought of: tracking must not end before the training
+            except Exception as error:  # of any kind: tracking must not end before the training
                 say(f"will try again: {redact(f'{error}')}")
                 delay, failed = min(2 * delay, _SLOWEST), True
-            _sleep(delay, lambda: bool(run.end) or not trainer.is_alive())
+            wake = time.monotonic() + delay
+            while time.monotonic() < wake and not is_over():
+                time.sleep(_INTERVAL)
         return _finish(replica, wait_seconds, say)
 
 
@@ -125,7 +129,8 @@ def _finish(replica: Replica, wait_seconds: float, say: Say) -> bool:
     deadline, delay = time.monotonic() + wait_seconds, 1.0
     while True:
         try:
-            line = send(replica)
+            say(send(replica))
+            return True
         except Exception as error:
             reason = redact(f"{error}")
             if time.monotonic() + delay > deadline:
@@ -134,20 +139,17 @@ def _finish(replica: Replica, wait_seconds: float, say: Say) -> bool:
             say(f"will try again: {reason}")
             time.sleep(delay)
             delay *= 2
-        else:
-            say(line)
-            return True
 
 
 def send(replica: Replica) -> str:
-    """Sends all there is, and ends the run as it ended. Returns the line to print; raises what Replica raises."""
+    """Sends all of a run, and ends it as it ended. Returns the line to print; raises the errors of Replica."""
     run, name = replica.run, repr(replica.info["name"])
     if not run.end:
         lock = run.lock()
         if not lock.acquire_now():
             replica.push()
-            return f"run {name} goes on; MLflow has it up to now"
-        lock.release()  # nobody trains there, so it was killed without a word
+            return f"run {name} is still training; MLflow has it up to now"
+        lock.release()  # no process trains it, so it was killed by SIGKILL
     replica.finish(killed=True)
     if replica.deleted:
         return f"run {name} was deleted in MLflow: left alone"
@@ -156,9 +158,9 @@ def send(replica: Replica) -> str:
 
 
 def sync(repository: Path, chosen: list[Run], uri: str, again: bool, say: Say) -> bool:
-    """Sends the chosen runs, or all of them and all reports, a line each; returns whether MLflow has everything.
+    """Sends the chosen runs, or all runs and reports, with a line for each; returns whether MLflow has everything.
 
-    `again`: also what the server has confirmed; without it, such a run is only looked for.
+    `again` also sends those that the server has confirmed; without it, it only checks that they are still there.
     """
     try:
         client = mlflow_server.connect(uri, repository)
@@ -202,24 +204,21 @@ def _send_locked(run: Run, uri: str, again: bool) -> str:
         lock.release()
 
 
-def _start_metrics(run: Run, say: Say) -> SystemMetrics | None:
+def _sampler(run: Run, say: Say) -> Callable[[], None]:
+    """Returns a function that samples the system metrics if it is time; after a failure it does nothing."""
+    metrics: SystemMetrics | None = None
     try:
-        return SystemMetrics(run)
+        metrics = SystemMetrics(run)
     except Exception as error:
         say(f"no system metrics: {error}")
-        return None
 
+    def sample() -> None:
+        nonlocal metrics
+        try:
+            if metrics:
+                metrics.sample_if_due()
+        except Exception as error:
+            say(f"no more system metrics: {error}")
+            metrics = None
 
-def _sample(metrics: SystemMetrics, say: Say) -> SystemMetrics | None:
-    try:
-        metrics.sample_if_due()
-        return metrics
-    except Exception as error:
-        say(f"no more system metrics: {error}")
-        return None
-
-
-def _sleep(seconds: float, over: Callable[[], bool]) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not over():
-        time.sleep(_TICK)
+    return sample

@@ -1,7 +1,7 @@
-"""The runs of an experiment as MLflow's page should open on them: a shared view, kept as a tag of the experiment.
+"""The view in which MLflow's page opens an experiment: a shared view, stored as a tag of the experiment.
 
-Without one, MLflow 3 opens on "GenAI", its table shows neither metric nor parameter, and its charts are in alphabetical
-order. The tag's form is that of the page's own "Share" button.
+Without it, MLflow 3 opens on "GenAI", its table has neither metrics nor parameters, and its charts are sorted by name.
+The format is that of the page's "Share" button.
 """
 
 import base64
@@ -11,14 +11,14 @@ from typing import Any
 
 from tracking.mlflow_page import BEST, LOSS, REPORTED, TOKENS
 
-KEY = "nanogpt"  # of the view, in its address
+KEY = "nanogpt"  # of the view, in its URL
 TAG = f"mlflow.sharedViewState.{KEY}"
-MAX_RUNS = 500  # the newest ones, whose parameters are compared
-MAX_PARAMS = 8  # columns of parameters that differ, besides the seed
+MAX_RUNS = 500  # newest runs whose parameters are compared
+MAX_PARAMS = 8  # columns for parameters that differ, besides the seed
 _SEED = "train.seed"
 _WIDTHS = {"1": 60, "attributes.`Run Name`": 300, "runDateAndNestInfo": 150}  # pixels, of the first columns
 _BY_SETTING = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "setting"}]}
-_STEP = ""  # as an axis; else a metric's name
+_STEP = ""  # an x-axis; others are the names of metrics
 _CHARTS = [  # (metric, x-axis), in the order of the page
     *((LOSS, _STEP), (LOSS, TOKENS), ("train/loss", _STEP), ("train/loss", TOKENS), ("eval/train_loss", _STEP)),
     *((name, _STEP) for name in ("tokens_per_second", "mfu", "grad_norm", "learning_rate", "clip_rate", "memory_mb")),
@@ -26,13 +26,13 @@ _CHARTS = [  # (metric, x-axis), in the order of the page
 
 
 def address(server: str, experiment: str | None) -> str:
-    """Where a server's page shows the experiment's runs in the saved view; without one, its list of experiments."""
+    """The URL of the experiment's runs (by its id) in the saved view; without one, of the list of experiments."""
     page = f"{experiment}/runs?viewStateShareKey={KEY}&" if experiment else "?"
     return f"{server.rstrip('/')}/#/experiments/{page}workflowType=machine_learning".replace("/?", "?")
 
 
 def save_of(client: Any, name: str) -> str | None:
-    """`save` for the experiment of that name; returns its id, None if the store has none."""
+    """Saves the view of the experiment of that name; returns its id, None if the store has none."""
     found = client.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage != "active":
         return None
@@ -41,7 +41,7 @@ def save_of(client: Any, name: str) -> str | None:
 
 
 def save(client: Any, experiment: str) -> None:
-    """Saves the view of an experiment (its id) for the runs that it has now."""
+    """Saves the view of an experiment (by its id) for its present runs."""
     found = [run.data for run in client.search_runs([experiment], max_results=MAX_RUNS)]
     trained = [run for run in found if "model.pulled" not in run.tags]
     settings = [run.tags.get("setting") for run in trained]
@@ -51,10 +51,10 @@ def save(client: Any, experiment: str) -> None:
 
 
 def view(runs: list[dict[str, str]], grouped: bool) -> dict[str, Any]:
-    """The state of MLflow's page for runs with these parameters; `grouped`: below their setting, with its mean."""
+    """The state of MLflow's page for runs with these parameters; `grouped`: by their setting, with its mean."""
     metrics = [f"metrics.`{name}`" for name in ("val_loss", "excess", "bits_per_byte")]
     params = [f"params.`{name}`" for name in [*differing(runs), _SEED]]
-    # The page adds a chart for each metric that has none, but not where it was deleted.
+    # The page adds a chart for each metric, except where one is marked as deleted.
     uncharted = sorted({*REPORTED.values(), BEST, TOKENS})
     return {
         "searchFilter": "",
@@ -82,7 +82,7 @@ def view(runs: list[dict[str, str]], grouped: bool) -> dict[str, Any]:
 
 
 def differing(runs: list[dict[str, str]]) -> list[str]:
-    """The parameters, but the seed, in which runs differ; those with the most values first, at most MAX_PARAMS."""
+    """The parameters in which runs differ, except the seed, those with the most values first; at most MAX_PARAMS."""
     names = dict.fromkeys(name for params in runs for name in params if name != _SEED)
     values = {name: len({params.get(name) for params in runs}) for name in names}
     found = [name for name in names if values[name] > 1]
@@ -108,7 +108,7 @@ def _chart(chart: tuple[str, str]) -> dict[str, Any]:
         "lineSmoothness": 0,
         "xAxisKey": "metric" if axis else "step",
         "selectedXAxisMetricKey": axis,
-        "scaleType": "log" if "loss" in metric else "linear",  # else the fall at the beginning hides the rest
+        "scaleType": "log" if "loss" in metric else "linear",  # linear, the first drop would hide the rest
     }
 
 

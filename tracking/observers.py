@@ -1,4 +1,4 @@
-"""What observes a training: the journal, the console, DVC's loss curve, samples. None of it changes the result."""
+"""Observers of a training: journal, console, DVC's loss curve, samples, profiler. None changes the result."""
 
 import math
 import signal
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class JournalWriter(Observer):
-    """Records steps, evaluations and checkpoints; a checkpoint remembers how far the journal was."""
+    """Records steps, evaluations and checkpoints; a checkpoint remembers the end of the journal."""
 
     def __init__(self, journal: Journal, params: TrainParams):
         self.journal, self.samples_per_step = journal, params.batch_size * params.gradient_accumulation_steps
@@ -60,7 +60,7 @@ class JournalWriter(Observer):
 
 
 class SpeedRecorder(Observer):
-    """Records how fast the newest steps went: tokens per second, MFU, memory, and how many gradients were clipped.
+    """Records the speed of the newest steps: tokens per second, MFU, memory, and the share of clipped gradients.
 
     `peak` is the peak FLOP/s of all processes' devices together, None if it is unknown.
     """
@@ -86,7 +86,7 @@ class SpeedRecorder(Observer):
 
 
 class Reporter(Observer):
-    """Shows on the console how far the training is, and what each evaluation found."""
+    """Shows progress and the result of each evaluation on the console."""
 
     def __init__(self, console: Console, update: Update):
         self.console, self.update = console, update
@@ -101,7 +101,7 @@ class Reporter(Observer):
 
 
 class LossCurve(Observer):
-    """Keeps the loss curve up to date at `path`, where DVC shows it live."""
+    """Writes the loss curve to `path` at each evaluation, where DVC shows it live."""
 
     def __init__(self, journal: Journal, path: Path):
         self.journal, self.path = journal, path
@@ -111,7 +111,7 @@ class LossCurve(Observer):
 
 
 class SamplePreview(Observer):
-    """Continues each of tracking.prompts at an evaluation, always with the same draws: the run's table of samples."""
+    """Continues each of tracking.prompts at each evaluation, with the same random draws: the run's table of samples."""
 
     def __init__(self, journal: Journal, params: TrackingParams, tokenizer: Tokenizer):
         self.journal, self.tokenizer, self.length = journal, tokenizer, params.sample_tokens
@@ -125,9 +125,9 @@ class SamplePreview(Observer):
 
 
 class StopRequest(Observer):
-    """From its creation on, remembers the first SIGINT or SIGTERM; a second SIGINT interrupts at once.
+    """Stops the training at the first SIGINT or SIGTERM after its creation; a second SIGINT interrupts at once.
 
-    `agree` makes of this process's signal (0: none) the one for which all processes of the training stop.
+    `agree` takes this process's signal (0: none) and returns the one for which all processes of the training stop.
     """
 
     def __init__(self, agree: Callable[[int], int]) -> None:
@@ -148,24 +148,23 @@ class StopRequest(Observer):
 
     @property
     def exit_code(self) -> int:
-        assert self.agreed, "nothing has asked to stop"
         return 128 + self.agreed
 
 
 class Profiler(Observer):
     """Traces a few steps for chrome://tracing or ui.perfetto.dev; a context manager around the training.
 
-    What happens between two steps counts as well: an evaluation and a checkpoint, where they fall on it. The trace is
-    written to `path` (Chrome's JSON) as soon as `steps` are done, or of fewer when the training ends before.
+    The trace includes the evaluations and checkpoints between the steps. It is written to `path` (Chrome's JSON) after
+    `steps` steps, or when the training ends before.
     """
 
-    WARM_UP = 5  # steps before the traced ones: memory is allocated, code is compiled, the profiler itself gets ready
+    WARM_UP = 5  # steps before the traced ones, in which memory is allocated, code compiled and the profiler set up
 
     def __init__(self, steps: int, path: Path, say: Callable[[str], None]):
         from torch.profiler import profile, schedule  # a hundred modules that no other run needs
 
         self.path, self.say = path, say
-        # The question before the first step ends what the profiler calls its step 0, in which nothing is done yet.
+        # should_stop, called before the first step, ends the profiler's step 0, which is empty.
         phases = schedule(wait=1, warmup=self.WARM_UP, active=steps, repeat=1)
         self.profile = profile(schedule=phases, on_trace_ready=self._write)
 
@@ -176,7 +175,7 @@ class Profiler(Observer):
     def __exit__(self, *error: Any) -> None:
         self.profile.__exit__(*error)  # type: ignore[no-untyped-call]
         if self.profile.step_num <= 1 + self.WARM_UP:
-            self.say(f"no step was traced, as no more than the {self.WARM_UP} for warm-up were taken")
+            self.say(f"no step was traced: the training took no more than the {self.WARM_UP} for warm-up")
 
     def should_stop(self) -> str | None:
         self.profile.step()
@@ -194,7 +193,7 @@ class Profiler(Observer):
 def observing(
     console: Console, recipe: Recipe, run: Run, journal: Journal, state: TrainState, curve: Path
 ) -> Iterator[list[Observer]]:
-    """All that observes a run of the train stage; `curve` is where its loss curve is kept up to date."""
+    """Yields the observers of a run of the train stage, which writes its loss curve to `curve`."""
     params = recipe.params
     peak = flops.device_peak(recipe.numerics)
     with ExitStack() as stack:
@@ -212,7 +211,7 @@ def observing(
 
 
 def check_prompts(recipe: Recipe) -> None:
-    """Raises ValueError, before a training begins, for a prompt that could not be continued in it or after it."""
+    """Raises ValueError before the training for a prompt that it or the sample stage could not continue."""
     params, tokenizer = recipe.params, recipe.data.tokenizer
     read_prompts(tokenizer, params.tracking.prompts, "tracking.prompts")
     read_prompts(tokenizer, params.sample.prompts, "sample.prompts", PROMPTS)
@@ -224,7 +223,7 @@ def tokens_per_second(steps: list[Step]) -> float:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory on a GPU, else what the process holds now, in 10^6 bytes."""
+    """Peak memory of the GPU, or else the present memory of the process, in 10^6 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return float(psutil.Process().memory_info().rss / 1e6)

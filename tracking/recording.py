@@ -1,4 +1,4 @@
-"""A training as it is recorded: the journal's start and end, and the process beside it that fills MLflow."""
+"""Records a training: the start and end in the journal, and the process that fills MLflow meanwhile."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +18,14 @@ from tracking.run import Run
 
 @dataclass
 class Record:
-    """What the block of `recording` leaves behind: the result that the journal's end is to hold."""
+    """A training that is being recorded; the block of `recording` sets the result for the journal's end."""
 
     follower: mlflow_process.Follower
     wait_seconds: float
     result: dict[str, Any] = field(default_factory=dict)
 
     def wait(self) -> str:
-        """Waits until MLflow has the whole run, or tracking.wait_seconds; returns the line to show."""
+        """Waits until MLflow has the whole run, or tracking.wait_seconds; returns the line to print."""
         return mlflow_process.wait(self.follower, self.wait_seconds)
 
 
@@ -33,7 +33,7 @@ class Record:
 def recording(
     console: Console, recipe: Recipe, hashes: dict[str, str], run: Run, journal: Journal, state: TrainState
 ) -> Iterator[Record]:
-    """Records in the journal that a training starts, and, whatever happens in the block, how it ends."""
+    """Records in the journal the start of a training and, whatever happens in the block, its end."""
     params, progress = recipe.params, state.progress
     journal.append(
         "start",
@@ -44,7 +44,7 @@ def recording(
         numerics=recipe.numerics.as_dict(),
         processes=state.ranks.size,
     )
-    journal.sync()  # what run.json describes has a journal
+    journal.sync()  # a run.json must have a journal
     describe(run, params, hashes, dataset(recipe, hashes["tokens.sha256"]))
     console.say(mlflow_process.describe_system_metrics())
     wait_seconds = params.tracking.wait_seconds
@@ -70,7 +70,7 @@ def recording(
 
 
 def dataset(recipe: Recipe, sha256: str) -> dict[str, Any]:
-    """The tokens, as MLflow shows them."""
+    """The description of the tokens for MLflow."""
     data = recipe.data
     return {
         "name": data.meta.corpus.source,

@@ -1,10 +1,10 @@
-"""Drops what is secret from a text before it is shown or kept: the users and queries of addresses, and headers."""
+"""Removes secrets from text before it is shown or stored: credentials and queries of URLs, and secret headers."""
 
 import os
 import re
 
-_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"]+")
-_QUERY = re.compile(r"\?[^\s'\")]*=[^\s'\")]*")  # of an address whose beginning stands elsewhere
+_URL = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"]+")
+_QUERY = re.compile(r"\?[^\s'\")]*=[^\s'\")]*")  # of a URL whose beginning stands elsewhere
 _SCHEME = re.compile(r"\b(Basic|Bearer) [\w.~+/=-]+")  # of an Authorization header
 _HEADER = re.compile(
     r"""\b((?:Proxy-)?Authorization|(?:Set-)?Cookie|X-[\w-]*(?:Key|Token|Secret|Password))(\\?["']?\s*:\s*)"""
@@ -19,26 +19,26 @@ def redact(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Text in which *** stands for the user part and the query of each address, and for the value of secret headers.
+    """Replaces by *** the user part and the query of each URL, and the value of each secret header.
 
-    MLFLOW_TRACKING_URI is recognised as a whole, whatever characters its password holds.
+    MLFLOW_TRACKING_URI is recognised as a whole, whatever characters its password contains.
     """
-    own = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if "://" in own:
-        text = text.replace(own, _address(own))
-    text = _HEADER.sub(lambda found: f"{found[1]}{found[2]}{found[3] or ''}***", text)
-    text = _ADDRESS.sub(lambda found: _address(found[0]), text)
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if "://" in tracking_uri:
+        text = text.replace(tracking_uri, _redact_url(tracking_uri))
+    text = _HEADER.sub(lambda match: f"{match[1]}{match[2]}{match[3] or ''}***", text)
+    text = _URL.sub(lambda match: _redact_url(match[0]), text)
     return _SCHEME.sub(r"\1 ***", _QUERY.sub("?***", text))
 
 
-def _address(address: str) -> str:
-    """One address without user part and query. Where an @ leaves it open which part is which, only the scheme stays.
+def _redact_url(url: str) -> str:
+    """Removes user part and query. Where an @ makes it ambiguous which part is which, only the scheme stays.
 
-    Not by urllib, which takes a slash in a password for the beginning of the path, and shows what follows it.
+    Not by urllib, which takes a slash in a password for the start of the path, and shows what follows it.
     """
-    scheme, _, rest = address.partition("://")
+    scheme, _, rest = url.partition("://")
     user, at, place = rest.rpartition("@")
-    if re.search(r"[?#]", user):  # of a password, or what precedes an @ in a query
+    if re.search(r"[?#]", user):  # in a password, or a query that contains an @
         return f"{scheme}://***"
     place, question, query = place.partition("?")
     closing = ")" if query.endswith(")") else ""  # of the sentence around it

@@ -1,4 +1,4 @@
-"""What mends an error: the core names the file that is damaged, and here stands which command makes it whole again."""
+"""Which command mends an error. The core names the damaged file; this module knows how to restore it."""
 
 import errno
 import os
@@ -12,17 +12,17 @@ _SYSTEM = {
     errno.ENOSPC: "free some space",
     errno.EROFS: "make the file system writable",
 }
-_STAGES = {"data/raw": "download", "data/tokens": "tokenize"}  # what makes a folder
+_STAGES = {"data/raw": "download", "data/tokens": "tokenize"}  # folder -> the stage that makes it
 
 
 def remedy(error: Exception) -> str:
-    """A clause to append to the error's message; empty where the message names the remedy, or none is known."""
+    """A clause to append to the error's message; empty if the message names the remedy already or none is known."""
     if isinstance(error, Damaged):
         return _restore(error.path)
     if isinstance(error, Missing):
         return (
-            "under `dvc exp run --temp` and in the queue, files that git does not track are absent: commit them, "
-            "or give an absolute path"
+            "under `dvc exp run --temp` and in the queue, untracked files are absent: commit them, or give an "
+            "absolute path"
         )
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         return f"{_SYSTEM[error.errno]} and start again"
@@ -30,14 +30,14 @@ def remedy(error: Exception) -> str:
 
 
 def _restore(path: Path) -> str:
-    folder = Path(os.path.relpath(path.parent)).as_posix()  # as dvc.yaml names it
+    folder = Path(os.path.relpath(path.parent)).as_posix()  # as in dvc.yaml
     if folder in _STAGES:
-        # DVC takes a damaged file for a good one if its time and size are right, hence the removal.
-        return f"`rm -r {folder}` and `dvc checkout`, or make it anew with `dvc repro -f {_STAGES[folder]}`"
+        # Removed first, because DVC trusts a damaged file whose time and size are right.
+        return f"`rm -r {folder}` and `dvc checkout`, or make it again with `dvc repro -f {_STAGES[folder]}`"
     if folder == "model":
         if not path.exists():
             return "`dvc checkout` or `dvc repro` brings it back"
         return "remove model and run `dvc checkout`, or `dvc repro` if DVC's cache has lost it too"
     if path.name == "params.yaml":
         return f"`git diff {path}` shows what was lost, and `git checkout {path}` restores it"
-    return "restore it with `git checkout` or `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
+    return "restore it with `git checkout` or `dvc checkout`, or rerun the stage that makes it (`dvc repro -f`)"

@@ -1,6 +1,5 @@
-"""Adds what evaluate and sample found to the MLflow run that trained the model. The result does not depend on it."""
+"""Adds the results of evaluate and sample to the MLflow run that trained the model; no result depends on it."""
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -8,12 +7,13 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
-from nanogpt.files import sha256_json, write_text
+from nanogpt.files import sha256_json, write_json
 from nanogpt.params import Section, TrackingParams, flatten
 from tracking.console import Console, repository
 from tracking.mlflow_run import deliver_report
-from tracking.mlflow_server import as_text, resolve_uri
+from tracking.mlflow_server import resolve_uri
 from tracking.redaction import redact
+from tracking.run import as_text
 
 Result = TypeVar("Result")
 LEAST_WAIT = 60.0  # seconds; the first connection alone takes some
@@ -27,20 +27,22 @@ def report(
     metrics: dict[str, float],
     files: dict[str, str],
 ) -> None:
-    """Writes the report under .runs/reports/, then sends it; a server that fails costs a warning."""
-    values = flatten(settings, f"{console.name}.")
-    tags = {name: as_text(value) for name, value in values.items()}
+    """Writes a report into .runs/reports/ and sends it; a server that fails costs a warning.
+
+    `settings` are the stage's parameters, `files` the texts to store, by name.
+    """
+    stage = console.name
     content: dict[str, Any] = {
-        "stage": console.name,
+        "stage": stage,
         "model": model_sha256,
-        "metrics": {f"{console.name}/{name}": value for name, value in metrics.items()},
-        "tags": tags,
+        "metrics": {f"{stage}/{name}": value for name, value in metrics.items()},
+        "tags": {name: as_text(value) for name, value in flatten(settings, f"{stage}.").items()},
         "files": files,
         "experiment": tracking.experiment,
     }
-    path = repository() / ".runs" / "reports" / f"{console.name}-{sha256_json(content)[:16]}.json"
-    if not path.exists():  # a stage that was killed after it reported has the same to say, of the same time
-        write_text(path, json.dumps({**content, "t": time.time_ns() // 1_000_000}, sort_keys=True, indent=1) + "\n")
+    path = repository() / ".runs" / "reports" / f"{stage}-{sha256_json(content)[:16]}.json"
+    if not path.exists():  # else the stage was killed after it had reported the same
+        write_json(path, {**content, "t": time.time_ns() // 1_000_000})
     try:
         limit = max(LEAST_WAIT, tracking.wait_seconds)
         run = within(limit, lambda: deliver_report(path, resolve_uri(repository()), repository()))
@@ -52,9 +54,9 @@ def report(
 
 
 def within(seconds: float, do: Callable[[], Result]) -> Result:
-    """What `do` returns or raises; TimeoutError if it takes longer.
+    """Returns or raises what `do` does; raises TimeoutError if it takes longer.
 
-    A server that answers a byte at a time keeps to every limit that a client can set for a request.
+    A server that sends one byte at a time stays within every limit that a client can set for a request.
     """
     done: Future[Result] = Future()
 
@@ -64,7 +66,7 @@ def within(seconds: float, do: Callable[[], Result]) -> Result:
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()  # which does not keep the process from ending
+    threading.Thread(target=run, daemon=True).start()  # a daemon, so that the process can end
     try:
         return done.result(seconds)
     except FutureTimeout as error:

@@ -1,4 +1,4 @@
-"""Which training a `train` stage stands for: a new one, one that was interrupted, or one that is done."""
+"""Whether a training is new, interrupted or finished; and the description that a new one gets."""
 
 import os
 import time
@@ -11,29 +11,29 @@ from nanogpt.files import write_text
 from nanogpt.params import Params, flatten
 from nanogpt.train_state import TrainState
 from tracking.console import Console, repository
-from tracking.dvc_files import DvcLock, experiment_name, is_cached, path_md5
+from tracking.dvc_files import DvcLock, cache_path, path_md5
 from tracking.git import git_or_none
-from tracking.journal import START, Journal, damaged
+from tracking.journal import START, Journal, JournalDamaged
 from tracking.run import Run, attempts_of
 from tracking.run_name import committed_params, run_name, setting
 
-DIFF_LIMIT = 1_000_000  # bytes of uncommitted changes that are kept with a run
-# What an experiment consists of, in which no password belongs; of these, hidden files (.env) are not kept either.
+DIFF_LIMIT = 1_000_000  # characters of uncommitted changes that are kept with a run
+# What an experiment consists of, which should contain no password; hidden files in it (.env) are not kept.
 EXPERIMENT = ("params.yaml", "dvc.yaml", "presets", "inputs", "nanogpt", "stages", "tracking", "tools")
-LEFT_OUT = "# not kept, since it is no part of the experiment: "  # `git apply` passes over what precedes a diff
+LEFT_OUT = "# not kept, because it is not part of the experiment: "  # `git apply` ignores what precedes a diff
 
 
 def choose(console: Console, directory: Path, fingerprint: str) -> Run:
-    """The run to go on with, in a run directory whose lock is held. It may be new, unfinished or finished.
+    """The run to continue in a run directory whose lock is held: a new one, an unfinished one or a finished one.
 
-    A finished one is returned, to be published again, when DVC lost it, or when DVC runs the stage only because bytes
-    of a dep changed that cannot change the result. Else the user wants to see it reproduced. Raises ValueError for a
-    training that diverged: the same would happen again, and JournalDamaged.
+    A finished one is returned, to be published again, when DVC lost its model, or when DVC runs the stage only because
+    the bytes of a dep changed in a way that cannot change the result. Otherwise the user wants to see it reproduced, so
+    a new one is returned. Raises JournalDamaged, and ValueError for a training that diverged, as it would again.
     """
     attempts = attempts_of(directory)
     if not attempts:
         return Run(directory / "attempt-1")
-    newest, following = attempts[-1], Run(directory / f"attempt-{attempts[-1].number + 1}")
+    newest = attempts[-1]
     with Journal(newest.journal) as journal:
         check_journal(newest, journal, fingerprint)
     if "diverged" in newest.result:
@@ -42,58 +42,58 @@ def choose(console: Console, directory: Path, fingerprint: str) -> Run:
             "train.learning_rate, train.warmup_iters or train.grad_clip, "
             f"or remove {directory} to see it again"
         )
-    if newest.status == "finished" and has_been_taken(newest.result):
-        if changed := changed_deps("train"):
-            console.say(f"changed, but not in what they compute: {', '.join(changed)}")
-            return newest
-        console.say("dvc.lock holds this model already: training it afresh")
-        return following
-    return newest
+    if newest.status != "finished" or not is_in_dvc(newest.result):
+        return newest
+    if changed := changed_deps("train"):
+        console.say(f"changed, but not in what they compute: {', '.join(changed)}")
+        return newest
+    console.say("dvc.lock has this model already: training it afresh")
+    return Run(directory / f"attempt-{newest.number + 1}")
 
 
-def has_been_taken(result: dict[str, Any]) -> bool:
-    """Whether DVC has taken a finished training's model: dvc.lock names it, and not only because a commit's did.
+def is_in_dvc(result: dict[str, Any]) -> bool:
+    """Whether DVC has stored a finished training's model: dvc.lock names it, and not only because a commit's does.
 
     DVC puts a model into its cache before it writes dvc.lock; evaluate and sample, which leave reports, run after that.
     """
-    if DvcLock.of_workspace(Path()).out_md5("train", "model") != result["model_md5"]:
+    if DvcLock.of_workspace(Path()).model_md5 != result["model_md5"]:
         return False
-    # The model's hash is looked for in the text: a damaged report is `tools sync`'s business.
+    # Searches for the model's hash in the text, because `tools sync` reports damaged reports.
     reports = (path.read_bytes() for path in (repository() / ".runs" / "reports").glob("*.json"))
-    sha256 = result["model_sha256"].encode()
-    return is_cached(repository(), result["model_md5"]) or any(sha256 in report for report in reports)
+    cached = cache_path(repository(), result["model_md5"]).exists()
+    return cached or any(result["model_sha256"].encode() in report for report in reports)
 
 
 def changed_deps(stage: str) -> list[str]:
-    """Deps of a stage that are not what dvc.lock says, and so are why DVC runs it; none if the user forced it to.
+    """The deps of a stage that differ from dvc.lock, and so are why DVC runs it; none if the user forced it to.
 
     Only files and the folder of initial models: data is part of the fingerprint, and may be large.
     """
-    locked = DvcLock.of_workspace(Path()).stages[stage]
-    made = [path for other in DvcLock.of_workspace(Path()).stages.values() for path in other.outs]
-    return [path for path, md5 in locked.deps.items() if path not in made and path_md5(Path(path)) != md5]
+    stages = DvcLock.of_workspace(Path()).stages
+    outs = [path for other in stages.values() for path in other.outs]
+    return [path for path, md5 in stages[stage].deps.items() if path not in outs and path_md5(Path(path)) != md5]
 
 
 def check_journal(run: Run, journal: Journal, fingerprint: str) -> None:
-    """Raises JournalDamaged if the journal is another run's, or lacks records that it had."""
+    """Raises JournalDamaged if the journal is another run's, or lacks records that were there."""
     first = next(journal.records(), None)
     if first is not None and first.get("fingerprint") != fingerprint:
-        raise damaged(journal.path, "it is another run's")
-    # Where MLflow has nothing of it, what it has is sent again.
+        raise JournalDamaged(journal.path, "it is another run's")
+    # If mlflow.json is lost, everything is sent again.
     sent = run.mlflow.get("journal", START)
     if (first is None and run.is_described) or not journal.has_position(sent):
-        raise damaged(journal.path, "it lacks records that it had")
+        raise JournalDamaged(journal.path, "it lacks records that were there")
 
 
 def restore_newest(
     console: Console, state: TrainState, checkpoints: Checkpoints, journal: Journal, last_step: int
 ) -> None:
-    """Brings all ranks into the state of the newest checkpoint that is whole, if there is one."""
+    """Restores the newest undamaged checkpoint, if there is one, on all ranks."""
     checkpoint = checkpoints.newest(on_damage=console.warn)
     if checkpoint is not None:
         if not journal.has_position(checkpoint.extra["journal"]):
             raise ValueError(
-                f"{journal.path} lacks records that checkpoint {checkpoint.directory.name} counts on; "
+                f"{journal.path} lacks records that checkpoint {checkpoint.directory.name} relies on; "
                 f"remove {journal.path.parent} to train afresh"
             )
         checkpoint.restore(state)
@@ -103,7 +103,7 @@ def restore_newest(
 
 
 def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str, Any]) -> None:
-    """Writes run.json and artifacts/, from which MLflow's run is made, unless an interrupted attempt has them."""
+    """Writes run.json and artifacts/, from which MLflow's run is created, unless they are there already."""
     if run.is_described:
         return
     commit = git_or_none(Path.cwd(), "rev-parse", "HEAD") or ""
@@ -111,16 +111,18 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
     write_text(run.artifacts / "params.yaml", Path("params.yaml").read_text(encoding="utf-8"))
     if diff:
         cut = "" if len(diff) <= DIFF_LIMIT else f"\n[cut: {len(diff):,} characters in all]"
-        write_text(run.artifacts / "uncommitted.diff", diff[:DIFF_LIMIT] + cut + "\n")
+        write_text(run.diff, diff[:DIFF_LIMIT] + cut + "\n")
     sections = ("download", "tokenize", "model", "train", "numerics")
     values = {k: v for name in sections for k, v in flatten(getattr(params, name), f"{name}.").items()}
-    base = git_or_none(Path.cwd(), "log", "-1", "--format=%H", "--", *EXPERIMENT) or commit  # not one of dvc.lock alone
+    # The newest commit that changed more than dvc.lock.
+    base = git_or_none(Path.cwd(), "log", "-1", "--format=%H", "--", *EXPERIMENT) or commit
     differs = setting(values, committed_params(Path.cwd()), diff, base)
+    experiment = os.environ.get("DVC_EXP_NAME")
     tags = {
         "setting": differs,
         "git.commit": commit or "none",
         "git.dirty": str(bool(diff)).lower(),
-        "dvc.experiment": experiment_name() or "none",
+        "dvc.experiment": experiment or "none",
         "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV", "none"),
         "attempt": str(run.directory.relative_to(repository())),
         **({"git.left_out": left_out} if left_out else {}),
@@ -128,7 +130,7 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
     }
     info = {
         "run_key": uuid.uuid4().hex,
-        "name": run_name(experiment_name(), differs, params.train.seed, run.number),
+        "name": run_name(experiment, differs, params.train.seed, run.number),
         "experiment": params.tracking.experiment,
         "params": values,
         "tags": tags,
@@ -140,14 +142,14 @@ def describe(run: Run, params: Params, hashes: dict[str, str], dataset: dict[str
 
 
 def uncommitted(root: Path) -> tuple[str, str]:
-    """How what the experiment consists of differs from HEAD, as `git apply` takes it, and the other files that differ.
+    """The uncommitted changes of the experiment, as a diff for `git apply`, and the other files that have changed.
 
-    These are named at the head of the difference and not shown in it: they may hold passwords.
+    The diff begins with the names of the others, and leaves out their content: they may contain passwords.
     """
-    # The stages before this one have just written dvc.lock: that is no change of the user's.
+    # dvc.lock was just written by the stages before this one, and not by the user.
     everything = "HEAD", "--", ".", ":(exclude)dvc.lock"
     experiment = "HEAD", "--", *EXPERIMENT, ":(exclude,glob)**/.*", ":(exclude,glob)**/.*/**"
-    # As `git apply` takes it, whatever the user's settings are.
+    # A diff for `git apply`, whatever the user's settings are.
     plain = ("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-color", "--binary")
     diff = git_or_none(root, *plain, *experiment) or ""
     names = ("diff", "--no-ext-diff", "--no-renames", "--name-only")

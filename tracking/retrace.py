@@ -1,4 +1,4 @@
-"""Trains some steps again, with nothing beside the loop: for replay, golden files and measurements."""
+"""Repeats training steps without any record: for replay, golden files and measurements."""
 
 from contextlib import suppress
 from dataclasses import asdict
@@ -9,11 +9,11 @@ from nanogpt.train import Observer, Step, Stopped, train
 from nanogpt.train_state import TrainState
 from tracking.journal import Record
 
-VALUES = ("loss", "grad_norm", "lr")  # of a step, as the journal records them
+VALUES = ("loss", "grad_norm", "lr")  # of a step, as in the journal
 
 
 class Recorder(Observer):
-    """Keeps the steps in memory, and ends the training after step `last`."""
+    """Collects the steps in memory, and ends the training after step `last`."""
 
     def __init__(self, state: TrainState, last: int):
         self.state, self.last = state, last
@@ -27,19 +27,16 @@ class Recorder(Observer):
 
 
 class Retrace:
-    """A training that repeats what one has done or would do, step by step, and leaves nothing behind.
-
-    It begins at the checkpoint, or, if there is none, with the initial weights.
-    """
+    """A training that is repeated step by step, from the initial weights or a checkpoint."""
 
     def __init__(self, recipe: Recipe, checkpoint: Checkpoint | None = None):
         self.recipe, self.state = recipe, recipe.new_state()
-        self.steps: list[Record] = []  # all that were computed here, with the values that the journal records
+        self.steps: list[Record] = []
         if checkpoint is not None:
             checkpoint.restore(self.state)
 
     def to(self, step: int) -> list[Record]:
-        """Trains until so many steps are done; returns all steps that were computed here."""
+        """Trains up to that step; returns all steps that were computed so far, with the values of the journal."""
         params = self.recipe.params
         endless = params.model_copy(update={"train": params.train.model_copy(update={"patience": None})})
         if self.state.progress.step < step:
@@ -51,13 +48,13 @@ class Retrace:
 
 
 def first_difference(expected: list[Record], found: list[Record]) -> tuple[int, str] | None:
-    """The first step that both lists hold and the name of its first value that differs; None if all agree.
+    """The first step in both lists that differs, and the name of its first value that does; None if all agree.
 
-    Values are compared as the journal writes them, which is exact: equal means the same bits.
+    Values are compared as the journal writes them, which is exact to the bit.
     """
-    known = {record["step"]: record for record in expected}
+    expected_at = {record["step"]: record for record in expected}
     for record in found:
-        other = known.get(record["step"], record)
+        other = expected_at.get(record["step"], record)
         for name in VALUES:
             if repr(other.get(name)) != repr(record.get(name)):
                 return int(record["step"]), name

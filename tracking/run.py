@@ -1,13 +1,13 @@
-"""A run's directory, .runs/<fingerprint>/attempt-N: where its files lie and how they are read, in one place.
+"""A run directory, .runs/<fingerprint>/attempt-N: the only module that knows where its files lie.
 
-.runs/<fingerprint>/lock            held by the one process that trains here
-.runs/<fingerprint>/attempt-1/      a training from step 0 to its end, over as many kills as it takes; the newest counts
+.runs/<fingerprint>/lock            held by the process that trains here
+.runs/<fingerprint>/attempt-1/      a training from step 0 to its end, over any number of kills; the newest one counts
     run.json                        what MLflow needs to create the run; written once, atomically, by the train stage
-    journal.jsonl                   what happened, one line each; written by the trainer alone
+    journal.jsonl                   what happened, a line each; written only by the training process
     system.jsonl                    system metrics; written by the process that fills MLflow
     checkpoints/  models/best/  models/last/  artifacts/
-    mlflow.json  tracking.log       how far MLflow has been filled, and what the process that fills it printed
-    tracking.lock                   held by the one process that fills MLflow from this attempt
+    mlflow.json  tracking.log       how far MLflow has been filled, and the output of the process that fills it
+    tracking.lock                   held by the process that fills MLflow from this attempt
 """
 
 import json
@@ -17,22 +17,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanogpt.files import write_text
-from tracking.journal import Record, RunLock, last_record, read_records
+from nanogpt.files import write_json
+from tracking.journal import Record, last_record, read_records
+from tracking.lock import RunLock
 
+# What a damaged run.json or journal may raise.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _HEAD = re.compile(rb'\{"kind":"(\w+)","t":(\d+),')
 
 
-class Run:
-    """One attempt at a training, which is one run of MLflow. What may still change is read whenever it is asked for.
+def as_text(value: Any) -> str:
+    """A parameter or tag as MLflow stores it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
-    str() gives the directory; its parts, named as above, need not exist.
-    """
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class Run:
+    """One attempt at a training, which is one run in MLflow. Its files need not exist; all but run.json may change."""
 
     def __init__(self, directory: Path):
         self.directory = directory
         self.journal, self.system = directory / "journal.jsonl", directory / "system.jsonl"
         self.checkpoints, self.models, self.artifacts = (directory / n for n in ("checkpoints", "models", "artifacts"))
+        self.diff = self.artifacts / "uncommitted.diff"
         self.mlflow_path, self.log = directory / "mlflow.json", directory / "tracking.log"
         self._info_path = directory / "run.json"
 
@@ -44,27 +59,43 @@ class Run:
         """The N of attempt-N."""
         return int(self.directory.name.removeprefix("attempt-"))
 
+    @property
+    def repository(self) -> Path:
+        """The repository that contains it; recorded nowhere, since a repository can be moved."""
+        return self.directory.absolute().parents[2].resolve()
+
     # --- run.json
 
     @property
-    def repository(self) -> Path:
-        """Where it lies now; recorded nowhere, since a repository can be moved."""
-        return self.directory.absolute().parents[2].resolve()
-
-    @property
     def is_described(self) -> bool:
-        """Whether run.json exists, so that MLflow's run can be made."""
+        """Whether run.json exists, so that the run can be created in MLflow."""
         return self._info_path.exists()
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """run.json. Raises OSError, ValueError."""
+        """The content of run.json. Raises OSError, ValueError."""
         info: dict[str, Any] = json.loads(self._info_path.read_bytes())
         return info
 
     def write_info(self, info: dict[str, Any]) -> None:
-        """Writes run.json, whole or not at all."""
-        write_text(self._info_path, json.dumps(info, sort_keys=True, indent=1) + "\n")
+        """Writes run.json, atomically."""
+        write_json(self._info_path, info)
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Its parameters as MLflow stores them. Raises an error of DAMAGE."""
+        return {name: as_text(value) for name, value in self.info["params"].items()}
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Its tags as MLflow stores them. Raises an error of DAMAGE."""
+        return {name: as_text(value) for name, value in self.info["tags"].items()} | self.model_tags
+
+    @property
+    def model_tags(self) -> dict[str, str]:
+        """The hashes of its model; none before it has finished."""
+        result = self.result
+        return {f"model.{name}": result[f"model_{name}"] for name in ("sha256", "md5") if f"model_{name}" in result}
 
     # --- the journal
 
@@ -74,28 +105,28 @@ class Run:
 
     @property
     def end(self) -> Record | None:
-        """The "end" record; None while the run goes on. Read from the end of the journal and not checked."""
+        """The "end" record, not checked; None before the run ends."""
         record = last_record(self.journal)
         return record if record and record["kind"] == "end" else None
 
     @property
     def result(self) -> dict[str, Any]:
-        """What the training gave, as its "end" record says; empty without one."""
+        """The result in the "end" record; empty without one."""
         return (self.end or {}).get("result") or {}
 
     @property
     def status(self) -> str:
-        """new | open (running, or killed without a word) | finished | failed | killed."""
+        """new | open (running, or killed by SIGKILL) | finished | failed | killed."""
         record = last_record(self.journal)
         if record is None:
             return "new"
         return str(record["status"]).lower() if record["kind"] == "end" else "open"
 
     def timed(self, *kinds: str) -> Iterator[tuple[Record, float]]:
-        """The records of some kinds, each with the seconds of training before it; the time between two starts is none.
+        """The records of some kinds, each with the seconds of training before it, without the time between two starts.
 
-        For who only shows them: they are not checked, and the other lines, of which a journal may have many, are not
-        parsed. Nothing for a journal that does not exist.
+        Not checked, and other kinds, of which a journal may have many, are not parsed: for display. Empty without a
+        journal.
         """
         if not self.journal.exists():
             return
@@ -121,35 +152,31 @@ class Run:
 
     @property
     def mlflow(self) -> dict[str, Any]:
-        """How far MLflow has been filled; empty if that is lost or damaged: then everything may be sent again."""
-        try:
-            state = json.loads(self.mlflow_path.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return state if isinstance(state, dict) else {}
+        """How far MLflow has been filled; empty if the file is missing or damaged: then everything is sent again."""
+        return read_object(self.mlflow_path)
 
     def write_mlflow(self, state: dict[str, Any]) -> None:
-        """Writes mlflow.json, whole or not at all."""
-        write_text(self.mlflow_path, json.dumps(state, sort_keys=True, indent=1) + "\n")
+        """Writes mlflow.json, atomically."""
+        write_json(self.mlflow_path, state)
 
     # --- locks
 
-    def lock(self, on_wait: Callable[[int], None] | None = None) -> RunLock:
-        """The lock of who trains: it covers all attempts of the fingerprint."""
-        return RunLock(self.directory.parent, on_wait)
+    def lock(self) -> RunLock:
+        """The lock of the process that trains; one for all attempts of the fingerprint."""
+        return RunLock(self.directory.parent)
 
     def sending_lock(self, on_wait: Callable[[int], None] | None = None) -> RunLock:
-        """The lock of who fills MLflow from this attempt."""
+        """The lock of the process that fills MLflow from this attempt."""
         return RunLock(self.directory, on_wait, "tracking.lock")
 
 
 def runs_in(root: Path) -> list[Run]:
-    """All runs below a repository's `.runs` that tracking can replay, oldest first."""
+    """All runs in a repository's `.runs` that have a run.json, oldest first."""
     found = list((root / ".runs").glob("*/attempt-*/run.json"))
     found.sort(key=lambda path: (path.stat().st_mtime_ns, path.parent.name))
     return [Run(path.parent) for path in found]
 
 
 def attempts_of(directory: Path) -> list[Run]:
-    """The attempts in `.runs/<fingerprint>`, described or not, in the order of their numbers."""
+    """The attempts in `.runs/<fingerprint>`, with run.json or not, ordered by their numbers."""
     return sorted((Run(path) for path in directory.glob("attempt-*")), key=lambda run: run.number)

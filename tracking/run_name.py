@@ -1,4 +1,4 @@
-"""What a run is called: by what differs from the commit, so that a table of runs can be read."""
+"""What a run is called: by what differs from its commit, so that a table of runs is readable."""
 
 import re
 from pathlib import Path
@@ -6,16 +6,16 @@ from typing import Any
 
 from tracking.dvc_files import read_yaml
 from tracking.git import git_or_none
-from tracking.mlflow_server import as_text
+from tracking.run import as_text
 
 LIMIT = 100  # characters of a name
 SEED = "train.seed"
 
 
 def run_name(experiment: str | None, setting: str, seed: int, attempt: int) -> str:
-    """Such as "wide n_embd=64 seed=1338".
+    """A name such as "wide n_embd=64 seed=1338".
 
-    `experiment` is DVC's name, which counts only if the user gave it; `attempt` N > 1 is shown.
+    `experiment` is DVC's name for it, which is used only if the user chose it; `attempt` N is shown if N > 1.
     """
     front = experiment if experiment and not is_generated(experiment) else ""
     end = f"seed={seed}" + (f" attempt={attempt}" if attempt > 1 else "")
@@ -23,10 +23,10 @@ def run_name(experiment: str | None, setting: str, seed: int, attempt: int) -> s
 
 
 def setting(params: dict[str, Any], committed: dict[str, Any], diff: str, commit: str) -> str:
-    """All but the seed in which a training differs from its commit, "muon_learning_rate=0.04"; else the commit.
+    """How a training differs from its commit, apart from the seed: "muon_learning_rate=0.04"; else the commit.
 
-    `params` are the training's, flat; `committed` those of HEAD; `diff` is the uncommitted change, as git shows it, of
-    which no more is said than "+ uncommitted". Sections are left out where the key says enough: model and train.
+    `params` are the training's, flat; `committed` those of HEAD. A `diff`, the uncommitted changes as git shows them,
+    adds "+ uncommitted". The sections model and train are left out of the keys.
     """
     short = {key: re.sub(r"^(model|train)\.", "", key) for key in params if key != SEED}
     changes = [f"{name}={as_text(params[key])}" for key, name in short.items() if committed.get(key) != params[key]]
@@ -37,7 +37,7 @@ def setting(params: dict[str, Any], committed: dict[str, Any], diff: str, commit
 
 
 def committed_params(root: Path) -> dict[str, Any]:
-    """params.yaml of HEAD, flat; empty where it cannot be read, since a commit can hold anything."""
+    """params.yaml of HEAD, flat; empty if it is not readable, since a commit can contain anything."""
     try:
         sections = read_yaml(git_or_none(root, "show", "HEAD:./params.yaml") or "", "params.yaml")
     except ValueError:
@@ -47,13 +47,13 @@ def committed_params(root: Path) -> dict[str, Any]:
 
 
 def is_generated(name: str) -> bool:
-    """Whether DVC made up that name of an experiment ("freed-tach")."""
+    """Whether DVC generated that name of an experiment ("freed-tach")."""
     from dvc.repo.experiments.utils import gen_random_name
 
     # Its words are constants of that function; a user's "wider-muon" has the same form.
-    known = [constant for constant in gen_random_name.__code__.co_consts if isinstance(constant, tuple)]
+    lists = [constant for constant in gen_random_name.__code__.co_consts if isinstance(constant, tuple)]
     words = name.split("-")
-    return len(words) == 2 and all(any(word in some for some in known) for word in words)
+    return len(words) == 2 and all(any(word in words_of_dvc for words_of_dvc in lists) for word in words)
 
 
 def _cut(text: str, limit: int) -> str:

@@ -1,37 +1,38 @@
-"""Whether two settings differ or only their seeds: interval, test, verdict, and how many seeds a verdict takes.
+"""Whether two settings differ, or only their seeds: interval, test, verdict, and the number of seeds for a verdict.
 
-All of it judges losses, so a negative difference is a gain. Seeds that two settings share give the same order of data
-to both, and differences are taken seed by seed.
+The values are losses, so a negative difference is a gain. A seed that two settings share gives both the same order of
+data, so differences are taken seed by seed.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-ALPHA = 0.01  # a verdict's error rate: how often two settings that are equal may be called different
+ALPHA = 0.01  # error rate of a verdict: how often it may call equal settings different
 CONFIDENCE = 0.95  # of the intervals that are shown
-POWER = 0.9  # how often the number of seeds that is asked for shows a difference of the size that was seen
-MOST_SEEDS = 10_000  # more are not worth counting
+POWER = 0.9  # how often the suggested number of seeds would show a difference of the observed size
+MOST_SEEDS = 10_000  # larger numbers are not suggested
 
 Losses = Mapping[int, float]  # seed -> loss
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a setting's mean loss differs from a reference's, and how sure that is.
+    """The difference of a setting's mean loss from a reference's, and its uncertainty.
 
-    `low` and `high` bound the mean with 95 % confidence and `p` is of a two-sided t test; all are None with one seed.
+    `low` and `high` bound the mean with 95 % confidence, and `p` is that of a two-sided t test; None for one seed.
     """
 
     mean: float
-    seeds: int  # of each setting, or of that which has fewer
-    paired: bool  # shared seeds were compared one by one; else all seeds, by Welch's test
-    effect: float | None = None  # `mean` over its standard deviation, as seeds_needed takes it
+    seeds: int  # of each setting, or of the one with fewer
+    paired: bool  # compared by shared seeds; otherwise by Welch's test over all seeds
+    effect: float | None = None  # `mean` over its standard deviation, for seeds_needed
     low: float | None = None
     high: float | None = None
     p: float | None = None
-    more_seeds: int | None = None  # that each setting lacks to show a difference of this size; None: none, or unknown
+    more_seeds: int | None = None  # needed in each setting to show a difference of this size; None: none, or unknown
 
     @property
     def verdict(self) -> str:
@@ -44,20 +45,34 @@ class Difference:
 def difference(losses: Losses, reference: Losses) -> Difference:
     """Compares a setting's losses with a reference's.
 
-    By pairs if at least half of the seeds of the one that has fewer are shared, else by Welch's test, which knows no
-    pairs. Both assume that a loss is roughly normal over seeds.
+    Uses a paired t test if at least half of the seeds of the smaller one are shared, and Welch's test otherwise. Both
+    assume that losses are roughly normally distributed over seeds.
     """
+    from scipy import stats
+
     shared = sorted(losses.keys() & reference.keys())
-    if len(shared) >= 2 and 2 * len(shared) >= min(len(losses), len(reference)):
-        return _paired([losses[seed] - reference[seed] for seed in shared])
-    return _welch(list(losses.values()), list(reference.values()))
+    first, second = list(losses.values()), list(reference.values())
+    n, mean = min(len(first), len(second)), fmean(first) - fmean(second)
+    paired = len(shared) >= 2 and 2 * len(shared) >= n
+    if paired:
+        pairs = [losses[seed] - reference[seed] for seed in shared]
+        n, mean, spread = len(pairs), fmean(pairs), stdev(pairs)
+    elif n < 2:
+        return Difference(mean, n, paired)
+    else:
+        spread = math.sqrt((stdev(first) ** 2 + stdev(second) ** 2) / 2)
+    if spread == 0:  # the seed has no effect, as without training
+        return Difference(mean, n, paired, None, mean, mean, 1.0 if mean == 0 else 0.0)
+    test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(first, second, equal_var=False)
+    interval = test.confidence_interval(CONFIDENCE)
+    return Difference(mean, n, paired, mean / spread, float(interval.low), float(interval.high), float(test.pvalue))
 
 
 def corrected(differences: Sequence[Difference], family: int) -> list[Difference]:
-    """Multiplies each p by how many chances there were to find so small a one, and adds the seeds that are missing.
+    """Corrects each p for multiple comparisons, and adds the number of seeds that are missing for a verdict.
 
     Holm's step-down method (1979) for the smallest p of a `family` of tests. Where the reference is the best of m
-    settings, chosen by these losses, the family is all m (m - 1) / 2 pairs that could have been it.
+    settings, chosen by these losses, the family is all m (m - 1) / 2 pairs that might have been compared.
     """
     order = sorted((d.p, i) for i, d in enumerate(differences) if d.p is not None)
     results, highest = list(differences), 0.0
@@ -71,41 +86,12 @@ def corrected(differences: Sequence[Difference], family: int) -> list[Difference
     return results
 
 
-def _paired(differences: Sequence[float]) -> Difference:
-    from scipy import stats
-
-    n, mean, spread = len(differences), fmean(differences), stdev(differences)
-    if spread == 0:  # the seed does not matter, as without training
-        return _certain(mean, n, paired=True)
-    error = spread / math.sqrt(n)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return Difference(mean, n, True, mean / spread, mean - half, mean + half, p)
-
-
-def _welch(a: Sequence[float], b: Sequence[float]) -> Difference:
-    from scipy import stats
-
-    mean, n = fmean(a) - fmean(b), min(len(a), len(b))
-    if n < 2:
-        return Difference(mean, n, False)
-    spread = math.sqrt((stdev(a) ** 2 + stdev(b) ** 2) / 2)
-    if spread == 0:
-        return _certain(mean, n, paired=False)
-    test = stats.ttest_ind(a, b, equal_var=False)
-    interval = test.confidence_interval(CONFIDENCE)
-    return Difference(mean, n, False, mean / spread, float(interval.low), float(interval.high), float(test.pvalue))
-
-
-def _certain(mean: float, n: int, paired: bool) -> Difference:
-    return Difference(mean, n, paired, None, mean, mean, 1.0 if mean == 0 else 0.0)
-
-
 def seeds_needed(effect: float, alpha: float, paired: bool) -> int | None:
-    """The number of seeds of each setting with which a t test finds a difference, at level alpha, in 9 of 10 cases.
+    """The number of seeds per setting with which a t test at level alpha finds a difference in 9 of 10 cases.
 
-    `effect` is the difference over its standard deviation: that of the seeds' differences in pairs, else that of the
-    losses of one setting. None for more than 10,000. Power by the noncentral t distribution (Cohen 1988, chapter 2).
+    `effect` is the difference over a standard deviation: for pairs that of the seeds' differences, otherwise that of
+    the losses of one setting. None for more than 10,000. The power is that of the noncentral t distribution
+    (Cohen 1988, chapter 2).
     """
     from scipy import stats
 
@@ -114,26 +100,22 @@ def seeds_needed(effect: float, alpha: float, paired: bool) -> int | None:
         noncentrality = abs(effect) * math.sqrt(n if paired else n / 2)
         return float(stats.nct.sf(stats.t.isf(alpha / 2, freedom), freedom, noncentrality))
 
-    low, high = 2, MOST_SEEDS
-    if not power(high) >= POWER:
+    if not power(MOST_SEEDS) >= POWER:
         return None
-    while low < high:  # power grows with n
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle) >= POWER else (middle + 1, high)
-    return low
+    return bisect_left(range(MOST_SEEDS), POWER, lo=2, key=power)  # power grows with n
 
 
-# --- looking after every seed
+# --- looking after each seed
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What pairs of losses say so far. It may be looked at after each pair, as often as one likes.
+    """The evidence of the pairs of losses so far; valid after each pair, however often one looks.
 
-    `odds` are the Bayes factor of a t test whose effect has a standard normal prior: by how much more likely the
-    differences are if the settings differ. Whatever the spread, two equal settings ever reach odds of 1 / a with a
-    probability of at most a (Hendriksen, de Heide & Grünwald 2021). `low` and `high` bound the mean difference with
-    99 % confidence at all looks together; they are infinite until the odds can reach 100.
+    `odds` are the Bayes factor of a t test whose effect has a standard normal prior: how much more likely the
+    differences are if the settings differ. Whatever the spread, the probability that two equal settings ever reach odds
+    of 1 / a is at most a (Hendriksen, de Heide & Grünwald 2021). `low` and `high` bound the mean difference with 99 %
+    confidence at all looks together; they are infinite until the odds can reach 100.
     """
 
     pairs: int
@@ -151,17 +133,17 @@ class Evidence:
 
 
 def evidence(differences: Sequence[float]) -> Evidence:
-    """The evidence of differences between paired losses, in the order in which they came."""
+    """The evidence of the differences between paired losses."""
     n = len(differences)
     mean = fmean(differences) if n else 0.0
     spread = stdev(differences) if n > 1 else 0.0
-    if n < 2 or spread == 0:  # without a spread nothing says that it will stay so
+    if n < 2 or spread == 0:  # without a spread there is no estimate of the variance
         return Evidence(n, mean, 1.0, -math.inf, math.inf)
     freedom, ratio = n - 1, 1.0 + n
     error = spread / math.sqrt(n)
     x = (mean / error) ** 2 / freedom
     log_odds = (freedom + 1) / 2 * (math.log1p(x) - math.log1p(x / ratio)) - math.log(ratio) / 2
-    # The odds are 1 / ALPHA where (1 + x) / (1 + x / ratio) is this bound.
+    # The odds are 1 / ALPHA where (1 + x) / (1 + x / ratio) equals this bound.
     bound = (math.sqrt(ratio) / ALPHA) ** (2 / (freedom + 1))
     half = error * math.sqrt(freedom * (bound - 1) / (1 - bound / ratio)) if bound < ratio else math.inf
     return Evidence(n, mean, math.exp(min(log_odds, 700.0)), mean - half, mean + half)

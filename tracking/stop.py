@@ -1,4 +1,4 @@
-"""Ending in time: with the DVC that started the stage, or with who launched the processes of a training."""
+"""Ends a stage when its parent dies, so that no process is orphaned."""
 
 import os
 import signal
@@ -6,22 +6,22 @@ import threading
 import time
 from collections.abc import Callable
 
-_TICK = 0.2  # seconds
+_INTERVAL = 0.2  # seconds between looks at the parent
 
 
 def end_with(parent: int, name: str, say: Callable[[str], None]) -> None:
-    """Has SIGTERM sent to this process, a child of `parent`, when that one dies: so there are no orphans.
+    """Sends SIGTERM to this process when its parent (process id `parent`, shown as `name`) dies.
 
-    DVC's stages are its direct children (`exec` in dvc.yaml), and the processes of a training those of who launched
-    them, so its death shows.
+    The parent is DVC, which runs its stages as direct children (`exec` in dvc.yaml), or the process that launched the
+    ranks of a training.
     """
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_TICK)
+            time.sleep(_INTERVAL)
         try:
             say(f"{name} is gone")
-        finally:  # also if nobody reads any more what is said
+        finally:  # even if the output is a broken pipe
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -161,7 +161,7 @@ def test_a_finished_model_that_was_damaged_is_not_published(seed: Clone, copy_of
     attempt = clone.attempts()[0]
     flipped(attempt / "models/best/weights.safetensors", Path())
     output = clone.repro("train", check=255)
-    assert f"models/best is damaged: it is not what was trained; remove {attempt} to train afresh" in output
+    assert f"models/best has changed since the training; remove {attempt} to train afresh" in output
     assert not (clone.path / "model").exists()
 
 
@@ -172,7 +172,7 @@ def test_a_journal_that_lost_what_mlflow_has(seed: Clone, copy_of: Callable[...,
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))
     shutil.rmtree(path.parent / "checkpoints")
     fingerprint = clone.records("start")[0]["fingerprint"]
-    with Journal(path) as journal, pytest.raises(ValueError, match="it lacks records that it had"):
+    with Journal(path) as journal, pytest.raises(ValueError, match="it lacks records that were there"):
         check_journal(Run(path.parent), journal, fingerprint)
 
 

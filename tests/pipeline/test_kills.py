@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.clones import Clone, wait_until
-from tracking.journal import holder
+from tracking.lock import holder
 
 pytestmark = pytest.mark.pipeline
 
@@ -118,11 +118,11 @@ def test_a_training_that_was_done_when_it_was_killed_is_published_without_traini
     training.output()
     assert not (untrained.path / "model").exists()
 
-    assert "this training is done already" in untrained.repro()
+    assert "this training is finished already" in untrained.repro()
     assert_as_undisturbed(untrained, seed)
 
     untrained.forget("train")  # as if dvc had been killed before it wrote dvc.lock
-    assert "this training is done already" in untrained.repro()
+    assert "this training is finished already" in untrained.repro()
     assert_as_undisturbed(untrained, seed)
 
 
@@ -152,13 +152,13 @@ def test_two_trainers_never_work_in_one_run_directory(seed, untrained):
     first = PausedTraining(untrained, "step", 12, "python -m stages.train")
     second = untrained.start("python -m stages.train")
     log = untrained.path / ".runs/logs/workspace/train.log"
-    wait_until(lambda: "is training exactly this; waiting for its result" in log.read_text(), "the wait", untrained)
+    wait_until(lambda: "runs the same training; waiting for its result" in log.read_text(), "the wait", untrained)
     assert untrained.steps()[-1] < 30
     first.let_go()
     for process in (first.process, second):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-    assert "this training is done already" in output
+    assert "this training is finished already" in output
     wait_until(lambda: untrained.processes() == [], "the end of all processes", untrained)
     assert untrained.outs() == seed.outs()
     assert len(untrained.attempts()) == len(untrained.runs()) == 1

@@ -79,14 +79,14 @@ def test_a_comment_costs_no_training_step_but_force_and_a_constant_do(seed, copy
     output = clone.repro("train")
     assert ran(output) == ["train"]
     assert "train: changed, but not in what they compute: nanogpt/model.py" in output
-    assert "this training is done already" in output
+    assert "this training is finished already" in output
     assert len(clone.attempts()) == 1
     assert clone.outs() == seed.outs()
 
-    assert "dvc.lock holds this model already: training it afresh" in clone.repro("-f -s train")
+    assert "dvc.lock has this model already: training it afresh" in clone.repro("-f -s train")
     assert len(clone.attempts()) == 2
     assert clone.outs() == seed.outs()
 
     clone.write("nanogpt/model.py", clone.read("nanogpt/model.py").replace("eps=1e-5", "eps=1e-4"))
-    assert "this training is done already" not in clone.repro("train")
+    assert "this training is finished already" not in clone.repro("train")
     assert len(clone.attempts()) == 3

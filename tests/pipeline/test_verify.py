@@ -102,7 +102,7 @@ def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(gold
     output, report = verify(clone, "--layer steps", check=1)
     assert [finding["verdict"] for finding in report["findings"]] == ["DIVERGED"]
     assert "first at step 5: lr" in output
-    assert "since the golden file was written, code changed; if that is meant: `make golden`" in output
+    assert "since the golden file was written, code changed; if that is intended: `make golden`" in output
     output, report = verify(clone, "--layer base --base HEAD~1", check=1)
     assert "results change and dvc.lock does not" in output
 

@@ -41,7 +41,7 @@ def test_twice_gives_the_same_bytes(project: Project):
     assert contents(folder / "data/raw") == first
 
 
-def test_another_source_replaces_all_of_the_first(project: Project):
+def test_another_source_replaces_every_file_of_the_first(project: Project):
     folder = project(**{"download.documents": 20})
     run()
     project(**{"download.source": "file:inputs/texts/a.txt"})
@@ -52,7 +52,7 @@ def test_another_source_replaces_all_of_the_first(project: Project):
     assert sorted(contents(folder / "data/raw")) == ["corpus.json", "text.txt"]
 
 
-def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
+def test_an_error_is_one_line_and_changes_no_file(project: Project):
     folder = project(**{"download.documents": 20})
     run()
     first = contents(folder / "data/raw")
@@ -67,7 +67,7 @@ def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
     assert [path.name for path in (folder / "data").iterdir()] == ["raw"]
 
 
-def test_without_network_nothing_is_left_and_the_way_out_is_told(project: Project, monkeypatch: pytest.MonkeyPatch):
+def test_without_network_nothing_is_left_and_the_remedy_is_printed(project: Project, monkeypatch: pytest.MonkeyPatch):
     folder = project(**{"download.source": "shakespeare"})
     monkeypatch.setattr(sources, "_PAUSE", 0)
     unreachable = sources.Remote("http://127.0.0.1:1/input.txt", "tinyshakespeare.txt", "0" * 64, 1)

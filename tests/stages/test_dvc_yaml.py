@@ -1,4 +1,4 @@
-"""dvc.yaml says what the source says."""
+"""dvc.yaml agrees with the source."""
 
 import ast
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_plumbing_exists() -> None:
     assert [path for path in PLUMBING if not (REPOSITORY / path).exists()] == []
 
 
-def test_editing_generation_does_not_train_again_and_editing_the_model_does() -> None:
+def test_editing_the_model_trains_again_and_editing_generation_does_not() -> None:
     train = STAGES["train"]["deps"]
     assert "nanogpt/generate.py" not in train
     assert "nanogpt/model.py" in train

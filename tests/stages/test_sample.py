@@ -24,7 +24,7 @@ GREEDY = ["--temperature", "0", "--num-samples", "1", "--max-new-tokens", "7"]
 
 @pytest.fixture
 def folder(project, monkeypatch) -> Path:
-    """A working directory with a model of twelve letters; nothing is told to MLflow."""
+    """A working directory with a model of twelve letters; nothing is sent to MLflow."""
     monkeypatch.setattr(report, "report", lambda *arguments: None)
     folder = project(
         **{
@@ -65,13 +65,13 @@ def test_the_stage_continues_the_prompts_of_params_and_says_so(folder):
 
 
 @pytest.mark.parametrize("option", [["--seed", "1"], ["--prompt", "a"], ["--stream"], ["--model", "other"]])
-def test_by_hand_nothing_is_written(folder, option):
+def test_with_an_option_nothing_is_written(folder, option):
     shutil.copytree(folder / "model", folder / "other")
     run(*option)
     assert not (folder / "samples").exists()
 
 
-def test_the_seed_decides_and_a_batch_writes_what_each_sample_alone_would(folder):
+def test_the_seed_decides_and_a_batch_equals_single_samples(folder):
     three = texts("--prompt", "abc", "--num-samples", "3", "--seed", "5")
     assert len(set(three)) == 3
     assert texts("--prompt", "abc", "--num-samples", "3", "--seed", "5") == three
@@ -80,14 +80,14 @@ def test_the_seed_decides_and_a_batch_writes_what_each_sample_alone_would(folder
     assert run("--prompt", "abc", "--stream", "--seed", "5").stdout == three[0] + "\n"
 
 
-def test_a_prompt_from_a_file_may_lie_anywhere_by_hand(folder):
+def test_a_prompt_file_given_as_an_option_may_be_anywhere(folder):
     (folder / "mine.txt").write_text("jab")
     assert texts("--prompt", "FILE:mine.txt", *GREEDY) == texts("--prompt", "jab", *GREEDY)
     (folder / "mine.txt").write_bytes(b"ja\xff")
     assert "mine.txt is not UTF-8 text (byte 2)" in run("--prompt", "FILE:mine.txt", code=1).stderr
 
 
-def test_a_file_of_the_pipeline_lies_in_prompts(folder):
+def test_a_prompt_file_of_the_pipeline_is_in_inputs_prompts(folder):
     path = folder / "params.yaml"
     path.write_text(path.read_text().replace("FILE:inputs/prompts/one.txt", "FILE:params.yaml"))
     assert "sample.prompts = FILE:params.yaml is not in inputs/prompts/" in run(code=1).stderr
@@ -119,7 +119,7 @@ def greedy(model) -> str:
     return tokenizer.decode(tokens[0].tolist())
 
 
-def test_gpt2_of_the_hub_and_of_a_directory_writes_what_transformers_does(folder, gpt2_files):
+def test_gpt2_from_the_hub_or_a_directory_gives_the_text_of_transformers(folder, gpt2_files):
     home = Path(os.environ["HF_HOME"]) / "hub"  # where transformers looks for what it has downloaded
     place = home / "models--openai-community--gpt2" / "snapshots" / GPT2_REVISIONS["gpt2"]
     try:
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_nanogpt_with_gpt2s_padded_vocabulary(folder, gpt2_files
     assert text.startswith(PROMPT + Gpt2Tokenizer().decode([int(following)]))
 
 
-def test_a_checkpoint_with_another_vocabulary_is_refused_with_the_remedy(folder):
+def test_a_checkpoint_with_another_vocabulary_is_rejected_with_the_remedy(folder):
     model = tiny.gpt()
     save_nanogpt(to_nanogpt(model.config, tiny.weights(model)), folder / "ckpt.pt")
     error = run("--model", "nanogpt:ckpt.pt", "--prompt", "a", code=1).stderr
@@ -152,7 +152,7 @@ def test_a_checkpoint_with_another_vocabulary_is_refused_with_the_remedy(folder)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--stream"], ["--num-samples", "9"]])
-def test_output_that_nobody_reads_any_more_ends_it_in_silence(folder, arguments):
+def test_a_closed_output_ends_it_silently(folder, arguments):
     """As with `| head`; click and Python's own flush at the end would each have a word to say."""
     reader, writer = os.pipe()
     os.close(reader)

@@ -63,7 +63,7 @@ def test_nanogpts_token_files_through_both_stages(project: Project, gpt2_files: 
     assert (meta.bytes, meta.documents) == (3 * len("I like"), 3)
 
 
-def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
+def test_an_error_is_one_line_and_changes_no_file(project: Project):
     folder = project(**{"tokenize.tokenizer": "char"})
     write_raw(folder, DOCUMENTS)
     run()
@@ -79,7 +79,7 @@ def test_an_error_is_one_line_and_leaves_what_was_there(project: Project):
     assert sorted(path.name for path in (folder / "data").iterdir()) == ["raw", "tokens"]
 
 
-def test_without_raw_text_the_way_to_it_is_told(project: Project):
+def test_without_raw_text_the_remedy_is_printed(project: Project):
     project()
     result = run()
     assert result.exit_code == 1
@@ -87,7 +87,7 @@ def test_without_raw_text_the_way_to_it_is_told(project: Project):
     assert "dvc repro -f download" in result.output
 
 
-def test_a_full_disk_leaves_what_was_there(project: Project, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_changes_no_file(project: Project, monkeypatch: pytest.MonkeyPatch):
     folder = project(**{"tokenize.tokenizer": "char"})
     write_raw(folder, DOCUMENTS)
     run()

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from tests.runs import finished_attempt
 from tools import gc
 from tools.__main__ import main
-from tracking.journal import RunLock
+from tracking.lock import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import connect, resolve_uri, store_name
 from tracking.run import Run

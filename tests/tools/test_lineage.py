@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from nanogpt.files import sha256_tree
 from tests.runs import end, make_attempt, start, write_report
 from tools.__main__ import main
-from tracking.dvc_files import cached, directory_md5
+from tracking.dvc_files import cache_path, directory_md5
 from tracking.history import holders
 from tracking.journal import Journal
 from tracking.mlflow_run import Replica, deliver_report
@@ -149,7 +149,7 @@ def test_before_any_run_it_says_what_makes_the_model(repository: Path, argument:
     assert fails(argument).endswith("it holds no model.json; `dvc repro train` makes it\n")
     write_lock(md5(A))
     assert fails(argument).endswith("it holds no model.json; `dvc repro train` makes it\n")  # nor is it in the cache
-    cached(repository, md5(A)).mkdir(parents=True)
+    cache_path(repository, md5(A)).mkdir(parents=True)
     assert fails(argument).endswith("it holds no model.json; `dvc checkout model` brings it back\n")
 
 
@@ -351,7 +351,7 @@ def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(reposi
     assert any("files that git did not track then are kept nowhere" in note for note in found["notes"])
     diff.write_text(diff.read_text() + "\n[cut: 2,000,000 characters in all]\n")
     assert told("dirty")["commands"] == []
-    diff.write_text("# not kept, since it is no part of the experiment: .dvc/config\n")
+    diff.write_text("# not kept, because it is not part of the experiment: .dvc/config\n")
     assert not any("git apply" in command for command in told("dirty")["commands"])
     diff.write_text("Binary files a/x and b/x differ\n")
     assert any("binary files had changed" in note for note in told("dirty")["notes"])
@@ -404,7 +404,7 @@ def test_a_dead_server_costs_a_warning(repository: Path, monkeypatch: pytest.Mon
     done = lineage(sha256(A))
     assert done.exit_code == 0
     assert len(done.stderr.splitlines()) == 1
-    assert re.search(r"cannot be reached .*; told from the journals in .*\.runs alone", done.stderr)
+    assert re.search(r"cannot be reached .*; only the journals in .*\.runs were searched", done.stderr)
     assert "secret" not in done.output
     assert "told by journal .runs/run/attempt-1" in done.stdout
 

@@ -18,7 +18,8 @@ from click.testing import CliRunner, Result
 from tests.runs import contents, end, finished_attempt, make_attempt, start, train, write_report
 from tools.__main__ import main
 from tracking import mlflow_process, mlflow_sync
-from tracking.journal import Journal, RunLock, read_records
+from tracking.journal import Journal, read_records
+from tracking.lock import RunLock
 from tracking.mlflow_run import Replica
 from tracking.mlflow_server import TrackingError, connect, resolve_uri
 from tracking.mlflow_sync import SystemMetrics, Trainer, follow
@@ -103,7 +104,7 @@ def test_a_dead_server_is_one_line_and_exit_code_1(repository: Path, monkeypatch
 REFUSED = "HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno"
 ANSWERS = {
     REFUSED: "refuses these credentials: set MLFLOW_TRACKING_USERNAME",
-    "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n<html>Log in!</html>": "does not answer as MLflow's server does",
+    "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n<html>Log in!</html>": "does not answer like an MLflow server",
     "HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n": "correct MLFLOW_TRACKING_URI",
     'HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{"experiments"': "cut the connection",
 }
@@ -161,7 +162,7 @@ def test_a_killed_run_is_marked_and_a_living_one_is_not(repository: Path) -> Non
         start(journal)
         train(journal, 0, 12)
     with RunLock(attempt.parent):  # its trainer lives
-        assert "run 'run' goes on; MLflow has it up to now" in sync().output
+        assert "run 'run' is still training; MLflow has it up to now" in sync().output
         assert only_run(repository)["info"][1] == "RUNNING"
     assert "run 'run' was killed, and is marked so in MLflow" in sync(str(attempt)).output
     assert only_run(repository)["info"][1] == "KILLED"
@@ -240,7 +241,7 @@ def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypat
     assert follow(Run(attempt), resolve_uri(repository), os.getpid(), 60, said.append)
     journal.close()
     refused = "will try again: no server at http://***@host"
-    assert said[:4] == [refused, refused, "MLflow takes the run again", refused]
+    assert said[:4] == [refused, refused, "MLflow accepts the run again", refused]
     assert "is complete in MLflow" in said[4]
     assert only_run(repository)["info"][1] == "FINISHED"
 
@@ -258,7 +259,7 @@ def test_the_wait_for_a_dead_server_is_bounded_and_told(repository: Path, monkey
     monkeypatch.setattr(mlflow_process, "_GRACE", 0.1)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     line = mlflow_process.wait(mlflow_process.Follower(process, attempt / "tracking.log"), 0)
-    assert line == "MLflow has not taken all of the run within 0 s; `python -m tools sync` sends the rest"
+    assert line == "MLflow did not take the whole run within 0 s; `python -m tools sync` sends the rest"
     assert process.returncode == -signal.SIGTERM
 
 

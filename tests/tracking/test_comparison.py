@@ -3,7 +3,7 @@ import json
 import pytest
 
 from tests.runs import scored_run, write_report
-from tracking import comparison
+from tracking import comparison, dvc_files
 from tracking.comparison import compare, journal_results, select
 
 
@@ -15,7 +15,7 @@ def labels(found):
     return [setting.label for setting in found.settings]
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_setting(tmp_path):
+def test_runs_that_differ_only_in_their_seed_are_one_setting(tmp_path):
     for seed in (1, 2, 3):
         scored_run(tmp_path, f"slow-{seed}", 2.0 + seed / 100, seed=seed)
         scored_run(tmp_path, f"fast-{seed}", 1.5 + seed / 90, seed=seed, params={"train.muon_learning_rate": 0.04})
@@ -30,7 +30,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_setting(tmp_path):
     assert found.differences[0].verdict == "worse"
 
 
-def test_names_of_parameters_are_as_short_as_is_clear(tmp_path):
+def test_names_of_parameters_are_as_short_as_is_unambiguous(tmp_path):
     for i, (batch, evaluated) in enumerate([(4, 8), (8, 16)]):
         params = {"train.batch_size": batch, "sample.batch_size": evaluated, "model.n_layer": i}
         scored_run(tmp_path, f"run-{i}", 2.0, params=params)
@@ -38,7 +38,7 @@ def test_names_of_parameters_are_as_short_as_is_clear(tmp_path):
     assert labels(found)[0] == "n_layer=0 sample.batch_size=8 train.batch_size=4"
 
 
-def test_of_a_training_that_was_repeated_the_newest_counts(tmp_path):
+def test_the_newest_run_of_a_repeated_training_counts(tmp_path):
     scored_run(tmp_path, "first", 2.0)
     scored_run(tmp_path, "again", 1.9)
     info = tmp_path / ".runs/again/attempt-1/run.json"
@@ -47,7 +47,7 @@ def test_of_a_training_that_was_repeated_the_newest_counts(tmp_path):
     assert [result.name for result in found.settings[0].results] == ["again"]
 
 
-def test_other_code_is_another_setting_unless_it_makes_the_same_model(tmp_path):
+def test_runs_of_other_code_are_another_setting_unless_their_models_are_equal(tmp_path):
     for name, code, model in (("old", "1" * 64, "a" * 64), ("same", "2" * 64, "a" * 64), ("other", "3" * 64, "b" * 64)):
         scored_run(tmp_path, name, 2.0, tags={"code.sha256": code, "git.commit": f"{name:x<40}"}, model=model)
     (found,), _ = compare(results(tmp_path))
@@ -78,7 +78,7 @@ def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path):
     assert labels(found) == ["tokenizer=char", "tokenizer=bpe"]
 
 
-def test_another_way_to_score_is_not_compared(tmp_path):
+def test_models_that_were_scored_in_different_ways_are_not_compared(tmp_path):
     scored_run(tmp_path, "one", 2.0)
     scored_run(tmp_path, "two", 1.0, params={"train.batch_size": 2})
     path = tmp_path / ".runs/reports/evaluate-two.json"
@@ -86,7 +86,7 @@ def test_another_way_to_score_is_not_compared(tmp_path):
     assert len(compare(results(tmp_path))[0]) == 2
 
 
-def test_of_a_model_that_was_scored_in_several_ways_the_newest_counts_or_the_way_that_is_asked_for(tmp_path):
+def test_the_newest_score_of_a_model_counts_or_that_of_the_requested_method(tmp_path):
     scored_run(tmp_path, "one", 2.0)
     first = tmp_path / ".runs/reports/evaluate-one.json"
     report = json.loads(first.read_text())
@@ -112,7 +112,7 @@ def test_runs_without_a_score_of_the_whole_split_are_left_out(tmp_path):
     assert [setting.mean("val_loss") for setting in found.settings] == [1.01, 2.01]
 
 
-def test_what_is_not_finished_or_damaged_is_left_out_with_the_reason(tmp_path):
+def test_unfinished_and_damaged_runs_are_left_out_with_the_reason(tmp_path):
     for name in ("good", "cut", "broken", "failed"):
         scored_run(tmp_path, name, 2.0)
     journal = tmp_path / ".runs/cut/attempt-1/journal.jsonl"
@@ -129,7 +129,7 @@ def test_what_is_not_finished_or_damaged_is_left_out_with_the_reason(tmp_path):
     assert "failed (.runs/failed/attempt-1) failed" in text
 
 
-def test_a_baseline_takes_the_place_of_the_best(tmp_path):
+def test_a_baseline_replaces_the_best_setting_as_reference(tmp_path):
     for i, loss in enumerate((2.0, 1.5, 1.7)):
         scored_run(tmp_path, f"run-{i}", loss, params={"train.batch_size": i + 1})
     (found,), _ = compare(results(tmp_path), lambda result: result.name == "run-0")
@@ -143,7 +143,7 @@ def test_a_baseline_takes_the_place_of_the_best(tmp_path):
         compare(results(tmp_path), lambda result: False)
 
 
-def test_the_curve_knows_steps_tokens_and_seconds(tmp_path):
+def test_the_curve_has_steps_tokens_and_seconds(tmp_path):
     scored_run(tmp_path, "run", 2.0)
     (result,) = results(tmp_path)
     points = result.curve()
@@ -153,7 +153,7 @@ def test_the_curve_knows_steps_tokens_and_seconds(tmp_path):
     assert result.sample() == "text of 40 <!-- x -->\nü"
 
 
-def test_a_run_is_named_by_much(tmp_path):
+def test_a_run_can_be_named_in_many_ways(tmp_path):
     tags = {"dvc.experiment": "idea-1", "fingerprint": "f1" * 32}
     scored_run(tmp_path, "one", 2.0, tags=tags)
     scored_run(tmp_path, "two", 1.0, params={"train.batch_size": 2}, tags={"dvc.experiment": "idea-2"})
@@ -168,19 +168,19 @@ def test_a_run_is_named_by_much(tmp_path):
         select(both, "x", tmp_path)
 
 
-def test_a_commit_names_the_model_in_its_lock_before_the_runs_that_began_there(tmp_path, monkeypatch):
+def test_a_commit_names_the_model_in_its_lock_rather_than_the_runs_started_at_it(tmp_path, monkeypatch):
     scored_run(tmp_path, "held", 2.0)
     scored_run(tmp_path, "begun", 1.0, params={"train.batch_size": 2}, tags={"git.commit": "b" * 40})
     both = results(tmp_path)
     held, begun = (next(result for result in both if result.name == name) for name in ("held", "begun"))
-    models = {"here": {held.tags["model.md5"]}}
-    monkeypatch.setattr(comparison, "_models_at", lambda root, commit: models.get(commit, set()))
+    lock = f"stages: {{train: {{outs: [{{path: model, md5: {held.tags['model.md5']}}}]}}}}"
+    monkeypatch.setattr(dvc_files, "git_or_none", lambda root, _, path: lock if path.startswith("here:") else None)
     monkeypatch.setattr(comparison, "git_or_none", lambda root, *arguments: "b" * 40)
     assert select(both, "here", tmp_path) == [held]
     assert select(both, "elsewhere", tmp_path) == [begun]
 
 
-def test_what_is_no_commit_names_no_run_without_one(tmp_path):
+def test_an_unknown_argument_does_not_name_runs_without_a_commit(tmp_path):
     scored_run(tmp_path, "one", 2.0)
     (result,) = results(tmp_path)
     del result.tags["git.commit"]

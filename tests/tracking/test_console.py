@@ -1,4 +1,4 @@
-"""What a stage shows on a terminal of 80 columns: a pseudo-terminal, read by a terminal emulator."""
+"""What a stage shows on a terminal of 80 columns: a pseudo-terminal that a terminal emulator reads."""
 
 import fcntl
 import os
@@ -75,24 +75,24 @@ def lines(screen: pyte.Screen) -> list[str]:
     return [line.rstrip() for line in screen.display if line.strip()]
 
 
-def test_messages_stand_above_the_bar_and_no_bar_is_left(tmp_path: Path) -> None:
+def test_messages_are_above_the_bar_and_no_bar_is_left(tmp_path: Path) -> None:
     counting, training, end = show(tmp_path, SHOW)
     before = ("looks " * 12).rstrip()
     assert counting[0] == before
     (bar,) = counting[1:]
     assert "bytes 2,017,344" in bar
-    assert "━" not in bar  # nobody knows how much of it is done
-    said = [
+    assert "━" not in bar  # the total is unknown
+    lines_above = [
         before,
         "train: step 100: val loss 1.7464 (best so far)",
         "train: warning: a checkpoint is damaged",
         "train: a line that is longer than the terminal is wide: " + 24 * "x",
         26 * "x",
     ]
-    assert training[:-1] == said
+    assert training[:-1] == lines_above
     for part in ("validation windows", "━", "614,400/614,400", "loss 3.2511"):
         assert part in training[-1]
-    assert end == [*said, "train: the last line", "train: warning: interrupted"]
+    assert end == [*lines_above, "train: the last line", "train: warning: interrupted"]
 
 
 def test_messages_go_to_a_file_while_the_bar_is_on_the_terminal(tmp_path: Path) -> None:

@@ -39,14 +39,14 @@ def steps(**changed):
     return records
 
 
-def test_the_first_step_that_differs_is_told_with_its_value():
-    assert first_step(steps(), steps()) == "the 3 steps that both records hold are the same"
+def test_the_first_step_that_differs_is_reported_with_its_value():
+    assert first_step(steps(), steps()) == "the 3 steps that both have recorded are the same"
     above = float(np.nextafter(np.float32(1), np.float32(2)))
     assert first_step(steps(), steps(grad_norm=above)) == (
         f"first at step 2: grad_norm 1.0 -> {above!r} (1 ulps in float32)"
     )
-    assert first_step(steps(), steps(loss=4.0)[2:]) == "the 1 steps that both records hold are the same"
-    assert first_step([], steps()) == "there is no record of the expected steps here"
+    assert first_step(steps(), steps(loss=4.0)[2:]) == "the 1 steps that both have recorded are the same"
+    assert first_step([], steps()) == "the expected steps are not recorded here"
 
 
 def model(path: Path, **tensors: np.ndarray) -> Path:
@@ -55,17 +55,17 @@ def model(path: Path, **tensors: np.ndarray) -> Path:
     return path
 
 
-def test_the_first_tensor_that_differs_is_told(tmp_path):
+def test_the_first_tensor_that_differs_is_reported(tmp_path):
     a, b = np.ones((2, 3), np.float32), np.zeros(4, np.float32)
     other = a.copy()
     other[1, 2] = np.nextafter(np.float32(1), np.float32(2))
     first = model(tmp_path / "first", b=b, a=a)
     assert first_tensor(first, model(tmp_path / "same", a=a, b=b)) == "all tensors are the same"
-    told = "1 of 2 tensors differ, the first is a: 1 of 6 elements, by up to 1 ulps"
-    assert first_tensor(first, model(tmp_path / "other", a=other, b=b)) == told
-    told = "1 of 2 tensors differ, the first is b: float32(4,) -> float32(5,)"
-    assert first_tensor(first, model(tmp_path / "shape", a=a, b=np.zeros(5, np.float32))) == told
-    assert first_tensor(first, model(tmp_path / "names", a=a, c=b)) == "tensors differ by name: b, c"
+    line = "1 of 2 tensors differ, the first is a: 1 of 6 elements, by up to 1 ulps"
+    assert first_tensor(first, model(tmp_path / "other", a=other, b=b)) == line
+    line = "1 of 2 tensors differ, the first is b: float32(4,) -> float32(5,)"
+    assert first_tensor(first, model(tmp_path / "shape", a=a, b=np.zeros(5, np.float32))) == line
+    assert first_tensor(first, model(tmp_path / "names", a=a, c=b)) == "the names of tensors differ: b, c"
 
 
 def test_the_expected_journal_and_model_are_found_by_the_models_hash(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from tracking.dvc_files import DvcLock, cached, directory_md5, dvc_process, experiment_name, is_cached, stage_names
+from tracking.dvc_files import DvcLock, cache_path, directory_md5, dvc_process, stage_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # within DVC
 
@@ -38,18 +38,18 @@ def fill(directory, files):
         path.write_bytes(content)
 
 
-def test_the_hash_of_a_directory_is_dvcs(repository):
+def test_the_hash_of_a_directory_equals_dvcs(repository):
     for name, files in (("all", FILES), ("one", {"model.json": b"{}"})):
         fill(Path(name), files)
         (stage,) = repository.add(name)
         assert directory_md5(Path(name)) == stage.outs[0].hash_info.value
 
 
-def test_the_lock_that_dvc_writes_holds_that_hash(repository):
+def test_the_lock_that_dvc_writes_has_that_hash(repository):
     Path("dvc.yaml").write_text("stages:\n  train:\n    cmd: mkdir model && echo 1 > model/a\n    outs: [model]\n")
     repository.reproduce()
     lock = DvcLock.parse(Path("dvc.lock").read_text())
-    assert lock.out_md5("train", "model") == directory_md5(Path("model"))
+    assert lock.model_md5 == directory_md5(Path("model"))
     assert lock == DvcLock.of_workspace(Path())
 
 
@@ -87,12 +87,12 @@ stages:
 
 
 def found(text):
-    return DvcLock.parse_or_empty(text).out_md5("train", "model")
+    return DvcLock.parse_or_empty(text).model_md5
 
 
-def test_a_lock_says_the_hash_of_each_out():
+def test_a_lock_has_the_hash_of_each_out():
     lock = DvcLock.parse(LOCK)
-    assert lock.out_md5("train", "model") == MODEL
+    assert lock.model_md5 == MODEL
     assert lock.out_md5("train", "metrics/train.json") == METRICS
     assert lock.outs() == {
         "tokenize": {"data/tokens": "a" * 32 + ".dir"},
@@ -104,17 +104,17 @@ def test_a_lock_says_the_hash_of_each_out():
 
 
 @pytest.mark.parametrize(("stage", "out"), [("train", "data/tokens"), ("train", "mode"), ("evaluate", "model")])
-def test_what_it_does_not_hold_is_none(stage, out):
+def test_the_hash_of_an_unknown_out_is_none(stage, out):
     assert DvcLock.parse(LOCK).out_md5(stage, out) is None
 
 
-def test_without_a_lock_there_is_none(tmp_path):
+def test_without_a_file_the_lock_is_empty(tmp_path):
     assert DvcLock.of_workspace(tmp_path) == DvcLock.parse_or_empty(None) == DvcLock()
     (tmp_path / "dvc.lock").mkdir()
     assert DvcLock.of_workspace(tmp_path) == DvcLock()
 
 
-def test_a_lock_that_was_cut_anywhere_gives_the_hash_a_part_of_it_or_none():
+def test_a_lock_that_was_cut_off_has_the_hash_a_part_of_it_or_none():
     # DVC writes it in place, so a kill leaves any beginning of it.
     for length in range(len(LOCK)):
         md5 = found(LOCK[:length])
@@ -143,7 +143,7 @@ def test_a_lock_that_was_cut_anywhere_gives_the_hash_a_part_of_it_or_none():
         b"a: \x00",
     ],
 )
-def test_what_is_no_lock_is_refused_or_gives_none(tmp_path, content):
+def test_a_text_that_is_no_lock_is_rejected_or_empty(tmp_path, content):
     (tmp_path / "dvc.lock").write_bytes(content)
     assert DvcLock.of_workspace(tmp_path) == DvcLock()
     text = content.decode(errors="replace")
@@ -153,7 +153,7 @@ def test_what_is_no_lock_is_refused_or_gives_none(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_the_stages_of_a_dvc_yaml_come_in_its_order():
+def test_the_stages_of_a_dvc_yaml_are_in_its_order():
     assert stage_names("stages:\n  b: {cmd: x}\n  a: {cmd: y}\n") == ["b", "a"]
     with pytest.raises(ValueError, match=r"dvc\.yaml is empty"):
         stage_names("")
@@ -178,27 +178,24 @@ def test_an_object_is_found_wherever_dvc_keeps_its_cache(repository, tmp_path, m
     md5 = stage.outs[0].hash_info.value
     assert odb.is_relative_to(tmp_path)
     assert odb.parts[-3] == (files[-1] if files else "cache")
-    assert cached(tmp_path, md5) == odb / md5[:2] / md5[2:]
-    assert is_cached(tmp_path, md5)
-    assert not is_cached(tmp_path, "0" * 32)
+    assert cache_path(tmp_path, md5) == odb / md5[:2] / md5[2:]
+    assert cache_path(tmp_path, md5).exists()
 
 
-def test_a_damaged_configuration_is_told_with_the_remedy(repository, tmp_path):
+def test_a_damaged_configuration_is_reported_with_the_remedy(repository, tmp_path):
     (tmp_path / ".dvc/config").write_text("[cache\n")
     with pytest.raises(ValueError, match=r"DVC's configuration is damaged .*`dvc config --list` shows it"):
-        is_cached(tmp_path, "0" * 32)
+        cache_path(tmp_path, "0" * 32)
 
 
-# --- what DVC says in the environment ---------------------------------------------------------------------------------
+# --- the DVC that runs a stage ---------------------------------------------------------------------------------
 
 
-def test_dvc_tells_its_stages_who_they_are(monkeypatch):
+def test_a_stage_knows_the_dvc_that_runs_it(monkeypatch):
     assert "DVC_STAGE" not in os.environ
-    assert (dvc_process(), experiment_name()) == (None, None)
+    assert dvc_process() is None
     monkeypatch.setenv("DVC_STAGE", "train")
-    assert (dvc_process(), experiment_name()) == (os.getppid(), None)
-    monkeypatch.setenv("DVC_EXP_NAME", "wavy-tern")
-    assert experiment_name() == "wavy-tern"
+    assert dvc_process() == os.getppid()
 
 
 def test_a_merge_conflict_in_dvc_lock_is_named_with_a_remedy_that_works(tmp_path):
@@ -218,4 +215,4 @@ def test_a_merge_conflict_in_dvc_lock_is_named_with_a_remedy_that_works(tmp_path
     with pytest.raises(ValueError, match=r"^dvc.lock holds a merge conflict; `git checkout --ours ") as error:
         DvcLock.parse((tmp_path / "dvc.lock").read_text())
     git(*str(error.value).split("`")[1].split()[1:])
-    assert DvcLock.parse((tmp_path / "dvc.lock").read_text()).out_md5("train", "model") == "c"
+    assert DvcLock.parse((tmp_path / "dvc.lock").read_text()).model_md5 == "c"

@@ -47,7 +47,7 @@ def test_the_hash_of_a_tree_changes_with_any_name_or_content(tmp_path, other):
     assert sha256_tree(tmp_path / "one") == sha256_tree(tmp_path / "same") != sha256_tree(tmp_path / "other")
 
 
-def test_the_hash_of_a_json_value_knows_no_order_of_keys_but_one_of_lists():
+def test_the_hash_of_a_json_value_depends_on_the_order_of_lists_but_not_of_keys():
     assert sha256_json({"a": 1, "b": [1, 2]}) == sha256_json({"b": [1, 2], "a": 1})
     different = [
         {"a": 1, "b": [2, 1]},
@@ -107,7 +107,7 @@ def package(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_closure_follows_lazy_nested_and_module_imports_and_leaves_plumbing_out(package):
+def test_the_closure_includes_lazy_nested_and_module_imports_but_no_plumbing(package):
     assert import_closure(package, "pkg.entry") == [
         "pkg/deep/leaf.py",
         "pkg/entry.py",
@@ -163,13 +163,13 @@ OTHER = {
 
 
 @pytest.mark.parametrize("edit", SAME)
-def test_comments_docstrings_and_formatting_are_no_code(edit):
+def test_comments_docstrings_and_formatting_do_not_count_as_code(edit):
     assert SAME[edit] != CODE
     assert code_of(SAME[edit]) == code_of(CODE)
 
 
 @pytest.mark.parametrize("edit", OTHER)
-def test_all_else_is(edit):
+def test_everything_else_counts_as_code(edit):
     assert code_of(OTHER[edit]) != code_of(CODE)
 
 
@@ -177,13 +177,13 @@ def sources():
     return [path for package in PACKAGES for path in sorted((REPOSITORY / package).rglob("*.py"))]
 
 
-def test_packages_hold_nothing_but_a_docstring_since_the_closure_leaves_them_out():
+def test_packages_contain_only_a_docstring_since_the_closure_leaves_them_out():
     for path in sources():
         if path.name == "__init__.py":
             assert all(isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body), path
 
 
-def test_nothing_is_imported_in_a_way_that_the_closure_cannot_see():
+def test_there_are_no_imports_that_the_closure_cannot_see():
     for path in sources():
         if str(path.relative_to(REPOSITORY)).startswith((*provenance.PLUMBING, "tools/__main__.py")):
             continue  # the latter imports the command that is called; no stage imports it
@@ -223,7 +223,7 @@ def test_the_stages_depend_on_what_they_compute_with(stage, needs, ignores):
 # --- environment ------------------------------------------------------------------------------------------------------
 
 
-def test_the_environment_names_versions_and_the_processor_and_no_host():
+def test_the_environment_has_versions_and_the_processor_but_no_host():
     found = provenance.environment()
     assert found["torch"] == metadata.version("torch")
     assert {"python", "libc", "cpu", "machine", "numpy"} <= found.keys()

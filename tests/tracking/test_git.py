@@ -1,4 +1,4 @@
-"""git as tracking runs it: in the repository that is asked about, whatever runs around it."""
+"""git runs in the repository that is given, whatever the environment."""
 
 import subprocess
 
@@ -14,13 +14,13 @@ def repository(tmp_path):
     return root
 
 
-def test_output_comes_without_the_last_newline(repository):
+def test_output_is_without_the_last_newline(repository):
     assert git(repository, "symbolic-ref", "--short", "HEAD") == "trunk"
     assert git_or_none(repository, "symbolic-ref", "--short", "HEAD") == "trunk"
     assert git_or_none(repository, "for-each-ref") == ""
 
 
-def test_a_command_that_fails_is_an_error_or_none(repository):
+def test_a_command_that_fails_raises_an_error_or_returns_none(repository):
     for root, *arguments in (
         (repository, "rev-parse", "HEAD"),
         (repository, "no-such-command"),
@@ -33,7 +33,7 @@ def test_a_command_that_fails_is_an_error_or_none(repository):
         assert "\n" not in str(caught.value)
 
 
-def test_without_git_there_is_an_error_too(repository, monkeypatch):
+def test_without_git_it_raises_an_error(repository, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert git_or_none(repository, "status") is None
     with pytest.raises(GitError, match="git cannot be run"):
@@ -47,7 +47,7 @@ def test_bytes_stay_as_they_are(repository):
     assert git(repository, "cat-file", "blob", blob) == "\ufffd\r"
 
 
-def test_in_a_hook_of_another_repository_the_one_asked_about_answers(repository, tmp_path, monkeypatch):
+def test_in_a_hook_of_another_repository_git_uses_the_given_one(repository, tmp_path, monkeypatch):
     other = tmp_path / "other"
     subprocess.run(["git", "init", "--quiet", "--initial-branch=elsewhere", str(other)], check=True)
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))

@@ -3,8 +3,7 @@ import re
 
 import pytest
 
-from tracking.first_steps import bits_environment
-from tracking.golden import differences, file_name, load_goldens, nearest
+from tracking.golden import bits_environment, differences, file_name, load_goldens, nearest
 
 HERE = {
     **dict.fromkeys(("torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"), "1"),
@@ -19,24 +18,24 @@ def environment(determinism="portable", **changes):
     return bits_environment(HERE | changes, {"determinism": determinism, "threads": 2, "torch": "1"})
 
 
-def test_what_cannot_change_bits_is_no_part_of_the_key():
+def test_what_cannot_change_bits_is_not_part_of_the_name():
     for name, value in {"python": "3.11.9", "cpu": "B", "system": "Linux 7", "dvc": "4"}.items():
         assert file_name(environment(**{name: value})) == file_name(environment()), name
 
 
 @pytest.mark.parametrize("name", ["torch", "numpy", "tiktoken", "tokenizers", "safetensors", "libc", "machine"])
-def test_what_can_change_bits_is(name):
+def test_what_can_change_bits_is_part_of_the_name(name):
     assert file_name(environment(**{name: "2"})) != file_name(environment())
     assert differences(environment(), environment(**{name: "2"})) == [f"{name} 1 -> 2"]
 
 
-def test_a_file_says_in_its_name_which_environment_it_is_of():
+def test_the_file_name_shows_the_environment():
     assert re.fullmatch(
         r"python3\.11-torch1-portable-2threads-[0-9a-f]{8}\.json", file_name(environment(torch="1+cpu"))
     )
 
 
-def test_the_kind_of_cpu_counts_where_nothing_else_is_promised():
+def test_the_cpu_counts_unless_determinism_is_portable():
     assert file_name(environment("machine", cpu="B")) != file_name(environment("machine"))
     assert file_name(environment("machine")) != file_name(environment())
     assert file_name(environment(python="3.12.0")) != file_name(environment())
@@ -49,7 +48,7 @@ def golden(folder, steps=(1,), **changes):
     return path
 
 
-def test_the_golden_file_of_this_environment_is_preferred_and_else_the_nearest(tmp_path):
+def test_the_golden_file_of_this_environment_is_preferred_or_the_nearest_one(tmp_path):
     for changes in ({}, {"torch": "2"}, {"torch": "2", "libc": "2"}):
         golden(tmp_path, **changes)
     found = load_goldens(tmp_path)

@@ -2,24 +2,13 @@ import errno
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracking.journal import (
-    START,
-    Journal,
-    JournalDamaged,
-    RunLock,
-    holder,
-    read_records,
-)
+from tracking.journal import START, Journal, JournalDamaged, read_records
 
 
 @pytest.fixture
@@ -73,7 +62,7 @@ def test_append_many_is_one_block_and_reopening_continues_the_chain(path: Path) 
         assert next(journal.records())["t"] == 7
 
 
-def test_first_record_of_a_step_wins(path: Path) -> None:
+def test_the_first_record_of_a_step_stays(path: Path) -> None:
     filled(path)
     before = path.read_bytes()
     with Journal(path) as journal:
@@ -84,7 +73,7 @@ def test_first_record_of_a_step_wins(path: Path) -> None:
         assert journal.append("speed", step=3, step_time=1.0) == journal.append("speed", step=3, step_time=2.0) == []
 
 
-def test_a_step_that_comes_out_differently_is_recorded_once(path: Path) -> None:
+def test_the_first_step_that_differs_is_recorded_once(path: Path) -> None:
     filled(path)
     with Journal(path) as journal:
         assert journal.append("step", step=2, loss=0.5, grad_norm=0.25, lr=3e-4, tokens=2) == ["grad_norm"]
@@ -97,7 +86,7 @@ def test_a_step_that_comes_out_differently_is_recorded_once(path: Path) -> None:
         assert [r["loss"] for r in journal.records() if r["kind"] == "step"][:3] == [1.0, 0.5, 1 / 3]
 
 
-def test_samples_are_known_by_step_and_prompt(path: Path) -> None:
+def test_samples_are_identified_by_step_and_prompt(path: Path) -> None:
     with Journal(path) as journal:
         long = "x" * 5000
         assert journal.append("sample", step=10, prompt="a", text=long) == []
@@ -133,7 +122,7 @@ def test_any_flipped_bit_is_noticed(tmp_path_factory: pytest.TempPathFactory, da
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_cut_journal_keeps_its_whole_lines_and_a_position_tells(
+def test_a_journal_that_is_cut_off_keeps_its_complete_lines_and_knows_its_positions(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut" / "attempt-1" / "journal.jsonl"
@@ -157,24 +146,24 @@ def test_a_cut_journal_keeps_its_whole_lines_and_a_position_tells(
 
 @settings(max_examples=40, deadline=None)
 @given(first=st.integers(0, 6), last=st.integers(0, 6))
-def test_lost_or_swapped_lines_are_noticed(tmp_path_factory: pytest.TempPathFactory, first: int, last: int) -> None:
+def test_missing_or_swapped_lines_are_noticed(tmp_path_factory: pytest.TempPathFactory, first: int, last: int) -> None:
     path = tmp_path_factory.getbasetemp() / "lines" / "attempt-1" / "journal.jsonl"
     lines = filled(path).splitlines(keepends=True)
     if first == last:
         del lines[first]
-        harmless = first == 6  # the newest line alone: that is what a kill can do
+        by_a_kill = first == 6  # only the newest line: a kill can do that
     else:
         lines[first], lines[last] = lines[last], lines[first]
-        harmless = False
+        by_a_kill = False
     path.write_bytes(b"".join(lines))
-    if harmless:
+    if by_a_kill:
         Journal(path).close()
     else:
         with pytest.raises(JournalDamaged):
             Journal(path)
 
 
-def test_position_of_another_run_is_not_had(path: Path, tmp_path: Path) -> None:
+def test_a_position_of_another_run_is_not_accepted(path: Path, tmp_path: Path) -> None:
     filled(path)
     other = tmp_path / "other" / "attempt-1" / "journal.jsonl"
     with Journal(other) as journal:
@@ -186,7 +175,7 @@ def test_position_of_another_run_is_not_had(path: Path, tmp_path: Path) -> None:
         assert not journal.has_position({**journal.position(), "crc": "12345678"})
 
 
-def test_a_reader_gets_whole_lines_and_goes_on_where_it_was(path: Path) -> None:
+def test_a_reader_gets_complete_lines_and_continues_where_it_was(path: Path) -> None:
     with Journal(path) as journal:
         journal.append("step", step=1, loss=1.0)
         ((first, position),) = read_records(path)
@@ -202,7 +191,7 @@ def test_a_reader_gets_whole_lines_and_goes_on_where_it_was(path: Path) -> None:
         list(read_records(path, {"bytes": position["bytes"], "crc": "00000000"}))
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_file_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = filled(path)
     real = os.write
     with Journal(path) as journal:
@@ -216,9 +205,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.M
     Journal(path).close()
 
 
-def test_ctrl_c_in_the_middle_of_an_append_does_not_break_the_chain(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_during_an_append_does_not_break_the_chain(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(path)
     with Journal(path) as journal:
         real = journal._write
@@ -235,85 +222,3 @@ def test_ctrl_c_in_the_middle_of_an_append_does_not_break_the_chain(
         journal.append("end", status="KILLED", message="Ctrl-C", step=6, result={})
     with Journal(path) as journal:
         assert [r["kind"] for r in journal.records()][-2:] == ["step", "end"]
-
-
-HOLD = r"""
-import os, sys, time
-from pathlib import Path
-from tracking.journal import RunLock
-with RunLock(Path(sys.argv[1])):
-    if sys.argv[2:] and os.fork() == 0:
-        os.write(1, b"child\n")
-        sys.stdin.read()
-        os._exit(0)
-    os.write(1, b"held\n")
-    sys.stdin.read()
-"""
-
-
-def hold(directory: Path, *arguments: str) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(directory), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    lines = {process.stdout.readline() for _ in range(1 + len(arguments))}
-    assert "held\n" in lines
-    return process
-
-
-def test_a_second_process_waits_and_is_told_who_holds_the_lock(tmp_path: Path) -> None:
-    process = hold(tmp_path)
-    told: list[int] = []
-    assert not RunLock(tmp_path).acquire_now()
-
-    def on_wait(pid: int) -> None:
-        told.append(pid)
-        process.send_signal(signal.SIGKILL)
-
-    with RunLock(tmp_path, on_wait):
-        assert told == [process.pid]
-        assert holder(tmp_path / "lock") == os.getpid()
-        assert not RunLock(tmp_path).acquire_now()
-    process.wait()
-    assert RunLock(tmp_path).acquire_now()
-
-
-def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    process = hold(tmp_path, "fork")
-    process.kill()
-    # its child lives on, waiting at the same stdin
-    with RunLock(tmp_path):
-        pass
-    assert process.stdin
-    process.stdin.close()
-    process.wait()
-
-
-def test_waiting_can_be_interrupted(tmp_path: Path) -> None:
-    process = hold(tmp_path)
-    try:
-        with pytest.raises(KeyboardInterrupt), RunLock(tmp_path, lambda _: interrupt_soon()):
-            pass
-    finally:
-        process.kill()
-        process.wait()
-
-
-def interrupt_soon() -> None:
-    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-
-
-def test_a_lock_file_that_was_pruned_meanwhile_is_no_lock(tmp_path: Path) -> None:
-    process = hold(tmp_path / "run")
-
-    def on_wait(_: int) -> None:
-        (tmp_path / "run" / "lock").unlink()
-        process.kill()
-
-    with RunLock(tmp_path / "run", on_wait):
-        assert (tmp_path / "run" / "lock").exists()
-        assert not RunLock(tmp_path / "run").acquire_now()
-    process.wait()

@@ -1,4 +1,4 @@
-"""Several real processes of the train stage (tests/stages/ranks.py), which share each step over gloo."""
+"""Several real processes of the train stage (tests/stages/ranks.py) that share each step over gloo."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from nanogpt.corpus.prepare import prepare
 from nanogpt.corpus.raw_text import Writer
 from nanogpt.params import load_params
 from tests.conftest import REPOSITORY
-from tracking.launch import check_started, launch
+from tracking.launch import check_world_size, launch
 
 STEPS = 50
 SETTINGS = {
@@ -117,11 +117,11 @@ def stage(reference, tmp_path):
     return Stage(tmp_path / "stage")
 
 
-def test_stopped_anywhere_any_number_of_processes_goes_on_with_the_very_next_batch(reference, stage):
-    """The only test that finds a sample that two processes use twice, or leave out, or a training that they share and
-    that comes out otherwise than that of one. That one of two gets the signal is tested in tests/pipeline."""
-    stage.set(processes=2).run(-signal.SIGKILL, DO="1 20 launcher")  # returns when nobody is left who could write to it
-    assert "train: warning: who launched it is gone" in stage.output
+def test_a_stopped_training_resumes_with_the_next_batch_on_any_number_of_processes(reference, stage):
+    """The only test that finds a sample that two processes use twice or leave out, or a shared training that differs
+    from that of one process. tests/pipeline tests that one of two processes gets the signal."""
+    stage.set(processes=2).run(-signal.SIGKILL, DO="1 20 launcher")  # returns when no process can write to it any more
+    assert "train: warning: the process that launched it is gone" in stage.output
     stage.set(processes=1).run(143, DO="0 30 SIGTERM")
     assert "train: resuming at step 21 of 50" in stage.output
     assert "train: stopped at step 31 (SIGTERM), all is saved" in stage.output
@@ -143,7 +143,7 @@ def test_stopped_anywhere_any_number_of_processes_goes_on_with_the_very_next_bat
     assert [r["status"] for r in stage.records("end")] == ["KILLED", "KILLED", "FINISHED"]
 
 
-def test_an_error_of_one_process_ends_all_and_is_told_once(stage):
+def test_an_error_of_one_process_ends_all_and_is_reported_once(stage):
     stage.set(processes=2).run(1, DO="1 5 the other machine is out of memory")
     assert stage.output.endswith("\nError: train: the other machine is out of memory\n")
     assert stage.output.count("out of memory") == 1
@@ -170,12 +170,12 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(("does", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137), ("sys.exit(0)", 0)])
-def test_what_ends_one_ends_all_and_is_the_exit_code(does, code):
+def test_the_end_of_one_process_ends_all_and_gives_the_exit_code(does, code):
     other = "time.sleep(60)" if code else "pass"
     assert launch(2, 0.0, "-c", f"import os, sys, time\nif os.environ['RANK'] == '1': {does}\n{other}") == code
 
 
-def test_a_process_that_ends_while_gloo_is_at_work_has_its_own_exit_code(capfd):
+def test_a_process_that_ends_while_gloo_works_has_its_own_exit_code(capfd):
     program = """
 import sys, torch
 from nanogpt.distributed import join
@@ -197,12 +197,12 @@ run_to_exit(main)
     assert "in all processes" in capfd.readouterr().out  # what was printed is not lost
 
 
-def test_processes_that_the_parameters_do_not_ask_for_are_refused(monkeypatch):
+def test_another_number_of_processes_than_in_the_parameters_is_rejected(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    check_started(1)
-    check_started(2)  # they are still to be started
+    check_world_size(1)
+    check_world_size(2)  # they are still to be started
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_started(2)
+    check_world_size(2)
     refusal = r"train\.processes = 1, .* 2 processes \(WORLD_SIZE\); set train\.processes to 2"
     with pytest.raises(ValueError, match=refusal):
-        check_started(1)
+        check_world_size(1)

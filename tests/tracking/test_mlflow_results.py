@@ -46,7 +46,7 @@ def test_mlflow_gives_the_comparison_that_the_journals_give(repository):
     ]
 
 
-def test_an_experiment_that_mlflow_lacks_is_named_with_those_it_has(repository):
+def test_an_unknown_experiment_is_reported_with_the_ones_that_exist(repository):
     Replica(Run(scored_run(repository, "a", 2.0)), resolve_uri(repository)).finish()
     with pytest.raises(ValueError, match=f"no experiment 'other'.*it has: .*{EXPERIMENT}"):
         server_results(repository, "other")

@@ -62,7 +62,7 @@ def test_many_steps_are_thinned_and_the_last_one_is_kept() -> None:
     assert steps == [1, *range(6, 10_007, 6), 10_007, 10_008, 10_010]
 
 
-def test_evaluations_whose_interval_fits_no_stretch_are_shown_and_the_best_is_not_lost() -> None:
+def test_evaluations_at_any_interval_are_shown_and_the_best_is_not_lost() -> None:
     page, shown = Page(10_000), []
     for step in range(0, 10_001, 3):
         loss = 1.0 if step == 4_002 else 2.0 + step / 1e6
@@ -74,18 +74,16 @@ def test_evaluations_whose_interval_fits_no_stretch_are_shown_and_the_best_is_no
     assert [p.value for p in shown if p.key == "eval/best_val_loss"][-1] == 1.0
 
 
-def test_what_is_not_finite_is_named_and_not_shown() -> None:
+def test_values_that_are_not_finite_are_named_and_not_shown() -> None:
     page = Page(10)
     assert page.feed({"kind": "step", "step": 3, "t": 0, "loss": math.nan, "lr": 0.1, "grad_norm": math.inf}) == [
         mlflow_page.Point("learning_rate", 0.1, 0, 3)
     ]
     assert page.not_finite == {"train/loss": 3, "grad_norm": 3}
-    assert "Not finite, so not shown: grad_norm from step 3, train/loss from step 3" in mlflow_page.description(
-        page, {}
-    )
+    assert "Not finite, so not shown: grad_norm from step 3, train/loss from step 3" in mlflow_page.description(page)
 
 
-def test_table_shows_evenly_chosen_evaluations_and_the_newest() -> None:
+def test_the_table_has_evenly_spaced_evaluations_and_the_newest() -> None:
     page = Page(1000)
     for step in range(0, 999, 3):
         for prompt in "ab":
@@ -97,12 +95,12 @@ def test_table_shows_evenly_chosen_evaluations_and_the_newest() -> None:
     assert len({(row[0], row[1]) for row in rows}) == len(rows)
 
 
-def test_description_keeps_what_other_stages_added_and_fits() -> None:
+def test_the_description_keeps_the_sections_of_other_stages_and_fits() -> None:
     page = Page(10)
     page.feed({"kind": "sample", "step": 1, "t": 0, "prompt": "p", "text": "<!-- sample -->\n" + "x" * 9000})
     note = mlflow_page.with_sections("old", "", "evaluate", "val_loss 1.5")
     note = mlflow_page.with_sections(mlflow_page.without_sections(note), note, "sample", "text")
-    new = mlflow_page.with_sections(mlflow_page.description(page, {}), note)
+    new = mlflow_page.with_sections(mlflow_page.description(page), note)
     assert "**RUNNING** at step" in new
     assert "val_loss 1.5" in new
     assert len(new) <= 5000
@@ -153,7 +151,7 @@ def test_uri_is_absolute_and_under_the_original_repository(monkeypatch: pytest.M
     assert redact("at http://user:pw@host/x\nfailed") == "at http://***@host/x failed"
 
 
-def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_server_is_noticed_soon_and_nothing_is_lost(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in mlflow_server._ENVIRONMENT:
         monkeypatch.setenv(name, os.environ.get(name, ""))
         monkeypatch.delenv(name)
@@ -172,7 +170,7 @@ def test_a_dead_server_fails_soon_and_nothing_is_lost(repository: Path, monkeypa
 
 
 @pytest.mark.parametrize("uri", ["postgresql://host/db", "mysql+pymysql://host/db", "mssql+pyodbc://host/db"])
-def test_artifacts_of_a_database_lie_under_the_original_repository(
+def test_artifacts_of_a_database_are_in_the_original_repository(
     repository: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = connect(resolve_uri(repository), repository)  # stands in for the database
@@ -185,7 +183,7 @@ def test_artifacts_of_a_database_lie_under_the_original_repository(
 @pytest.mark.parametrize(
     "uri", ["http://host", "https://host", "databricks", "databricks://profile", "uc:https://host"]
 )
-def test_a_server_chooses_where_artifacts_lie(repository: Path, uri: str) -> None:
+def test_a_server_chooses_the_place_of_artifacts(repository: Path, uri: str) -> None:
     client = connect(resolve_uri(repository), repository)
     experiment = client.get_experiment(mlflow_server.experiment_id(client, uri, repository, "an experiment"))
     assert not experiment.artifact_location.startswith((repository / "mlartifacts" / "an_experiment").as_uri())
@@ -199,7 +197,7 @@ def test_a_server_chooses_where_artifacts_lie(repository: Path, uri: str) -> Non
         ("MLFLOW_RUN_ID", "abc", "MLFLOW_RUN_ID = abc has no effect here: each training is a run of its own, and"),
     ],
 )
-def test_variables_without_effect_are_refused(
+def test_variables_without_effect_are_rejected(
     name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow_server.check_variables("nanogpt")
@@ -211,7 +209,7 @@ def test_variables_without_effect_are_refused(
         mlflow_server.check_variables("nanogpt")  # it says the same
 
 
-def test_a_deleted_experiment_is_refused_and_both_remedies_work_for_a_recorded_run(
+def test_a_deleted_experiment_is_reported_and_both_remedies_work(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import experiments
@@ -297,7 +295,7 @@ def test_a_damaged_database_is_named_with_its_remedy(repository: Path, content: 
 # --- a run
 
 
-def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_complete_in_mlflow(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = finished_attempt(repository)
     (attempt / "checkpoints" / "step-00000040").mkdir(parents=True)
     replica, found = finish(attempt, repository)
@@ -338,7 +336,7 @@ def test_a_run_holds_what_it_should(repository: Path, monkeypatch: pytest.Monkey
     assert table["kept"].tolist() == ["", "", "", "", ".runs/run/attempt-1/checkpoints/step-00000040"]
 
 
-def test_replaying_changes_nothing_and_fills_another_database_alike(repository: Path, empty_database: Path) -> None:
+def test_a_replay_changes_nothing_and_fills_another_database_equally(repository: Path, empty_database: Path) -> None:
     attempt = finished_attempt(repository)
     replica, first = finish(attempt, repository)
     assert finish(attempt, repository)[1] == first  # nothing to do
@@ -357,7 +355,7 @@ def test_replaying_changes_nothing_and_fills_another_database_alike(repository: 
     assert contents(other._client, other.run_id) == first
 
 
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(repository: Path) -> None:
+def test_a_killed_run_that_is_resumed_ends_like_an_undisturbed_one(repository: Path) -> None:
     undisturbed = finish(finished_attempt(repository, "undisturbed"), repository)[1]
     attempt = make_attempt(repository)
     with Journal(attempt / "journal.jsonl") as journal:
@@ -401,7 +399,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(repository: Path) -
     assert len(replica._client.search_runs([experiment])) == 2
 
 
-def test_a_failure_in_the_middle_is_made_good(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failure_in_the_middle_the_run_is_completed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = finish(finished_attempt(repository, "expected"), repository)[1]
     attempt = finished_attempt(repository)
     real = mlflow_models.save_pyfunc
@@ -412,7 +410,7 @@ def test_a_failure_in_the_middle_is_made_good(repository: Path, monkeypatch: pyt
     assert replica._client.get_run(replica.run_id or _run_id(attempt)).info.status == "RUNNING"
     monkeypatch.setattr(mlflow_models, "save_pyfunc", real)
     client = replica._client
-    for name in ("log_batch", "log_artifact", "log_outputs", "set_terminated"):
+    for name in ("log_points", "log_artifact", "log_outputs", "set_terminated"):
         monkeypatch.setattr(client, name, lambda *_, **__: 1 / 0)
         with pytest.raises(TrackingError):
             replica.finish()
@@ -443,7 +441,7 @@ def test_best_and_last_of_the_same_step_are_one_model(repository: Path) -> None:
     assert [name for name, _, _ in found["models"]] == ["best"]
 
 
-def test_a_run_that_diverged_is_failed_and_says_why(repository: Path) -> None:
+def test_a_run_that_diverged_has_failed_with_the_reason(repository: Path) -> None:
     attempt = make_attempt(repository)
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)
@@ -491,16 +489,16 @@ def test_two_runs_that_add_the_same_dataset_at_once_both_succeed(
 ) -> None:
     replica = Replica(Run(finished_attempt(repository, "first")), resolve_uri(repository))
     replica._client = connect(replica.uri, repository)
-    real = replica._client.log_inputs
+    real = replica._client.log_dataset
 
-    def overtaken(run_id: str, inputs: Any) -> None:
+    def overtaken(*arguments: Any) -> None:
         from mlflow.exceptions import MlflowException
 
-        monkeypatch.setattr(replica._client, "log_inputs", real)
+        monkeypatch.setattr(replica._client, "log_dataset", real)
         finish(finished_attempt(repository, "second"), repository)
         raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
 
-    monkeypatch.setattr(replica._client, "log_inputs", overtaken)
+    monkeypatch.setattr(replica._client, "log_dataset", overtaken)
     replica.finish()
     assert contents(replica._client, replica.run_id)["datasets"] == [("grammar", "d" * 36)]
 
@@ -582,9 +580,7 @@ def test_reports_join_the_run_that_trained_the_model(repository: Path) -> None:
     assert finish(attempt, repository)[1] == found
 
 
-def test_of_two_repositories_with_the_same_bits_on_one_server_each_reports_to_its_own_run(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_each_of_two_repositories_with_the_same_model_reports_to_its_own_run(repository: Path, tmp_path: Path) -> None:
     uri = resolve_uri(repository)
     own = Replica(Run(finished_attempt(repository)), uri)
     own.finish()

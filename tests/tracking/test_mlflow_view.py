@@ -1,4 +1,4 @@
-"""What the saved view holds; tests/pipeline/test_page.py looks at the page that MLflow makes of it."""
+"""The content of the saved view; tests/pipeline/test_page.py checks the page that MLflow makes of it."""
 
 import base64
 import json
@@ -75,7 +75,7 @@ def test_a_finished_run_saves_the_view_of_its_experiment(tmp_path: Path, empty_d
     assert view["groupBy"] is None  # of an older version, they name no setting
     for run in client.search_runs([experiment.experiment_id]):
         client.set_tag(run.info.run_id, "setting", "n_embd=64")
-    pulled = client.create_run(experiment.experiment_id, tags={"model.pulled": "x"})
+    pulled = client.create_run(experiment.experiment_id, 0, "pulled", {"model.pulled": "x"})
     mlflow_view.save(client, experiment.experiment_id)
     assert saved(client, experiment.experiment_id)["groupBy"]["groupByKeys"][0]["groupByData"] == "setting"
     client.set_tag(replica.run_id, "setting", "n_embd=32")

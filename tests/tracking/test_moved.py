@@ -88,7 +88,7 @@ def only(client: Any, name: str) -> Any:
     return run
 
 
-def test_a_moved_repository_has_all_it_had_and_goes_on_in_its_new_place(
+def test_a_moved_repository_keeps_everything_and_works_in_its_new_place(
     old: Path, tmp_path: Path, enter: Callable[[Path], None]
 ) -> None:
     new = tmp_path / "new ü%20?"
@@ -116,16 +116,16 @@ def test_a_moved_repository_has_all_it_had_and_goes_on_in_its_new_place(
     assert not old.exists()
 
 
-def test_what_was_sent_is_known_by_no_absolute_path(old: Path) -> None:
+def test_records_of_what_was_sent_have_no_absolute_paths(old: Path) -> None:
     for path in [*old.glob(".runs/*/attempt-1/*.json"), *old.glob(".runs/reports/*")]:
         assert str(old) not in path.read_text(), path
 
 
-def test_a_copy_has_artifacts_of_its_own(old: Path, made: Path) -> None:
+def test_a_copy_has_its_own_artifacts(old: Path, made: Path) -> None:
     assert locations(old) == [value.replace(made.as_uri(), old.as_uri()) for value in locations(made)]
 
 
-def test_artifacts_that_lie_elsewhere_are_left_where_they_are(old: Path, tmp_path: Path) -> None:
+def test_artifacts_outside_of_the_repository_stay_where_they_are(old: Path, tmp_path: Path) -> None:
     client = connect(resolve_uri(old), old)
     for name, place in (("disk", tmp_path / "mlartifacts" / "disk"), ("bucket", "s3://bucket/mlartifacts/x")):
         client.create_experiment(name, place.as_uri() if isinstance(place, Path) else place)
@@ -136,7 +136,7 @@ def test_artifacts_that_lie_elsewhere_are_left_where_they_are(old: Path, tmp_pat
     assert moved.get_experiment_by_name("bucket").artifact_location == "s3://bucket/mlartifacts/x"
 
 
-def test_a_database_elsewhere_that_names_the_old_place_is_refused_with_a_remedy_that_works(
+def test_another_database_that_names_the_old_place_is_reported_with_a_remedy_that_works(
     old: Path, tmp_path: Path, empty_database: Path
 ) -> None:
     shutil.copyfile(empty_database, tmp_path / "shared.db")
@@ -155,7 +155,7 @@ def test_a_database_elsewhere_that_names_the_old_place_is_refused_with_a_remedy_
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_virtual_environment_of_another_place_is_made_anew(tmp_path: Path, kept: bool) -> None:
+def test_the_virtual_environment_of_another_place_is_made_again(tmp_path: Path, kept: bool) -> None:
     shutil.copy(Path(__file__).parents[2] / "Makefile", tmp_path)
     pip = tmp_path / ".venv" / "bin" / "pip"
     pip.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Prompts are checked before a training: those of its preview and those of the stage that comes after it."""
+"""Prompts are checked before a training: those of its preview and those of the sample stage."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,19 +31,19 @@ def test_prompts_that_can_be_continued_pass(check, tmp_path: Path):
 
 
 @pytest.mark.parametrize("key", ["tracking.prompts", "sample.prompts"])
-def test_a_prompt_with_an_unknown_character_is_refused(check, key: str):
+def test_a_prompt_with_an_unknown_character_is_rejected(check, key: str):
     message = rf"{key} = 'cab' cannot be continued: character 'c' \(U\+0063\) at position 0 .* leave it out"
     with pytest.raises(ValueError, match=message):
         check(**{key: ["ab", "cab"]})
 
 
-def test_a_file_with_an_unknown_character_is_refused_by_name(check, tmp_path: Path):
+def test_a_file_with_an_unknown_character_is_rejected_by_name(check, tmp_path: Path):
     (tmp_path / "inputs/prompts").mkdir(parents=True)
     (tmp_path / "inputs/prompts/one.txt").write_text("abc")
     with pytest.raises(ValueError, match=r"sample\.prompts = 'FILE:inputs/prompts/one\.txt' cannot be continued: char"):
         check(**{"sample.prompts": ["FILE:inputs/prompts/one.txt"]})
 
 
-def test_a_file_that_is_absent_is_refused(check):
+def test_a_missing_file_is_rejected(check):
     with pytest.raises(ValueError, match=r"FILE:inputs/prompts/one\.txt cannot be read \(No such file or directory\)"):
         check(**{"sample.prompts": ["FILE:inputs/prompts/one.txt"]})

@@ -1,4 +1,4 @@
-"""What is secret in an address or a header reaches no line that is shown or kept."""
+"""Secrets in URLs and headers are removed from every line that is shown or stored."""
 
 import pytest
 
@@ -44,13 +44,13 @@ SECRET = "s3cret"
         ("step 3: what? x = 1", "step 3: what? x = 1"),
     ],
 )
-def test_users_queries_and_headers_are_dropped(text: str, shown: str) -> None:
+def test_users_queries_and_headers_are_removed(text: str, shown: str) -> None:
     assert redact(text) == shown
     assert SECRET not in shown
 
 
 @pytest.mark.parametrize("password", ["with a s3cret", "quote's3cret", 's3"cret', "a/b c@s3cret", "(s3cret)"])
-def test_the_address_in_use_is_known_whatever_its_password_holds(
+def test_the_tracking_uri_is_recognised_whatever_its_password_contains(
     password: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"postgresql://user:{password}@host/db"

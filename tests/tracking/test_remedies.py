@@ -1,4 +1,4 @@
-"""What the core finds wrong reaches the user together with the command that mends it."""
+"""Errors of the core reach the user together with the command that mends them."""
 
 import errno
 import pickle
@@ -23,11 +23,11 @@ def workspace(tmp_path, monkeypatch):
 def test_damaged_data_is_removed_first(folder, stage, tmp_path):
     for damaged in (Path(folder, "a.bin"), tmp_path / folder / "a.bin"):
         assert remedy(Damaged(damaged, "is cut off")) == (
-            f"`rm -r {folder}` and `dvc checkout`, or make it anew with `dvc repro -f {stage}`"
+            f"`rm -r {folder}` and `dvc checkout`, or make it again with `dvc repro -f {stage}`"
         )
 
 
-def test_a_model_comes_from_the_cache_or_from_its_run():
+def test_a_model_is_restored_from_the_cache_or_made_again():
     weights = Path("model/weights.safetensors")
     assert remedy(Damaged(weights, "is missing")) == "`dvc checkout` or `dvc repro` brings it back"
     weights.parent.mkdir()
@@ -45,9 +45,9 @@ def test_params_are_in_git(tmp_path):
     assert explain(caught.value) == f"{path} cannot be read (No such file or directory); {advice}"
 
 
-def test_any_other_file_has_a_remedy_too():
+def test_every_other_file_has_a_remedy():
     assert remedy(Damaged(Path("inputs/pretrained/a/tokenizer.json"), "is cut off")) == (
-        "restore it with `git checkout` or `dvc checkout`, or run the stage again that makes it (`dvc repro -f`)"
+        "restore it with `git checkout` or `dvc checkout`, or rerun the stage that makes it (`dvc repro -f`)"
     )
 
 
@@ -57,18 +57,18 @@ def test_any_other_file_has_a_remedy_too():
      ("bin:/nowhere", "download.source = bin:/nowhere: /nowhere/train.bin cannot be read (No such file or directory); "
       "name the folder into which nanoGPT wrote train.bin and val.bin")],
 )  # fmt: skip
-def test_a_text_that_is_missing_may_be_untracked(source, problem):
+def test_a_missing_text_may_be_untracked(source, problem):
     values = committed_params().download.model_dump()
     with pytest.raises(Missing) as caught:
         write_corpus(DownloadParams(**values | {"source": source}), Path("raw"))
     assert explain(caught.value) == (
-        f"{problem}; under `dvc exp run --temp` and in the queue, files that git does not track are absent: "
+        f"{problem}; under `dvc exp run --temp` and in the queue, untracked files are absent: "
         "commit them, or give an absolute path"
     )
 
 
 @pytest.mark.parametrize("error", [ValueError("model.n_embd = 7"), KeyError("a"), OSError("as a library raises it")])
-def test_an_error_that_names_its_remedy_stays_as_it_is(error):
+def test_an_error_that_names_its_remedy_is_not_changed(error):
     assert remedy(error) == ""
     assert explain(error) == str(error)
 
@@ -81,7 +81,7 @@ def test_an_error_of_the_system_gets_one_remedy():
     assert explain(full) == f"[Errno {errno.ENOSPC}] the disk is full; free some space and start again"
 
 
-def test_damage_that_another_process_finds_arrives_whole():
+def test_damage_that_another_process_finds_arrives_complete():
     error = pickle.loads(pickle.dumps(Damaged(Path("data/raw/text.txt"), "is cut off")))
     assert (type(error), error.path, error.what) == (Damaged, Path("data/raw/text.txt"), "is cut off")
     assert str(error) == "data/raw/text.txt is cut off"

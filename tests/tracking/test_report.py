@@ -5,14 +5,14 @@ import pytest
 from tracking.report import within
 
 
-def test_what_takes_too_long_is_given_up():
+def test_a_call_that_takes_too_long_times_out():
     waiting = threading.Event()
     with pytest.raises(TimeoutError, match="it has not answered within 0 s"):
         within(0.01, waiting.wait)
     waiting.set()
 
 
-def test_a_result_and_an_error_come_back():
+def test_a_result_or_an_error_is_passed_on():
     assert within(60, lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
         within(60, lambda: 1 // 0)

@@ -1,4 +1,4 @@
-"""A run's directory as one object; the directory, its journal and mlflow.json are real."""
+"""The object of a run directory, with a real directory, journal and mlflow.json."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from tracking.journal import Journal, JournalDamaged
 from tracking.run import Run, attempts_of, runs_in
 
 
-def test_a_finished_run_tells_its_result(tmp_path):
+def test_a_finished_run_has_a_result(tmp_path):
     run = Run(finished_attempt(tmp_path))
     assert (run.status, run.number, run.is_described) == ("finished", 1, True)
     assert run.info["name"] == "run"
@@ -22,7 +22,7 @@ def test_a_finished_run_tells_its_result(tmp_path):
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_status_is_how_the_last_record_ends_and_open_after_a_resume(tmp_path, status):
+def test_the_status_is_that_of_the_last_record_and_open_after_a_resume(tmp_path, status):
     run = Run(make_attempt(tmp_path))
     assert (run.status, run.end, run.result) == ("new", None, {})
     run.journal.touch()
@@ -47,11 +47,11 @@ def test_status_is_how_the_last_record_ends_and_open_after_a_resume(tmp_path, st
 def test_records_are_checked(tmp_path):
     run = Run(finished_attempt(tmp_path))
     run.journal.write_bytes(run.journal.read_bytes().replace(b'"lr":0.001', b'"lr":0.002', 1))
-    with pytest.raises(JournalDamaged, match=r"line \d+ is not what was written"):
+    with pytest.raises(JournalDamaged, match=r"line \d+ was changed"):
         list(run.records())
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_files_that_are_written_can_be_read(tmp_path):
     run = Run(tmp_path / ".runs/abc/attempt-2")
     assert not run.is_described
     run.write_info({"run_key": "key", "b": 1})
@@ -63,7 +63,7 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
-def test_damaged_mlflow_json_counts_as_lost(tmp_path, text):
+def test_a_damaged_mlflow_json_counts_as_missing(tmp_path, text):
     run = Run(make_attempt(tmp_path))
     (run.directory / "mlflow.json").write_text(text)
     assert run.mlflow == {}

@@ -21,7 +21,7 @@ PARAMS = {name: value for name, value in COMMITTED.items() if not name.startswit
         ({"model.n_embd": 64}, "diff --git a/stages/x.py b/stages/x.py\n", "n_embd=64 + uncommitted"),
     ],
 )
-def test_a_setting_is_what_differs_from_the_commit_but_the_seed(changes, diff, expected) -> None:
+def test_a_setting_is_the_difference_from_the_commit_without_the_seed(changes, diff, expected) -> None:
     assert setting(PARAMS | changes, COMMITTED, diff, "1a2b3c4d5e") == expected
 
 
@@ -36,7 +36,7 @@ def test_a_setting_is_what_differs_from_the_commit_but_the_seed(changes, diff, e
         ("wide", "1a2b3c4", 2, "wide 1a2b3c4 seed=1338 attempt=2"),
     ],
 )
-def test_a_name_says_what_differs_and_the_seed(experiment, differs, attempt, expected) -> None:
+def test_a_name_has_the_setting_and_the_seed(experiment, differs, attempt, expected) -> None:
     assert run_name(experiment, differs, 1338, attempt) == expected
 
 
@@ -45,14 +45,14 @@ def test_a_long_name_is_cut_before_the_seed() -> None:
     assert (len(name), name[-11:]) == (100, "… seed=1338")
 
 
-def test_names_that_dvc_makes_up_are_known() -> None:
+def test_names_that_dvc_generates_are_recognised() -> None:
     from dvc.repo.experiments.utils import gen_random_name
 
     assert all(is_generated(gen_random_name()) for _ in range(50))
     assert not any(is_generated(name) for name in ("wide", "wider-muon", "smoke", "a-b-c", "", "-"))
 
 
-def test_what_a_commit_s_params_hold(tmp_path: Path) -> None:
+def test_the_params_of_a_commit(tmp_path: Path) -> None:
     def commit(text: str) -> None:
         (tmp_path / "params.yaml").write_text(text)
         subprocess.run(

@@ -44,7 +44,7 @@ def test_a_second_ctrl_c_interrupts_at_once(first):
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_of_several_signals_the_first_is_the_reason(first):
+def test_the_first_of_several_signals_is_the_reason(first):
     stop = StopRequest(alone)
     signal.raise_signal(first)
     signal.raise_signal(signal.SIGTERM)
@@ -52,7 +52,7 @@ def test_of_several_signals_the_first_is_the_reason(first):
     assert stop.exit_code == 128 + first
 
 
-def test_what_all_agree_on_is_the_reason_and_the_exit_code():
+def test_the_signal_that_all_agree_on_gives_the_reason_and_the_exit_code():
     agreed = iter([0, signal.SIGTERM])
     stop = StopRequest(lambda number: next(agreed))
     signal.raise_signal(signal.SIGINT)
@@ -60,7 +60,7 @@ def test_what_all_agree_on_is_the_reason_and_the_exit_code():
     assert (stop.should_stop(), stop.exit_code) == ("SIGTERM", 143)
 
 
-# The parent starts the stage, which is ready when it has said so, and dies of a signal.
+# The parent starts the stage, waits until it is ready, and dies of a signal.
 STAGE = """
 import sys
 from tracking.observers import StopRequest
@@ -84,9 +84,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(("stage", "said"), [("asks", "dvc is gone\nSIGTERM 143\n"), ("does not ask", "dvc is gone\n")])
-def test_a_stage_ends_with_its_dvc(stage, said):
+@pytest.mark.parametrize(
+    ("stage", "output"), [("asks", "dvc is gone\nSIGTERM 143\n"), ("does not ask", "dvc is gone\n")]
+)
+def test_a_stage_ends_with_its_dvc(stage, output):
     done = subprocess.run([sys.executable, "-c", PARENT, STAGE, stage], stdout=subprocess.PIPE, text=True)
     assert done.returncode == -signal.SIGKILL
     # `run` reads until the orphan, which holds the other end of the pipe too, is done.
-    assert done.stdout == said
+    assert done.stdout == output

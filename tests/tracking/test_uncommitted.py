@@ -1,4 +1,4 @@
-"""What is kept of uncommitted changes: those of the experiment, and the names of the others."""
+"""Which uncommitted changes are kept: those of the experiment, and the names of the other files."""
 
 import subprocess
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_changes_of_the_experiment_are_kept_to_the_byte(repository: Path) -> Non
     assert "diff --git a/nanogpt/binary b/nanogpt/binary" in diff[0]
 
 
-def test_files_that_are_no_part_of_the_experiment_are_named_and_not_kept(repository: Path) -> None:
+def test_files_outside_of_the_experiment_are_named_and_not_kept(repository: Path) -> None:
     write(repository, "params.yaml", "new\n")
     write(repository, ".dvc/config", f"['remote \"r\"']\n    password = {SECRET}\n")
     for name in (".env", "notes/token.txt", "inputs/texts/.env", "stages/.secrets/token", "nanogpt/.netrc"):
@@ -59,13 +59,13 @@ def test_files_that_are_no_part_of_the_experiment_are_named_and_not_kept(reposit
     diff, left_out = uncommitted(repository)
     assert SECRET not in diff
     assert left_out == ".dvc/config, .env, inputs/texts/.env, nanogpt/.netrc, notes/token.txt, stages/.secrets/token"
-    assert diff.splitlines()[0] == f"# not kept, since it is no part of the experiment: {left_out}"
+    assert diff.splitlines()[0] == f"# not kept, because it is not part of the experiment: {left_out}"
     write(repository.parent, "uncommitted.diff", f"{diff}\n")  # what is kept can be applied
     git(repository, "reset", "-q", "--hard")
     git(repository, "apply", "../uncommitted.diff")
     assert (repository / "params.yaml").read_text() == "new\n"
 
 
-def test_where_nothing_of_the_experiment_has_changed_names_alone_are_kept(repository: Path) -> None:
+def test_if_the_experiment_is_unchanged_only_names_are_kept(repository: Path) -> None:
     write(repository, "README.md", "new\n")
-    assert uncommitted(repository) == ("# not kept, since it is no part of the experiment: README.md\n", "README.md")
+    assert uncommitted(repository) == ("# not kept, because it is not part of the experiment: README.md\n", "README.md")

@@ -23,7 +23,7 @@ def report(*verdicts: str, **fields) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "code", "told"),
+    ("verdicts", "code", "verdict"),
     [
         ([IDENTICAL, IDENTICAL], 0, "identical"),
         ([IDENTICAL, SKIPPED], 0, "identical"),
@@ -36,18 +36,18 @@ def report(*verdicts: str, **fields) -> Report:
         ([], 2, "could not be run"),
     ],
 )
-def test_the_worst_finding_decides(verdicts, code, told):
+def test_the_worst_finding_decides(verdicts, code, verdict):
     assert report(*verdicts).exit_code == code
-    assert report(*verdicts).verdict == told
-    assert report(*verdicts).table().endswith(f"full: {told}")
+    assert report(*verdicts).verdict == verdict
+    assert report(*verdicts).table().endswith(f"full: {verdict}")
 
 
-def test_an_error_is_neither_success_nor_divergence():
+def test_an_error_is_neither_a_success_nor_a_divergence():
     assert report(IDENTICAL, error="no git").exit_code == 2
     assert "no git" in report(error="no git").table()
 
 
-def test_the_table_and_the_markdown_hold_all(tmp_path):
+def test_the_table_and_the_markdown_are_complete(tmp_path):
     checked = report(IDENTICAL, DIVERGED, notes=["first at step 5"], environment_differs=["torch 1 -> 2"])
     for text in (checked.table(), checked.markdown()):
         for part in ("a" * 16, "artifact 1", "DIVERGED", "first at step 5", "environment: torch 1 -> 2"):
@@ -55,14 +55,14 @@ def test_the_table_and_the_markdown_hold_all(tmp_path):
     assert r"b\|b" in checked.markdown()
 
 
-def test_junit_counts_what_it_holds():
+def test_junit_counts_its_test_cases():
     suite = ElementTree.fromstring(report(IDENTICAL, DIVERGED, MISSING, SKIPPED, error="no <git>").junit())
     assert suite.attrib == {"name": "verify full", "tests": "5", "failures": "2", "skipped": "1", "errors": "1"}
     assert [case.get("name") for case in suite] == [*(f"artifact {i}" for i in range(4)), "run"]
     assert suite[4][0].get("message") == "no <git>"
 
 
-def test_verify_json_gathers_the_checks_of_several_machines(tmp_path):
+def test_verify_json_collects_the_checks_of_several_machines(tmp_path):
     first, second = report(IDENTICAL), report(TOLERATED)
     second.environment = {"torch": "2.14.0"}
     for each in (first, second, first):

@@ -1,4 +1,4 @@
-"""The verdicts on the first steps, for records that are made up; tests/pipeline/test_verify.py trains."""
+"""The verdicts on the first steps, for invented records; tests/pipeline/test_verify.py trains."""
 
 import json
 import subprocess
@@ -72,7 +72,7 @@ def test_the_first_steps_of_two_commits(commit, monkeypatch, determinism, apart,
     assert [finding.verdict for finding in report.findings] == [verdict]
 
 
-def test_what_dvc_lock_says_too_is_a_declared_change(commit, monkeypatch):
+def test_a_change_of_dvc_lock_declares_the_difference(commit, monkeypatch):
     root = commit(first_steps("portable"))
     (root / "dvc.lock").write_text("stages: {train: {outs: [{path: model, md5: another}]}}\n")
     subprocess.run(["git", *IDENTITY, "commit", "--quiet", "--all", "--message", "x"], cwd=root, check=True)
@@ -92,5 +92,5 @@ def test_what_dvc_lock_says_too_is_a_declared_change(commit, monkeypatch):
         (["changed command", {"changed outs": {"model": "deleted"}}], ["changed command"]),
     ],
 )
-def test_what_dvc_status_reports_is_named(changes, stale):
+def test_the_changes_that_dvc_status_reports_are_named(changes, stale):
     assert verification._stale(changes) == stale

@@ -1,0 +1,352 @@
+"""The kernels of `portable`: the same bits on any x86-64 CPU with AVX2 and FMA, for any number of threads.
+
+torch multiplies matrices by a library that takes another path on each CPU, and a few of its kernels divide their work
+among threads so that the number of threads shows in the last bits. `install` replaces those kernels in torch's
+dispatcher, for the whole process: layers, gradients, optimizers, evaluation and generation all go through this module,
+and the model stays as it is.
+
+The definition of a product. For a (M, K) and b (N, K), out[m, n] is the sum over k of a[m, k] * b[n, k], added up as
+acc = fma(a[m, k], b[n, k], acc) from acc = 0, for k = 0, 1, ..., each step rounded to float32. After every PART values
+of k a new chain begins, and the chains are added in order. oneDNN's AVX2 kernels compute exactly that for contiguous
+operands of two rows or more; the tests compare them with the definition written out.
+
+Shapes: M, N rows of the operands, K what is summed over, G groups (products of one shape), B batch, H heads, T queries,
+S keys, D head size.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import Library, get_kernel
+
+PART = 1024  # length of a chain, oneDNN's choice for AVX2
+LARGE_PRODUCT = 2**21  # multiplications from which on a call for each group costs less than copying the operands
+QUERIES = 128  # that attention takes at once; the keys behind them are left out
+SCORES = 2**19  # of attention that exist at once: 2 MiB, so that they stay in the cache
+GRAIN = 32768  # elements for each of the threads among which torch divides elementwise work and sums
+UNDIVIDED = 16384  # elements up to which it divides nothing, GELU included
+LANES = 16  # floats that torch's AVX2 loops take at once; what is left over goes one by one
+UNDEFINED = (
+    "mm.out",
+    "addmm.out",
+    "bmm.out",
+    "baddbmm.out",
+    "baddbmm_",
+    "addmv",
+    "addmv_",
+    "addmv.out",
+    "dot",
+    "vdot",
+    *("sqrt", "sqrt_", "sqrt.out"),
+)
+
+Kernel = Callable[..., Any]
+
+
+def install() -> None:
+    """Replaces torch's kernels for the CPU in this process. Calling it again changes nothing."""
+    _installed()
+
+
+@functools.cache
+def _installed() -> Library:
+    """The registrations, which last as long as this object."""
+    library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    kernels: dict[str, Kernel] = {
+        "mm": mm,
+        "addmm": addmm,
+        "addmm_": addmm_,
+        "bmm": bmm,
+        "baddbmm": baddbmm,
+        "_scaled_dot_product_flash_attention_for_cpu": attention,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
+        "_softmax_backward_data": softmax_backward,
+        "native_layer_norm_backward": functools.partial(layer_norm_backward, _torchs("native_layer_norm_backward")),
+        "gelu": functools.partial(gelu, _torchs("gelu.out")),
+        "gelu_backward": functools.partial(gelu_backward, _torchs("gelu_backward.grad_input")),
+        "sum": total,
+        "mean": mean,
+    }
+    kernels |= {name: functools.partial(_undefined, name) for name in UNDEFINED}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # of replacing them
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+    return library
+
+
+def _torchs(name: str) -> Kernel:
+    """torch's own kernel for the CPU."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    return functools.partial(get_kernel(f"aten::{name}", "CPU").call_boxed, keys)
+
+
+def _undefined(name: str, *args: Any, **kwargs: Any) -> None:
+    raise NotImplementedError(f"torch's {name} is not the same on every CPU, and nanogpt/portable.py has no kernel for it")
+
+
+# Products
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K), b (N, K) -> a @ b.T, (M, N), contiguous or the transpose of a contiguous tensor."""
+    if not a.is_contiguous() and (b.is_contiguous() or a.size(0) > b.size(0)):
+        return product(b, a).t()  # the same numbers; oneDNN wants the first one row by row, or else the smaller first
+    a, b = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (a, b))
+    if a.size(0) > 1 and b.size(0) > 1:
+        return _linear(a, b)
+    padded = (F.pad(x, (0, 0, 0, 1)) if x.size(0) == 1 else x for x in (a, b))  # oneDNN adds up a single row otherwise
+    return _linear(*padded)[: a.size(0), : b.size(0)]
+
+
+def _linear(a: Tensor, b: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
+    return result
+
+
+def grouped_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, G, K), b (G, N, K) -> the product of each group, (M, G, N), contiguous.
+
+    It is written as a convolution over single pixels with groups of channels, as oneDNN takes all groups at once there.
+    """
+    K, N = a.size(2), b.size(1)
+    if K % 8 or N % 8:  # oneDNN's kernel wants whole vectors; a product with zero adds nothing
+        a, b = F.pad(a, (0, -K % 8)), F.pad(b, (0, -K % 8, 0, -N % 8))
+    result = _convolution(a[..., :PART], b[..., :PART])
+    for start in range(PART, K, PART):
+        result += _convolution(a[..., start : start + PART], b[..., start : start + PART])
+    return result[..., :N].contiguous()
+
+
+def _convolution(a: Tensor, b: Tensor) -> Tensor:
+    M, G, K = a.shape
+    image = a.reshape(1, M, 1, G * K).permute(0, 3, 1, 2)  # (1, G * K, M, 1) with channels last
+    weight = b.reshape(-1, K, 1, 1)
+    result: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
+        image, weight, None, [0, 0], [1, 1], [1, 1], G, "none", [], ""
+    )
+    return result.permute(0, 2, 3, 1).view(M, G, -1)
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) @ b (K, N)."""
+    return product(a, b.t())
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta * bias + alpha * a @ b."""
+    return product(a, b.t()).mul_(alpha).add_(bias, alpha=beta)
+
+
+def addmm_(result: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """result = beta * result + alpha * a @ b, in place."""
+    return result.mul_(beta).add_(product(a, b.t()), alpha=alpha)
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a (G, M, K) @ b (G, K, N), (G, M, N)."""
+    if a.size(1) * a.size(2) * b.size(2) >= LARGE_PRODUCT:
+        return torch.stack([product(x, y.t()) for x, y in zip(a, b, strict=True)])
+    return grouped_product(a.transpose(0, 1), b.transpose(1, 2)).transpose(0, 1)
+
+
+def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta * bias + alpha * a @ b of each group."""
+    return bmm(a, b).mul_(alpha).add_(bias, alpha=beta)
+
+
+# Attention
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q (B, H, T, D), k and v (B, H, S, D) -> weighted values (B, H, T, D), and log2 of the weights' sums (B, H, T).
+
+    As in FlashAttention (Dao et al. 2022), values are divided by the sum at the end, and the scores are computed again
+    for the gradients. Weights are powers of 2, which take a quarter of the time of torch's exp.
+    """
+    assert dropout_p == 0, "torch takes other kernels for dropout"
+    assert attn_mask is None, "and for masks"
+    B, H, T, D = q.shape
+    S = k.size(2)
+    q, k = _by_position(q) * _log2_scale(D, scale), k.reshape(B * H, S, D)  # (T, G, D), (G, S, D)
+    v = _transposed(_by_position(v))  # (G, D, S)
+    out, log_sum = torch.empty_like(q), q.new_empty(T, B * H, 1)
+    for group in _slices(B * H, max(1, SCORES // (QUERIES * S))):
+        for rows in _slices(T, QUERIES):
+            seen = rows.stop if is_causal else S
+            scores = grouped_product(q[rows, group], k[group, :seen])  # (t, G, seen)
+            if is_causal:
+                scores[:, :, rows] += _mask(scores.size(0), q.device)[:, None]
+            largest = scores.amax(-1, keepdim=True)
+            weights = _exp2_(scores.sub_(largest))
+            sums = weights.sum(-1, keepdim=True)
+            out[rows, group] = grouped_product(weights, v[group, :, :seen]).div_(sums)
+            log_sum[rows, group] = sums.log2_().add_(largest)
+    return _by_head(out, B), log_sum.view(T, B, H).permute(1, 2, 0)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v. Those of k and v are sums over blocks of QUERIES, added in order.
+
+    The scores are computed with keys first, (S, G, T). Two of the three products by them then need no transposed copy
+    of a tensor as large as the scores.
+    """
+    B, H, T, D = q.shape
+    S = k.size(2)
+    dot = (grad * out).sum(-1).view(B * H, T)
+    log_sum = log_sum.reshape(B * H, T)
+    q, k, v, grad = _by_position(q) * _log2_scale(D, scale), _by_position(k), _by_position(v), _by_position(grad)
+    q_channels, k_channels, grad_channels = _transposed(q), _transposed(k), _transposed(grad)  # (G, D, T)
+    dq, dk, dv = torch.empty_like(q_channels), torch.zeros_like(k), torch.zeros_like(v)
+    for group in _slices(B * H, max(1, SCORES // (QUERIES * S))):
+        for rows in _slices(T, QUERIES):
+            seen = rows.stop if is_causal else S
+            scores = grouped_product(k[:seen, group], q[rows, group].transpose(0, 1))  # (seen, G, t)
+            if is_causal:
+                scores[rows] += _mask(scores.size(2), q.device).t()[:, None]
+            weights = _exp2_(scores.sub_(log_sum[group, rows]))
+            dscores = grouped_product(v[:seen, group], grad[rows, group].transpose(0, 1))
+            dscores.sub_(dot[group, rows]).mul_(weights)
+            dv[:seen, group] += grouped_product(weights, grad_channels[group, :, rows])
+            dk[:seen, group] += grouped_product(dscores, q_channels[group, :, rows])
+            dq_rows = grouped_product(k_channels[group, :, :seen].transpose(0, 1), _transposed(dscores))  # (D, G, t)
+            dq[group, :, rows] = dq_rows.transpose(0, 1)
+    dq = dq.view(-1, T).t().contiguous().view(T, B * H, D)
+    return _by_head(dq.mul_(_scale(D, scale)), B), _by_head(dk.mul_(math.log(2)), B), _by_head(dv, B)
+
+
+def _scale(head_size: int, scale: float | None) -> float:
+    return 1 / math.sqrt(head_size) if scale is None else scale
+
+
+def _log2_scale(head_size: int, scale: float | None) -> float:
+    """The scale of scores whose powers of 2 are wanted instead of those of e."""
+    return _scale(head_size, scale) / math.log(2)
+
+
+def _by_position(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (T, B * H, D); a view where no copy is needed."""
+    return x.permute(2, 0, 1, 3).reshape(x.size(2), -1, x.size(3))
+
+
+def _by_head(x: Tensor, batch: int) -> Tensor:
+    """(T, B * H, D) -> (B, H, T, D), a view."""
+    return x.view(x.size(0), batch, -1, x.size(2)).permute(1, 2, 0, 3)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """(T, G, D) -> (G, D, T), contiguous, by way of a matrix: torch transposes those several times as fast."""
+    return x.reshape(x.size(0), -1).t().contiguous().view(x.size(1), x.size(2), -1)
+
+
+def _slices(size: int, length: int) -> Iterator[slice]:
+    return (slice(start, min(start + length, size)) for start in range(0, size, length))
+
+
+def _mask(size: int, device: torch.device) -> Tensor:
+    """(size, size) to add to the scores of queries and keys at the same positions: -inf where the key comes later."""
+    return torch.full((size, size), -torch.inf, device=device).triu_(1)
+
+
+def _exp2_(x: Tensor) -> Tensor:
+    for piece in _pieces(x):
+        piece.exp2_()
+    return x
+
+
+# What depends on the number of threads
+
+
+def softmax_backward(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    """The gradient of a softmax's input."""
+    return (grad - (grad * output).sum(dim, keepdim=True)).mul_(output)
+
+
+def layer_norm_backward(
+    kernel: Kernel,
+    grad: Tensor,
+    x: Tensor,
+    shape: list[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of a LayerNorm: of the input by torch, of weight and bias by sums that no thread divides."""
+    dx, *_ = kernel(grad, x, shape, mean, rstd, weight, bias, [wanted[0], False, False])
+    rows = list(range(x.dim() - len(shape)))
+    dweight = (x - mean).mul_(rstd).mul_(grad).sum(rows) if wanted[1] else None
+    return dx, dweight, grad.sum(rows) if wanted[2] else None
+
+
+def gelu(kernel: Kernel, x: Tensor, *, approximate: str = "none") -> Tensor:
+    """GELU, of either form."""
+    x, result = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    for piece, out in zip(_pieces(x), _pieces(result), strict=True):
+        kernel(piece, approximate=approximate, out=out)
+    return result
+
+
+def gelu_backward(kernel: Kernel, grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
+    """The gradient of GELU's input, likewise."""
+    grad, x, result = grad.contiguous(), x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    for *piece, out in zip(_pieces(grad), _pieces(x), _pieces(result), strict=True):
+        kernel(*piece, approximate=approximate, grad_input=out)
+    return result
+
+
+def total(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of all elements: of rows of 1,024, then of their sums, and so on."""
+    x = x.reshape(-1)
+    if dtype is not None or not x.is_floating_point():
+        x = x.to(dtype or torch.int64)
+    while x.numel() >= GRAIN:
+        end = x.numel() // 1024 * 1024
+        x = torch.cat([x[:end].view(-1, 1024).sum(1), x[end:]])
+    return x.sum(0)
+
+
+def mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The mean of all elements."""
+    return total(x, dtype=dtype) / x.numel()
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """x flat, cut so that torch computes the same elements as vectors whatever the number of threads.
+
+    torch divides an elementwise kernel's work evenly, and computes what fills no vector at the end of a share one by
+    one, often to other bits. Here every share is whole vectors, but for the last elements of all.
+    """
+    flat, threads = x.view(-1), torch.get_num_threads()
+    if threads == 1 or flat.numel() <= UNDIVIDED:
+        return (flat,)
+    end = flat.numel() // (LANES * threads) * LANES * threads
+    return (flat[:end], flat[end:]) if end >= threads * GRAIN else flat.split(UNDIVIDED)
