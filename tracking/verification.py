@@ -225,8 +225,8 @@ def check_cpus(root: Path, say: Say) -> Report:
             same = found["steps"] == here["steps"] and found["kernels"] == here["kernels"]
             if not same:
                 report.notes.append(f"{cpu}: {divergence.first_step(here['steps'], found['steps'])}")
-            counts = [f"{len(each['steps'])} steps, {len(each['kernels'])} kernels" for each in (here, found)]
-            report.findings.append(Finding(cpu, "first steps", *counts, IDENTICAL if same else DIVERGED))
+            expected, shown = (f"{len(each['steps'])} steps, {len(each['kernels'])} kernels" for each in (here, found))
+            report.findings.append(Finding(cpu, "first steps", expected, shown, IDENTICAL if same else DIVERGED))
             say(f"{cpu}: {time.monotonic() - begin:.0f} s")
         for cpu in UNABLE_CPUS:
             shown = "trained"
