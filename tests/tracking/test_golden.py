@@ -30,9 +30,9 @@ def test_what_can_change_bits_is_part_of_the_name(name):
 
 
 def test_the_file_name_shows_the_environment():
-    assert re.fullmatch(
-        r"python3\.11-torch1-portable-2threads-[0-9a-f]{8}\.json", file_name(environment(torch="1+cpu"))
-    )
+    name = r"python3\.11-torch1-{}-[0-9a-f]{{8}}\.json"
+    assert re.fullmatch(name.format("portable"), file_name(environment(torch="1+cpu")))
+    assert re.fullmatch(name.format("machine-2threads"), file_name(environment("machine", torch="1+cpu")))
 
 
 def test_the_cpu_counts_unless_determinism_is_portable():
