@@ -1,6 +1,7 @@
 """What several tests need: no network, no traces outside their own folder, and GPT-2's real vocabulary offline."""
 
 import functools
+import gc
 import hashlib
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from ruamel.yaml import YAML
 from nanogpt.params import Params, load_params
 
 REPOSITORY = Path(__file__).parents[1]
+HOOKS = REPOSITORY / "tests" / "hooks"  # Python runs its sitecustomize.py when it starts
 GPT2 = {  # what makes params.yaml's model and training those of nanoGPT, but for their size
     "model.norm": "layernorm",
     "model.activation": "gelu",
@@ -43,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "NANOGPT_MIRROR"):
         os.environ.pop(name, None)
-    os.environ["PYTHONPATH"] = str(REPOSITORY)  # `python -m stages.…` started in another folder
+    os.environ["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{HOOKS}"  # `python -m stages.…` started in another folder
 
 
 # With `--dist loadfile` one worker runs the tests of a file, which share a clone. The longest first, so that no worker
@@ -60,6 +62,10 @@ FIRST = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"tests/{path}": position for position, path in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # torch, MLflow and thousands of tests, which no collection of garbage need look at again
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -4,7 +4,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from tests.pipeline.clones import REPOSITORY
+from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [path for path in [*PAGES, *(REPOSITORY / "docs").rglob("*.md")] if path.exists()]

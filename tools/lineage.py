@@ -17,8 +17,8 @@ from tracking.console import repository
 from tracking.dvc_files import DvcLock, cache_path, directory_md5
 from tracking.errors import warn
 from tracking.fingerprint import environment
-from tracking.git import git
-from tracking.history import Holder, RecordedRun, RecordedRuns, experiment_models, fetch_command, has_commit, holders
+from tracking.git import git, resolve_commit
+from tracking.history import Holder, RecordedRun, RecordedRuns, experiment_models, fetch_command, holders
 from tracking.mlflow_server import resolve_uri
 from tracking.redaction import redact
 from tracking.run import as_text
@@ -168,7 +168,7 @@ def way_back(root: Path, lineage: Lineage) -> tuple[list[str], list[str]]:
     notes: list[str] = []
     trained_at = run.tags.get("git.commit", "none") if run else "none"
     complete = holder is not None and not holder.differs
-    if run and not complete and has_commit(root, trained_at):
+    if run and not complete and resolve_commit(root, trained_at):
         commit, patch = trained_at, _patch(root, run, notes)
         if patch is None:
             return [], notes

@@ -61,7 +61,7 @@ def write_golden() -> tuple[Path, Golden]:
     """
     model = DvcLock.parse(Path("dvc.lock").read_text()).model_md5
     if model is None:
-        raise ValueError("dvc.lock has no model; `dvc repro` comes first")
+        raise ValueError("dvc.lock has no model; run `dvc repro` first")
     golden = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
     path = FOLDER / file_name(golden["environment"])
     write_json(path, golden)
@@ -84,7 +84,7 @@ def load_goldens(folder: Path) -> list[Golden]:
         try:
             golden = json.loads(path.read_bytes())
             if file_name(golden["environment"]) != path.name:
-                raise ValueError("its name is not that of its environment")
+                raise ValueError("its name does not match its environment")
             if not (golden["steps"] and golden["metrics"]):
                 raise ValueError("it has no steps or no metrics")
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -53,7 +53,7 @@ def check_lock(root: Path) -> Report:
         verdict = IDENTICAL if not stale else MISSING
         report.findings.append(Finding(stage, "dvc.lock", "up to date", ", ".join(stale) or "up to date", verdict))
     if report.exit_code:
-        report.notes.append("`dvc repro` and commit dvc.lock with the change")
+        report.notes.append("run `dvc repro`, and commit dvc.lock with the change")
     report.findings.append(_remote(root))
     return report
 
@@ -186,7 +186,7 @@ def check_base(root: Path, base: str, say: Say) -> Report:
         else:
             verdict = DIVERGED
             report.notes.append(
-                "results change and dvc.lock does not: `dvc repro`, and commit dvc.lock with the reason"
+                "results change and dvc.lock does not: run `dvc repro`, and commit dvc.lock with the reason"
             )
     report.findings.append(Finding("train", "first steps", f"{len(expected)} steps", f"{len(steps)} steps", verdict))
     return report

@@ -24,12 +24,11 @@ from click.testing import CliRunner
 from ruamel.yaml import YAML
 
 from nanogpt.checkpoint import Checkpoints
+from tests.conftest import HOOKS, REPOSITORY
 from tools.__main__ import main
 from tracking.mlflow_page import REPORTED
 from tracking.run import Run, runs_in
 
-REPOSITORY = Path(__file__).parents[2]
-HOOKS = Path(__file__).with_name("hooks")
 TINY = {
     "download.documents": 60,
     "tokenize.vocab_size": 300,

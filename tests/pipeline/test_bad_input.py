@@ -113,7 +113,7 @@ def test_a_training_that_diverges_says_where_and_is_not_resumed(seed, clone):
     assert newest.progress.step < step
     records = Path(clone.attempts()[-1] / "journal.jsonl").read_bytes()
 
-    again = refused(clone, "dvc repro", "train", f"this very training diverged at step {step} before")
+    again = refused(clone, "dvc repro", "train", f"this training has diverged before, at step {step}")
     assert "change train.learning_rate" in again
     assert (clone.attempts()[-1] / "journal.jsonl").read_bytes() == records
     assert len(clone.runs()) == 2

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.clones import REPOSITORY, Clone, wait_until
+from tests.conftest import REPOSITORY
+from tests.pipeline.clones import Clone, wait_until
 from tools.reference import TAG_NOTES
 
 pytestmark = pytest.mark.pipeline

@@ -56,11 +56,10 @@ def test_the_text_is_that_of_the_batch(trained, copy_of):
 
 def test_a_step_that_comes_out_otherwise_is_told_with_the_first_that_did(trained, copy_of):
     clone = copy_of(trained)
-    source = clone.read("nanogpt/schedule.py")
-    assert source.count("return min_lr + share") == 1
+    source = clone.read("nanogpt/train.py")
+    assert source.count("lr = lr_at(") == 1
     # The loop's step 4 is the journal's step 5; its loss is computed before the rate is used.
-    changed = source.replace("return min_lr + share", "return min_lr + 1e-9 * (step >= 4) + share")
-    clone.write("nanogpt/schedule.py", changed)
+    clone.write("nanogpt/train.py", source.replace("lr = lr_at(", "lr = 1e-9 * (step >= 4) + lr_at("))
     output = clone.run("python -m tools replay --step 7 --no-text", check=1)
     assert "the code of the train stage has changed since this run" in output
     assert re.search(r"DIFFERS from the journal, first in lr of step 5", output), output

@@ -89,4 +89,5 @@ def test_without_a_result_one_line_says_what_is_missing_and_what_makes_it(reposi
     (repository / "metrics/evaluate.json").unlink()
     result = CliRunner().invoke(main, ["summary"])
     assert result.exit_code == 1
-    assert result.output == "Error: summary: metrics/evaluate.json is missing; `dvc repro` or `dvc checkout` makes it\n"
+    remedy = "`dvc checkout` restores it, or `dvc repro` makes it"
+    assert result.output == f"Error: summary: metrics/evaluate.json is missing; {remedy}\n"

@@ -164,7 +164,7 @@ def test_a_killed_run_is_marked_and_a_living_one_is_not(repository: Path) -> Non
     with RunLock(attempt.parent):  # its trainer lives
         assert "run 'run' is still training; MLflow has it up to now" in sync().output
         assert only_run(repository)["info"][1] == "RUNNING"
-    assert "run 'run' was killed, and is marked so in MLflow" in sync(str(attempt)).output
+    assert "run 'run' was killed, and is marked as killed in MLflow" in sync(str(attempt)).output
     assert only_run(repository)["info"][1] == "KILLED"
     with Run(attempt).sending_lock():
         assert f"process {os.getpid()} is sending it" in sync().output
@@ -213,7 +213,7 @@ def test_a_trainer_that_is_killed_leaves_a_run_that_is_killed(repository: Path) 
     said: list[str] = []
     assert follow(Run(attempt), resolve_uri(repository), trainer.pid, 60, said.append)
     killer.join()
-    assert "was killed, and is marked so in MLflow" in said[-1]
+    assert "was killed, and is marked as killed in MLflow" in said[-1]
     assert only_run(repository)["info"][1] == "KILLED"
 
 
