@@ -12,7 +12,9 @@ from tracking.verdict import Report, write_reports
 
 
 @command()
-@click.option("--layer", type=click.Choice(["lock", "steps", "base", "full"]), default="full", help="The check.")
+@click.option(
+    "--layer", type=click.Choice(["lock", "steps", "base", "cpus", "full"]), default="full", help="The check."
+)
 @click.option("--base", metavar="COMMIT", help="For --layer base: the commit to compare HEAD with.")
 @click.option("--varied", is_flag=True, help="For --layer full: vary cores, threads, locale, folder and hash seed.")
 @click.option("--commit", metavar="EXPERIMENT", help="For --layer full: an experiment or a commit.  [default: HEAD]")
@@ -23,7 +25,8 @@ def main(layer: str, base: str | None, varied: bool, commit: str | None, out: Pa
     --commit names another commit or an experiment. The clone has an empty cache, and runs the stages one by one.
 
     lock: checks that dvc.lock and the remote are complete. steps: compares the first 20 steps with the golden file of
-    this environment. base: compares them with those of another commit. full: compares every artifact of every stage.
+    this environment. base: compares them with those of another commit. cpus: compares them with those under emulated
+    CPUs of Intel and AMD. full: compares every artifact of every stage.
 
     Exit code 0: identical, or within the stated tolerance; 1: diverged; 2: could not be run or compared.
     """
@@ -52,6 +55,8 @@ def check(root: Path, layer: str, base: str, varied: bool, commit: str) -> Repor
             return verification.check_steps(root, say)
         if layer == "base":
             return verification.check_base(root, base, say)
+        if layer == "cpus":
+            return verification.check_cpus(root, say)
         return verification.check_all(root, varied, say, commit_of(root, commit))
     except ValueError as error:
         return Report(layer, "", error=str(error))

@@ -16,12 +16,14 @@ Golden = dict[str, Any]
 def first_steps() -> dict[str, Any]:
     """Trains the first steps of data/tokens and params.yaml, and leaves nothing behind.
 
-    Returns {"environment": ..., "made_of": hashes of params, tokens and code, "steps": records, exact to the bit}.
+    Returns {"environment": ..., "made_of": hashes of params, tokens and code, "kernels": known answers by kernel,
+    "steps": records, exact to the bit}.
     """
     params = load_params()
     from nanogpt import determinism
 
     numerics = determinism.pin(params.numerics, params.runtime.device)
+    from nanogpt import known_answers
     from nanogpt.recipe import load_recipe
     from tracking.fingerprint import environment, identify
     from tracking.retrace import VALUES, Retrace
@@ -38,6 +40,7 @@ def first_steps() -> dict[str, Any]:
     return {
         "environment": bits_environment(environment(), numerics.as_dict()),
         "made_of": made_of,
+        "kernels": known_answers.answers() if numerics.is_portable else {},
         "steps": steps,
     }
 
