@@ -68,10 +68,10 @@ def test_a_step_that_comes_out_otherwise_is_told_with_the_first_that_did(trained
 def test_what_cannot_be_replayed_is_refused(trained, copy_of):
     clone = copy_of(trained)
     output = clone.run("python -m tools replay --step 31", check=1)
-    assert re.search(r"--step 31 is not in .*journal.jsonl, which has 1 to 30", output)
+    assert re.search(r"--step 31 is not in .*journal.jsonl, which has steps 1 to 30", output)
     clone.set_params(**{"tokenize.vocab_size": 290})
     clone.repro("tokenize")
     output = clone.run("python -m tools replay --step 3", check=1)
     assert "data/tokens does not have the tokens of this run" in output
     clone.run("rm -r .runs")
-    assert "holds no run" in clone.run("python -m tools replay --step 3", check=1)
+    assert "contains no run" in clone.run("python -m tools replay --step 3", check=1)
