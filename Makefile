@@ -14,7 +14,7 @@ JOBS ?= 1
 BASE ?= HEAD~1
 REPORTS ?= .runs/verify
 
-.PHONY: help setup repro smoke queue compare ui verify verify-varied verify-lock verify-steps verify-base report diff golden test test-pipeline soak pictures deps docs lint gc
+.PHONY: help setup repro smoke queue compare ui verify verify-varied verify-lock verify-steps verify-base verify-cpus report diff golden test test-pipeline soak pictures deps docs lint gc
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -66,6 +66,9 @@ verify-steps: $(READY)  ## a minute: the first training steps against golden/
 
 verify-base: $(READY)  ## minutes: the first training steps of another commit and of this one (BASE=origin/main)
 	@python -m tools verify --layer base --base $(BASE) --out $(REPORTS)/base
+
+verify-cpus: $(READY)  ## ten minutes: the first training steps under emulated CPUs of Intel and AMD (needs qemu-user)
+	@python -m tools verify --layer cpus --out $(REPORTS)/cpus
 
 report:  ## what the checks have found, as Markdown
 	@cat $(REPORTS)/*/report.md

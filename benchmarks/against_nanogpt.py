@@ -17,6 +17,7 @@ import click
 
 from benchmarks.checkout import TRAINING_AS_NANOGPT, check_comparable, prepare, training_command
 from benchmarks.common import TEXT, benchmark, call, nanogpt_option, own_peak, row, run, shown, with_params
+from nanogpt.determinism import available_cores
 from nanogpt.params import Params, with_values
 
 if TYPE_CHECKING:  # torch comes after determinism.pin
@@ -95,7 +96,7 @@ def cells(values: list[float]) -> list[str]:
 def measure_nanogpt(params: Params, checkout: Path, tokens: Path) -> Figures:
     """Trains nanoGPT's model by its train.py, and scores it as ours."""
     out = checkout / "out-benchmark"
-    threads = {"OMP_NUM_THREADS": str(params.numerics.threads)}
+    threads = {"OMP_NUM_THREADS": str(params.numerics.threads or available_cores())}
     output, peak = run(training_command(params, out), checkout, threads)
     times = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", output, re.MULTILINE)]
     loss, _ = call(nanogpt_loss, params=params.model_dump(mode="json"), model=str(out / "ckpt.pt"), tokens=str(tokens))

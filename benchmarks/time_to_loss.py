@@ -18,6 +18,7 @@ import click
 
 from benchmarks.checkout import prepare, training_command
 from benchmarks.common import TEXT, Missed, benchmark, nanogpt_option, row, with_params, write_params
+from nanogpt.determinism import available_cores
 from nanogpt.params import Params, with_values
 from tools.preset import preset_params
 from tracking.clean_clone import clean_clone
@@ -59,7 +60,9 @@ def main(
     if picture:
         curves = {"this training": [found["curve"] for found in runs]}
         if nanogpt and text:
-            curves["nanoGPT's run for a CPU"] = [nanogpt_curve(nanogpt, text, params.numerics.threads)]
+            curves["nanoGPT's run for a CPU"] = [
+                nanogpt_curve(nanogpt, text, params.numerics.threads or available_cores())
+            ]
         draw(curves, target, picture)
     if figures["val_loss"] > target:
         raise Missed(f"the validation loss {figures['val_loss']:.4f} is above the target {target}", figures)

@@ -1,4 +1,4 @@
-"""Which windows of the tokens a step trains on; sample i of step k is a pure function of (seed, k, i).
+"""Selects the windows of tokens for each step: sample i of step k is a pure function of (seed, k, i).
 
 Shapes: B samples, T tokens of context.
 """
@@ -20,10 +20,10 @@ Indices = range | npt.NDArray[np.integer]
 
 
 def check_block_size(split: Split, block_size: int) -> None:
-    """Raises ValueError if the split is too short for one sample: block_size tokens of context and the one after."""
+    """Raises ValueError if the split is too short for a sample: block_size tokens of context and the next one."""
     if len(split.tokens) <= block_size:
         raise ValueError(
-            f"model.block_size = {block_size} needs at least {block_size + 1} tokens, and the {split.name} split has "
+            f"model.block_size = {block_size} needs at least {block_size + 1} tokens, but the {split.name} split has "
             f"{len(split.tokens)}; lower model.block_size, or use more text (download.*, tokenize.val_fraction)"
         )
 
@@ -31,9 +31,9 @@ def check_block_size(split: Split, block_size: int) -> None:
 def micro_batches(
     tokens: Tokens, params: TrainParams, block_size: int, step: int, micros: range, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """x and y (B, T) on the device, of each micro-batch of this process from step `step` on, without end.
+    """Yields x and y (B, T) on the device for each micro-batch of this process from step `step` on, without end.
 
-    A copy to a GPU begins in pinned memory, so that nothing waits for it; torch reuses that memory when it is done.
+    Copies to a GPU start from pinned memory, so that they are asynchronous; torch reuses that memory afterwards.
     """
     size = params.batch_size
     for later in itertools.count(step):
@@ -49,17 +49,17 @@ def micro_batches(
 def batch(
     tokens: Tokens, params: TrainParams, step: int, indices: Indices, block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Samples `indices` of step 0, 1, …: x and y of shape (B, T), where y is x one token later.
+    """Samples `indices` of step `step` (from 0): x and y of shape (B, T), where y is x shifted by one token.
 
-    Where sample i begins is a pure function of (params.seed, step, i): any rank can take any slice of the indices, and
-    a resumed run needs no generator's state. Gathered by one fancy index.
+    The beginning of sample i is a pure function of (params.seed, step, i): any rank can take any slice of the indices,
+    and a resumed run needs no state of a generator.
     """
     assert len(tokens) > block_size, "check_block_size comes first"
     numbers, seed = np.asarray(indices), seeds.derived_seed(params.seed, seeds.DATA)
     if params.data_order == "random":
         begins = random_offsets(len(tokens), seed, step, numbers, block_size)
     else:
-        per_step = params.batch_size * params.gradient_accumulation_steps  # samples, of all processes
+        per_step = params.batch_size * params.gradient_accumulation_steps  # samples of all processes
         begins = epoch_offsets(len(tokens), seed, step * per_step + numbers, block_size)
     window = begins[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     block = np.asarray(tokens)[window]
@@ -69,14 +69,14 @@ def batch(
 def random_offsets(
     length: int, seed: int, step: int, numbers: npt.NDArray[np.integer], block_size: int
 ) -> npt.NDArray[np.int64]:
-    """Uniform in 0 ... length - block_size - 1, as nanoGPT. (The remainder's bias to low ones is below length/2^64.)"""
+    """Uniform in 0 ... length - block_size - 1, as in nanoGPT; the bias of the remainder is below length / 2^64."""
     return (seeds.bits(seed, step, numbers) % np.uint64(length - block_size)).astype(np.int64)
 
 
 def epoch_offsets(length: int, seed: int, numbers: npt.NDArray[np.integer], block_size: int) -> npt.NDArray[np.int64]:
-    """Where the windows number 0, 1, … of the whole training begin: each epoch takes all windows, none overlapping.
+    """The beginnings of windows 0, 1, … of the training: each epoch takes all windows once, without overlap.
 
-    They are shuffled anew in each epoch, and cut anew: the first one begins at a random offset below block_size.
+    Each epoch has its own shuffle and its own cut: the first window begins at a random offset below block_size.
     """
     count = max(1, (length - block_size) // block_size)
     epochs, places = np.divmod(numbers, count)
@@ -88,7 +88,7 @@ def epoch_offsets(length: int, seed: int, numbers: npt.NDArray[np.integer], bloc
     return begins
 
 
-@functools.lru_cache(maxsize=2)  # a batch lies in one epoch, or in two
+@functools.lru_cache(maxsize=2)  # a batch belongs to one or two epochs
 def _shuffled(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     """A permutation of 0 ... count - 1."""
     return np.argsort(seeds.bits(seed, epoch, 1 + np.arange(count)), kind="stable")

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic to write, exact to load, checked before they are used."""
+"""Checkpoints: written atomically, verified when read, restored exactly."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nanogpt.files import replacing, sha256_file, sha256_json
+from nanogpt.files import reason, replacing, sha256_file, sha256_json
 from nanogpt.train_state import Progress, TrainState, put_weights
 
 
@@ -18,30 +18,30 @@ from nanogpt.train_state import Progress, TrainState, put_weights
 class Checkpoint:
     directory: Path
     progress: Progress
-    extra: dict[str, Any]  # what the training's observers asked to keep beside it
+    extra: dict[str, Any]  # what the observers of the training saved with it
     scaler: dict[str, Any]
     sha256: str  # of state.safetensors
 
     def restore(self, state: TrainState) -> None:
-        """Brings a training into exactly the state that was saved."""
+        """Restores the exact state of the training."""
         state.put(load_file(self.directory / "state.safetensors"), self.scaler, self.progress)
 
     def load_weights(self, model: nn.Module) -> None:
-        """Gives the model the weights that were saved."""
+        """Loads the weights into the model."""
         put_weights(load_file(self.directory / "state.safetensors"), model)
 
 
 class Checkpoints:
     """The checkpoints of one run: `step-00000500/` with `state.safetensors` and `checkpoint.json`.
 
-    `run` is the run's fingerprint: a checkpoint of another one is as good as damaged.
+    `run` is the fingerprint of the run; a checkpoint with another one is invalid.
     """
 
     def __init__(self, directory: Path, run: str):
         self.directory, self.run = directory, run
 
     def save(self, state: TrainState, extra: dict[str, Any]) -> str:
-        """Writes a checkpoint, drops all but the two newest and the best, and returns its sha256."""
+        """Writes a checkpoint, removes all but the two newest and the best, and returns its sha256."""
         with replacing(self._path(state.progress.step)) as temporary:
             temporary.mkdir()
             save_file(state.tensors(), temporary / "state.safetensors")
@@ -58,12 +58,14 @@ class Checkpoints:
         keep = {*self.steps()[-2:], state.progress.best_step}
         for step in set(self.steps()) - keep:
             shutil.rmtree(self._path(step))
-        for leftover in self.directory.glob(".step-*.tmp"):  # of a process that was killed while it saved another step
+        for leftover in self.directory.glob(
+            ".step-*.tmp"
+        ):  # from a process that was killed while it saved another step
             shutil.rmtree(leftover)
         return sha256
 
     def newest(self, on_damage: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole; reports each damaged one to `on_damage` and removes it."""
+        """The newest valid checkpoint; removes damaged ones and reports each to `on_damage`."""
         for step in reversed(self.steps()):
             try:
                 return self.read(step)
@@ -73,7 +75,7 @@ class Checkpoints:
         return None
 
     def read(self, step: int) -> Checkpoint:
-        """The checkpoint of a step. Raises ValueError, naming the file, if it is missing or not as it was written."""
+        """The checkpoint of a step. Raises ValueError if it is missing or damaged, or belongs to another run."""
         directory = self._path(step)
         try:
             meta = json.loads((directory / "checkpoint.json").read_bytes())
@@ -83,16 +85,15 @@ class Checkpoints:
             damaged = damaged or meta.pop("meta_sha256") != sha256_json(meta)
             foreign = meta["run"] != self.run
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:200]  # an unknown key is quoted whole
-            raise ValueError(f"checkpoint {directory} cannot be read: {reason}") from error
+            raise ValueError(f"checkpoint {directory} cannot be read: {reason(error)}") from error
         if damaged:
-            raise ValueError(f"checkpoint {directory} is damaged: its content is not what was written")
+            raise ValueError(f"checkpoint {directory} is damaged: its hash is wrong")
         if foreign:
-            raise ValueError(f"checkpoint {directory} is another run's")
+            raise ValueError(f"checkpoint {directory} belongs to another run")
         return checkpoint
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint, whole or not, in order."""
+        """The steps that have a checkpoint, valid or not, in order."""
         return sorted(int(path.name[5:]) for path in self.directory.glob("step-????????"))
 
     def _path(self, step: int) -> Path:

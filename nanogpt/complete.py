@@ -88,7 +88,7 @@ def _read_prompt(prompt: str, key: str, folder: Path | None) -> str:
         return prompt
     path = Path(prompt.removeprefix("FILE:"))
     if folder and not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{key} = {prompt} is not in {folder}/, so a change of it would go unnoticed; move it there")
+        raise ValueError(f"{key} = {prompt} is not in {folder}/, so changes to it would go unnoticed; move it there")
     try:
         return read_bytes(path, _LARGEST_PROMPT).decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What a training reads: the token files and their tokenizer, opened and checked."""
+"""The input of a training: the token files and their tokenizer, opened and checked."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Dataset:
 
 
 def load_dataset(directory: Path) -> Dataset:
-    """Opens data/tokens. Raises ValueError for a file that is missing or not what meta.json says."""
+    """Opens data/tokens. Raises ValueError for a file that is missing or contradicts meta.json."""
     train, val = load_split(directory, "train"), load_split(directory, "val")
     meta = load_meta(directory)
     tokenizer = load_tokenizer(directory / "tokenizer.json", meta.tokenizer_sha256)

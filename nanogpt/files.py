@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: temporary name, sync, rename; and the errors for those that are not."""
+"""Writes files atomically (temporary name, sync, rename), reads them with checks, and hashes them."""
 
 import errno
 import glob
@@ -20,13 +20,13 @@ Model = TypeVar("Model", bound="BaseModel")
 
 
 class Damaged(ValueError):
-    """A file is missing or not what was written: its `path`, and `what`, a predicate such as "is cut off".
+    """A file is missing or damaged: its `path`, and `what`, a predicate such as "is cut off".
 
-    The core knows no more; the command that restores the file depends on what made it (tracking/remedies.py).
+    The command that restores the file depends on what made it, so tracking/remedies.py adds it.
     """
 
     def __init__(self, path: Path, what: str):
-        super().__init__(path, what)  # the arguments with which another process's error is rebuilt here
+        super().__init__(path, what)  # needed to unpickle an error from another process
         self.path, self.what = path, what
 
     def __str__(self) -> str:
@@ -34,12 +34,12 @@ class Damaged(ValueError):
 
 
 class Missing(ValueError):
-    """A file that a parameter names does not exist; the message names the parameter."""
+    """A file that a parameter names cannot be read; the message names the parameter."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns an OSError or a UnicodeDecodeError of the block into Damaged."""
+    """Raises Damaged in place of an OSError or UnicodeDecodeError in the block."""
     try:
         yield
     except OSError as error:
@@ -50,11 +50,11 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; when the block ends well, what was written there takes its place.
+    """Yields a temporary path; the file or directory that the block writes there replaces `path` at its end.
 
-    A file or a directory. After an exception nothing is left behind and what was at `path` is untouched. A file's
-    replacement is atomic; a directory's has an instant in which neither exists. A full disk raises an OSError that
-    names `path` and the remedy. What a killed process left behind is removed by the next one that writes there.
+    An exception leaves `path` unchanged and nothing else behind. A file is replaced atomically; a directory is absent
+    for an instant. If the disk is full, the OSError names `path` and the remedy. The leftovers of killed processes are
+    removed by the next one that writes to `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -82,7 +82,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically replaces `path` by UTF-8 text, newlines as given."""
+    """Atomically replaces `path` with the text in UTF-8, newlines unchanged."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
 
@@ -102,20 +102,20 @@ def _remove_leftovers(path: Path) -> None:
 def _is_alive(pid: int) -> bool:
     import psutil
 
-    try:  # a zombie is one that nobody waits for, as in a container
+    try:  # in a container, a process that nobody waits for stays a zombie
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
 def check_regular(path: Path) -> None:
-    """Raises OSError unless there is a file, or a link to one: a pipe would be waited for, a device never ends."""
+    """Raises OSError unless `path` is a file or a link to one: reading a pipe may block, and a device may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def read_bytes(path: Path, largest: int) -> bytes:
-    """The whole of a regular file. Raises Damaged if it is none, or has more than `largest` bytes."""
+    """The content of a regular file. Raises Damaged if it is not one, or has more than `largest` bytes."""
     with reading(path):
         check_regular(path)
         with path.open("rb") as file:
@@ -126,7 +126,7 @@ def read_bytes(path: Path, largest: int) -> bytes:
 
 
 def read_model(path: Path, model: type[Model], largest: int) -> Model:
-    """A JSON file of at most `largest` bytes as a pydantic model. Raises Damaged."""
+    """Reads a JSON file of at most `largest` bytes as a pydantic model. Raises Damaged."""
     from pydantic import ValidationError
 
     data = read_bytes(path, largest)
@@ -139,10 +139,15 @@ def read_model(path: Path, model: type[Model], largest: int) -> Model:
         raise Damaged(path, f"is damaged ({problem})") from error
 
 
+def reason(error: Exception) -> str:
+    """The message of another library's error on one line, shortened."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def _disk_is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    # safetensors' own errors carry no number; these are the same three in its words.
+    # safetensors raises errors of its own, with the number in the text.
     return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
@@ -151,7 +156,7 @@ def _sync_tree(path: Path) -> None:
         for child in sorted(path.iterdir()):
             _sync_tree(child)
     else:
-        # safetensors creates files that only their owner may read; an artifact's mode must not depend on its writer.
+        # safetensors creates files that only the owner may read; use the same mode for all artifacts.
         path.chmod(0o666 & ~_umask())
     _sync(path)
 
@@ -176,11 +181,11 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_tree(directory: Path) -> str:
-    """One hash for a directory: of the names and contents of all its files."""
+    """The hash of the names and contents of all files in a directory."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return sha256_json({path.relative_to(directory).as_posix(): sha256_file(path) for path in files})
 
 
 def sha256_json(value: Any) -> str:
-    """Hash of a JSON value, independent of the order of its keys."""
+    """The hash of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""GPTs of other programs: weights of Hugging Face's GPT-2 and of nanoGPT's ckpt.pt, to ours and back.
+"""Converts models from and to Hugging Face's GPT-2, and to Hugging Face's NanoChat.
 
-And to Hugging Face's NanoChat, whose architecture is ours with the options that came after GPT-2. Each conversion is
-exact: the model on the other side computes the same logits, to rounding.
+NanoChat has the architecture of our GPT with the options that came after GPT-2. Conversions are exact: the other model
+computes the same logits, up to rounding.
 """
 
 import json
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanogpt.files import check_regular, read_bytes
+from nanogpt.files import check_regular, read_bytes, reason
 from nanogpt.gpt_config import Activation, GPTConfig, checked
 from nanogpt.weights import (
     GPT2_OPTIONS,
@@ -25,14 +25,14 @@ from nanogpt.weights import (
     without_padding,
 )
 
-# Hugging Face's GPT-2 keeps these as (in, out), a Linear as (out, in).
+# Hugging Face's GPT-2 stores these as (in, out), torch's Linear as (out, in).
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _GELUS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# What our GPT has built in; an absent key means the same to Hugging Face.
+# The only values that our GPT supports; they are Hugging Face's defaults too.
 _FIXED = {
     "n_inner": None,
     "layer_norm_epsilon": 1e-5,
@@ -55,28 +55,25 @@ _LARGEST_JSON = 2**22  # bytes of config.json
 
 
 def load_huggingface(directory: Path, vocab_size: int | None = None) -> tuple[GPTConfig, Weights]:
-    """The GPT-2 in a directory with config.json and model.safetensors, or its shards and their index.
+    """Loads the GPT-2 in a directory with config.json, and model.safetensors or shards and their index.
 
-    vocab_size: as for from_huggingface. Raises ValueError if there is no such model, OtherVocabulary if it has other
-    tokens.
+    vocab_size: as for from_huggingface. Raises ValueError if there is no such model, OtherVocabulary if its
+    vocabulary does not fit.
     """
     try:
         config = json.loads(read_bytes(directory / "config.json", _LARGEST_JSON))
         if not isinstance(config, dict):
-            raise ValueError("config.json is no JSON object")
+            raise ValueError("config.json is not a JSON object")
         return from_huggingface(config, _tensors(directory), vocab_size)
     except OtherVocabulary:
         raise
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{directory} is no GPT-2 that can be read ({reason}); "
-            "transformers' `GPT2LMHeadModel.save_pretrained` writes one"
-        ) from error
+        remedy = "transformers' `GPT2LMHeadModel.save_pretrained` writes one"
+        raise ValueError(f"{directory} is not a readable GPT-2 ({reason(error)}); {remedy}") from error
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists() or not index.exists():
         return load_file(directory / "model.safetensors")
@@ -87,7 +84,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
-            raise ValueError(f"{index.name} names {shard!r:.80}, which is no file beside it")
+            raise ValueError(f"{index.name} names {shard!r:.80}, which is not a file beside it")
         check_regular(directory / shard)
         tensors |= load_file(directory / shard)
     if tensors.keys() != places.keys():
@@ -99,22 +96,20 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
 def from_huggingface(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocab_size: int | None = None
 ) -> tuple[GPTConfig, Weights]:
-    """A GPT2LMHeadModel's (or GPT2Model's) config and state dict as ours, in float32. Raises ValueError.
+    """Converts the config and state dict of a GPT2LMHeadModel or GPT2Model, to float32. Raises ValueError.
 
-    vocab_size: the tokenizer's, where the embedding has rows for more; None: see padded_vocabulary.
+    vocab_size: that of the tokenizer, if the embedding may have more rows; None: see padded_vocabulary.
     """
     for name, value in {"model_type": "gpt2", **_FIXED}.items():
         found = config.get(name, value)
         if found != value and (name, found) != ("n_inner", 4 * checked("n_embd", config.get("n_embd"))):
-            raise ValueError(f"{name} is {found!r:.40}, and our GPT has {value!r} alone")
+            raise ValueError(f"{name} is {found!r:.40}, but only {value!r} is supported")
     activation = str(config.get("activation_function", "gelu_new"))
     if activation not in _GELUS:
-        raise ValueError(f"activation_function is {activation!r:.40}, and our GPT has {', '.join(_GELUS)} alone")
+        raise ValueError(f"activation_function is {activation!r:.40}, but only {', '.join(_GELUS)} are supported")
     dropouts = {float(checked("dropout", config.get(f"{part}_pdrop", 0.1))) for part in ("resid", "embd", "attn")}
     if len(dropouts) != 1:
-        raise ValueError(
-            "resid_pdrop, embd_pdrop and attn_pdrop differ, and our GPT has one dropout; set them the same"
-        )
+        raise ValueError("resid_pdrop, embd_pdrop and attn_pdrop differ, but our GPT has one dropout; make them equal")
     sizes: dict[str, Any] = {name: config.get(name) for name in ("n_layer", "n_head", "n_embd")}
     tokens, multiple = padded_vocabulary(checked("vocab_size", config.get("vocab_size")), vocab_size)
     ours = GPTConfig(
@@ -130,15 +125,15 @@ def from_huggingface(
 
 
 def to_huggingface(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
-    """Our weights as a config and state dict of transformers: of GPT-2, or with rotary positions of NanoChat.
+    """Converts to a config and state dict of transformers: of GPT-2, or of NanoChat for rotary positions.
 
-    Padding of the vocabulary is cut off, as no token is ever drawn from it. Raises ValueError for what theirs has not.
+    Removes the padding of the vocabulary. Raises ValueError for options that the other model does not have.
     """
     return (_to_nanochat if config.position == "rotary" else _to_gpt2)(config, weights, end_of_text)
 
 
 def _to_gpt2(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
-    """As a GPT2LMHeadModel; a model without biases gets zeros, which compute the same."""
+    """Converts to a GPT2LMHeadModel; a model without biases gets zeros, which is equivalent."""
     check_options(config, {**GPT2_OPTIONS, "activation": ["gelu", "gelu_tanh"]}, "Hugging Face's GPT-2")
     theirs: dict[str, Any] = {
         "activation_function": "gelu" if config.activation == "gelu" else "gelu_new",
@@ -168,7 +163,7 @@ def _to_gpt2(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tu
 
 
 def _to_nanochat(config: GPTConfig, weights: Weights, end_of_text: int | None) -> tuple[dict[str, Any], Weights]:
-    """As a NanoChatForCausalLM, with as many keys as queries and logits without a cap."""
+    """Converts to a NanoChatForCausalLM, with as many keys as queries and without a cap on logits."""
     check_options(config, _NANOCHAT, "Hugging Face's NanoChat")
     theirs: dict[str, Any] = {
         "architectures": ["NanoChatForCausalLM"],

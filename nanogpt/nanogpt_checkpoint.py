@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt: its weights as ours, and ours as nanoGPT's."""
+"""Reads and writes nanoGPT's ckpt.pt."""
 
 import pickletools
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanogpt.files import check_regular
+from nanogpt.files import check_regular, reason
 from nanogpt.gpt_config import GPTConfig, checked
 from nanogpt.weights import (
     GPT2_OPTIONS,
@@ -20,37 +20,35 @@ from nanogpt.weights import (
     without_padding,
 )
 
-_LARGEST_PICKLE = 2**22  # bytes of what names the tensors in a ckpt.pt; those of GPT-2 XL and its optimizer take 2^19
+_LARGEST_PICKLE = 2**22  # bytes of data.pkl, which lists the tensors; for GPT-2 XL and its optimizer it has 2^19
 _CLASSES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Z]\w*Storage")
 
 
 class _Unusual(ValueError):
-    """The file holds what plain tensors do not need; saved again without it, it can be read."""
+    """The file contains more than plain tensors; after saving it again without that, it can be read."""
 
 
 def load_nanogpt(path: Path, vocab_size: int | None = None) -> tuple[GPTConfig, Weights]:
-    """nanoGPT's ckpt.pt. Raises ValueError if it is none.
+    """Loads nanoGPT's ckpt.pt. Raises ValueError if it is not one.
 
-    Nothing in the file is run, and no more memory is taken than it is large (at half precision, twice as much): it must
-    hold plain, uncompressed tensors.
+    It must contain plain, uncompressed tensors only: nothing in the file is executed, and loading takes at most as much
+    memory as the file has bytes (twice as much for half precision).
     """
     try:
         check_regular(path)
         _check_archive(path)
-        # Mapped and not read, so that a tensor which claims to be longer than the file is found out and not believed.
+        # Memory-mapped, so that a tensor that claims to be longer than the file is an error and takes no memory.
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return from_nanogpt(checkpoint, vocab_size)
-    except Exception as error:  # whatever a wrong file makes of zipfile, pickletools and torch
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(
-            f"{path} is no checkpoint of nanoGPT that can be read ({reason}); {_remedy(path, error)}"
-        ) from error
+    except Exception as error:  # zipfile, pickletools and torch raise all kinds for a wrong file
+        problem = f"is not a readable checkpoint of nanoGPT ({reason(error)})"
+        raise ValueError(f"{path} {problem}; {_remedy(path, error)}") from error
 
 
 def from_nanogpt(checkpoint: Any, vocab_size: int | None = None) -> tuple[GPTConfig, Weights]:
-    """What a ckpt.pt holds (`model_args`, `model`) as ours, in float32. Raises ValueError.
+    """Converts the content of a ckpt.pt (`model_args`, `model`), to float32. Raises ValueError.
 
-    vocab_size: the tokenizer's, where the embedding has rows for more; None: see padded_vocabulary.
+    vocab_size: that of the tokenizer, if the embedding may have more rows; None: see padded_vocabulary.
     """
     if not (isinstance(checkpoint, dict) and {"model_args", "model"} <= checkpoint.keys()):
         raise ValueError("it has no model_args and model")
@@ -72,11 +70,11 @@ def from_nanogpt(checkpoint: Any, vocab_size: int | None = None) -> tuple[GPTCon
 
 
 def to_nanogpt(config: GPTConfig, weights: Weights) -> dict[str, Any]:
-    """Our weights as nanoGPT's ckpt.pt, without the padding. Raises ValueError for what nanoGPT has not."""
+    """Converts to the content of a ckpt.pt, without padding. Raises ValueError for options that nanoGPT lacks."""
     check_options(config, GPT2_OPTIONS, "nanoGPT")
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     tensors = {f"transformer.{name}": tensor for name, tensor in without_padding(config, weights).items()}
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # one tensor, as there
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # the same tensor, as in nanoGPT
     return {"model_args": {name: getattr(config, name) for name in names}, "model": tensors}
 
 
@@ -85,31 +83,31 @@ def save_nanogpt(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _remedy(path: Path, error: Exception) -> str:
-    """What a user can do about a checkpoint that is refused."""
+    """What the user can do about a checkpoint that cannot be loaded."""
     if isinstance(error, OtherVocabulary):
         return (
-            "tokenize with the tokens of its training: tokenize.tokenizer = gpt2, or for others "
+            "use the tokenizer of its training: tokenize.tokenizer = gpt2, or for others "
             "download.source = bin:<the folder of its train.bin, val.bin and meta.pkl>"
         )
     if isinstance(error, _Unusual) or (isinstance(error, zipfile.BadZipFile) and _is_pickle(path)):
         keep = "torch.save({k: c[k] for k in ('model_args', 'model')}, f)"
         return (
-            "if you trust the file, save it again with weights and shape alone, which runs what code it holds: "
+            "if you trust the file, save it again with only weights and shape, which runs any code in it: "
             f"`python -c \"import torch; f = '{path}'; c = torch.load(f, 'cpu', weights_only=False); {keep}\"`"
         )
     return "give its ckpt.pt, the file that nanoGPT's train.py writes into out_dir"
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether the file is a bare pickle, as torch wrote them before version 1.6."""
+    """Whether the file is a bare pickle, the format of torch before version 1.6."""
     with path.open("rb") as file:
         return file.read(1) == b"\x80"
 
 
 def _check_archive(path: Path) -> None:
-    """Raises ValueError if reading the file could take more memory than its size, or if it names unusual things.
+    """Raises ValueError if reading the file could take more memory than its size, or if it names unusual classes.
 
-    torch runs none of them, but of the harmless ones that it allows, bytearray(10**12) is one.
+    torch executes only classes that it considers safe, but bytearray(10**12) is one of them.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
@@ -119,13 +117,13 @@ def _check_archive(path: Path) -> None:
             raise _Unusual("its tensors are compressed")
         pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > _LARGEST_PICKLE:
-            raise ValueError("it has no data.pkl of a possible size")
-        if damaged := archive.testzip():  # mapped, torch does not compare the checksums
+            raise ValueError("it has no data.pkl of a plausible size")
+        if damaged := archive.testzip():  # torch does not compare the checksums of mapped files
             raise ValueError(f"{damaged} in it is damaged")
         program = archive.read(pickles[0])
     for operation, argument, _ in pickletools.genops(program):
         name = operation.name
         if name == "GLOBAL" and not _CLASSES.fullmatch(str(argument)):
-            raise _Unusual(f"it names {argument!r:.80}, which is no part of a checkpoint")
+            raise _Unusual(f"it names {argument!r:.80}, which does not belong in a checkpoint")
         if name in {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}:
-            raise _Unusual(f"it makes objects by {name}, which torch.save never does")
+            raise _Unusual(f"it makes objects with {name}, which torch.save never does")

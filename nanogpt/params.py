@@ -1,8 +1,8 @@
-"""params.yaml as frozen, strict sections: every knob of an experiment, checked before any work is done."""
+"""params.yaml as frozen, strict sections: all parameters of an experiment, checked before any work starts."""
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,11 +42,11 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-def _known_encoding(name: str) -> str:
+def _check_encoding(name: str) -> str:
     try:
         "a".encode(name)
     except (LookupError, ValueError) as error:
-        raise ValueError("no text encoding of Python has this name; take one such as cp1252, or null") from error
+        raise ValueError("Python has no text encoding of this name; use one such as cp1252, or null") from error
     return name
 
 
@@ -57,7 +57,7 @@ class DownloadParams(Section):
     texts: Text
     text_column: Text
     separator: Text | None
-    encoding: Annotated[str, AfterValidator(_known_encoding)] | None
+    encoding: Annotated[str, AfterValidator(_check_encoding)] | None
     skip_bad_rows: bool
     follow_links: bool
     split: Text
@@ -73,7 +73,7 @@ class TokenizeParams(Section):
 
 
 class ModelParams(Section):
-    """The shape of the model; null: that of train.init_from."""
+    """The shape of the model; null takes the value of train.init_from."""
 
     n_layer: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None
     n_head: Natural | None
@@ -125,14 +125,14 @@ class TrainParams(Section):
 
     @property
     def last_step(self) -> int:
-        """The step at which the training ends: with eval_only the one at which it begins."""
+        """The step at which training ends; with eval_only that is where it starts."""
         return 0 if self.eval_only else self.max_iters
 
 
 class EvaluateParams(Section):
     batch_size: Natural
     stride: Natural | None
-    # At least two: the first one of a long text has no context, and no score.
+    # At least two, because the first token of a long text has no context and so no score.
     train_tokens: Annotated[int, Field(ge=2, le=LARGEST_INTEGER)]
     max_gap: NonNegative
 
@@ -184,7 +184,7 @@ class Params(Section):
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Reads and checks the whole file. Raises ParamsError, one line that names key, value and remedy.
+    """Reads and checks the whole file. Raises ParamsError for an unknown key or an invalid value.
 
     Raises Damaged if the file cannot be read, is not YAML, or lacks a key.
     """
@@ -197,7 +197,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def parse_params(text: str, path: Path) -> Params:
-    """The same for what is, or would be, the content of the file `path`; errors name that."""
+    """Parses the content of params.yaml; errors call it `path`."""
     try:
         _check_structure(text)
         values = YAML(typ="safe").load(text)
@@ -205,12 +205,12 @@ def parse_params(text: str, path: Path) -> Params:
         line = _short(" ".join(str(error).split()), 300)
         raise Damaged(path, f"is not valid YAML ({line}); correct it") from error
     if not isinstance(values, dict):
-        raise Damaged(path, "holds no sections")
+        raise Damaged(path, "has no sections")
     return _validated(values, path)
 
 
 def with_values(params: Params, values: Mapping[str, Any], source: Path = Path("params.yaml")) -> Params:
-    """The parameters with other values, by "section.key". Raises ParamsError, which names `source`."""
+    """A copy with the given values, by "section.key". Raises ParamsError; its message begins with `source`."""
     sections = params.model_dump()
     for key, value in values.items():
         section, _, name = key.partition(".")
@@ -219,16 +219,16 @@ def with_values(params: Params, values: Mapping[str, Any], source: Path = Path("
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """key -> value of each "section.key=value", whose value is YAML. Raises ParamsError."""
+    """Parses assignments such as "train.max_iters=100"; the value is YAML. Raises ParamsError."""
     values = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or "." not in key:
-            raise ParamsError(f"-S {assignment} is refused: write section.key=value, such as train.max_iters=100")
+            raise ParamsError(f"-S {assignment} is invalid: write section.key=value, such as train.max_iters=100")
         try:
             values[key] = YAML(typ="safe").load(text)
         except YAMLError as error:
-            raise ParamsError(f"-S {assignment} is refused: the value is not YAML") from error
+            raise ParamsError(f"-S {assignment} is invalid: the value is not YAML") from error
     return values
 
 
@@ -236,7 +236,7 @@ def _validated(values: dict[str, Any], path: Path) -> Params:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        # One of several errors is reported: a misspelt key before the missing one that follows from it.
+        # Of several errors, report a misspelt key before the missing one that it causes.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         if first["type"] == "missing":
             raise Damaged(path, f"is incomplete: {_explain(first)}") from error
@@ -246,18 +246,18 @@ def _validated(values: dict[str, Any], path: Path) -> Params:
 
 
 def _check_structure(text: str) -> None:
-    """Raises ValueError for what a few lines can grow into: aliases of aliases, and nesting without end."""
+    """Raises ValueError for aliases and deep nesting, with which a short text can grow without bounds."""
     depth = 0
     for event in YAML(typ="safe").parse(text):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         if isinstance(event, AliasEvent):
-            raise ValueError(f"an alias, *{event.anchor}, at line {event.start_mark.line + 1}: write its value out")
+            raise ValueError(f"an alias, *{event.anchor}, at line {event.start_mark.line + 1}: write out its value")
         if depth > _DEEPEST:
             raise ValueError(f"too deeply nested at line {event.start_mark.line + 1}")
 
 
 def flatten(params: Section, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level: {"train.learning_rate": 0.001, ...}."""
+    """The sections as one flat dict: {"train.learning_rate": 0.001, ...}."""
     flat: dict[str, Any] = {}
     for name in type(params).model_fields:
         value = getattr(params, name)
@@ -266,37 +266,40 @@ def flatten(params: Section, prefix: str = "") -> dict[str, Any]:
 
 
 def _explain(error: Any) -> str:
-    """One pydantic error as one line."""
+    """Formats a pydantic error as one line."""
     loc = [part if part.isprintable() else repr(part) for part in (str(part)[:60] for part in error["loc"])]
-    # A union appends the name of the branch that it tried; only names of the file help the user.
+    # Pydantic appends the branch of a union that it tried; only the names in the file help the user.
     key = ".".join(loc[:2])
     section = Params.model_fields[loc[0]].annotation if len(loc) > 1 and loc[0] in Params.model_fields else Params
     if error["type"] == "extra_forbidden":
         names = list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
-        near = difflib.get_close_matches(loc[-1], names, n=1, cutoff=0.5)
-        where = f"{loc[0]}." if len(loc) > 1 else ""
-        remedy = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(names)}"
         value = "" if isinstance(error["input"], dict) else f" = {_value(error)}"
-        return f"{key}{value} is not a known parameter; {remedy}"
+        return f"{key}{value} is not a known parameter; {suggestion(key, names)}"
     if error["type"] == "missing":
         return f"{key} is missing; add it"
     problem = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "string_pattern_mismatch":
-        problem = "input should be one of " + error["ctx"]["pattern"].strip("^$()").replace(".+", "…").replace(
-            "|", ", "
-        )
+        choices = error["ctx"]["pattern"].strip("^$()").replace(".+", "…").split("|")
+        problem = f"input should be one of {', '.join(choices)}"
     if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
-        problem += ", and this is text; if it is in quotes, remove them"
-    return f"{key} = {_value(error)} is refused: {problem}"
+        problem += ", but this is text; if it is in quotes, remove them"
+    return f"{key} = {_value(error)} is invalid: {problem}"
+
+
+def suggestion(key: str, names: Collection[str]) -> str:
+    """The remedy for an unknown key or "section.key": the most similar of the names in its place, or all of them."""
+    section, dot, name = key.rpartition(".")
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {section}{dot}{near[0]}?" if near else f"use one of {', '.join(names)}"
 
 
 def _value(error: Any) -> str:
-    """The refused value on a line that can be read."""
+    """The invalid value, shortened."""
     value = error["input"]
     try:
         return _short(repr(value), 100)
-    except ValueError:  # Python's limit on the digits of a number
-        return "a number of thousands of digits"
+    except ValueError:  # Python limits the digits of an integer
+        return "a number with thousands of digits"
 
 
 def _short(text: str, length: int) -> str:
@@ -304,7 +307,7 @@ def _short(text: str, length: int) -> str:
 
 
 def check_combinations(params: Params, path: Path) -> None:
-    """Raises ParamsError for values that are possible alone but not together."""
+    """Raises ParamsError for values that are valid alone but not together."""
     for conflict in (*_conflicts(params), *_portable_conflicts(params.numerics, params.runtime.device)):
         raise ParamsError(f"{path}: {conflict}")
 
@@ -334,39 +337,31 @@ def _conflicts(params: Params) -> Iterator[str]:
         )
     if train.processes > 1 and params.runtime.device not in {"auto", "cpu", "cuda"}:
         yield (
-            f"runtime.device = {params.runtime.device} with train.processes = {train.processes}, which need a device "
-            "each; set it to cuda (each process takes the GPU of its number) or cpu"
+            f"runtime.device = {params.runtime.device} is one device for train.processes = {train.processes}; set it "
+            "to cuda (one GPU for each process) or cpu"
         )
     if stride is not None and model.block_size is not None and stride > model.block_size:
         yield (
-            f"evaluate.stride = {stride} is above model.block_size = {model.block_size}, so tokens would be skipped; "
+            f"evaluate.stride = {stride} is above model.block_size = {model.block_size}, which would skip tokens; "
             "lower it or set it to null"
         )
-    kind, _, name = download.source.partition(":")
-    if kind in {"file", "bin"} and not _lies_in(name, download.texts):
-        yield (
-            f"download.source = {download.source} does not lie in download.texts = {download.texts}, so a "
-            "change of it would go unnoticed; set download.texts to its folder"
-        )
-    kind, _, name = params.tokenize.tokenizer.partition(":")
-    if kind == "file" and not _lies_in(name, train.pretrained):
-        yield (
-            f"tokenize.tokenizer = {params.tokenize.tokenizer} does not lie in train.pretrained = {train.pretrained}, "
-            "so a change of it would go unnoticed; set train.pretrained to its folder"
-        )
+    if download.source.startswith(("file:", "bin:")):
+        yield from _outside("download.source", download.source, "download.texts", download.texts)
+    if params.tokenize.tokenizer.startswith("file:"):
+        yield from _outside("tokenize.tokenizer", params.tokenize.tokenizer, "train.pretrained", train.pretrained)
 
 
 def _model_conflicts(model: ModelParams, train: TrainParams) -> Iterator[str]:
     if train.init_from == "scratch":
         for name, value in model.model_dump().items():
             if value is None:
-                yield f"model.{name} = null takes train.init_from's, which is scratch; set it to a value"
+                yield f"model.{name} = null takes the value of train.init_from, which is scratch; set it to a value"
     if model.n_embd is not None and model.n_head is not None:
-        unit = model.n_head * (2 if model.position == "rotary" else 1)  # rotary positions turn pairs of channels
+        unit = model.n_head * (2 if model.position == "rotary" else 1)  # rotary positions rotate pairs of channels
         if train.init_from == "scratch":
             remedy = f"set model.n_embd to {unit * max(1, round(model.n_embd / unit))}"
         else:
-            remedy = f"set both to null, which takes those of train.init_from = {train.init_from}"
+            remedy = f"set both to null to take those of train.init_from = {train.init_from}"
         if model.n_embd % model.n_head:
             yield f"model.n_embd = {model.n_embd} is not divisible by model.n_head = {model.n_head}; {remedy}"
         elif model.n_embd % unit:
@@ -375,12 +370,8 @@ def _model_conflicts(model: ModelParams, train: TrainParams) -> Iterator[str]:
                 f"{model.n_embd // model.n_head}; {remedy}"
             )
     kind, _, name = train.init_from.partition(":")
-    local = kind in {"nanogpt", "model"} or (kind == "hf" and Path(name).exists())
-    if local and not _lies_in(name, train.pretrained):
-        yield (
-            f"train.init_from = {train.init_from} does not lie in train.pretrained = {train.pretrained}, so a "
-            "change of it would go unnoticed; move it there, or set train.pretrained to its folder"
-        )
+    if kind in {"nanogpt", "model"} or (kind == "hf" and Path(name).exists()):
+        yield from _outside("train.init_from", train.init_from, "train.pretrained", train.pretrained)
 
 
 def _portable_conflicts(numerics: NumericsParams, device: str) -> Iterator[str]:
@@ -388,13 +379,18 @@ def _portable_conflicts(numerics: NumericsParams, device: str) -> Iterator[str]:
         return
     remedy = "or numerics.determinism to machine"
     if numerics.dtype != "float32":
-        yield f"numerics.dtype = {numerics.dtype} cannot be portable; set it to float32, {remedy}"
+        yield f"numerics.dtype = {numerics.dtype} is not portable; set it to float32, {remedy}"
     if numerics.compile:
-        yield f"numerics.compile = true cannot be portable; set it to false, {remedy}"
+        yield f"numerics.compile = true is not portable; set it to false, {remedy}"
     if device not in {"auto", "cpu"}:
-        yield f"runtime.device = {device} cannot be portable; set it to cpu, {remedy}"
+        yield f"runtime.device = {device} is not portable; set it to cpu, {remedy}"
 
 
-def _lies_in(pattern: str, folder: str) -> bool:
-    inside, outside = Path(pattern).absolute().parts, Path(folder).absolute().parts
-    return ".." not in inside and inside[: len(outside)] == outside
+def _outside(key: str, value: str, folder_key: str, folder: str) -> Iterator[str]:
+    """The conflict of a path that is not inside the folder that is watched for changes; nothing if it is."""
+    inside, outside = Path(value.partition(":")[2]).absolute().parts, Path(folder).absolute().parts
+    if ".." in inside or inside[: len(outside)] != outside:
+        yield (
+            f"{key} = {value} is not inside {folder_key} = {folder}, so changes to it would go unnoticed; move it "
+            f"there, or set {folder_key} to its folder"
+        )

@@ -88,7 +88,9 @@ def _torchs(name: str) -> Kernel:
 
 
 def _undefined(name: str, *args: Any, **kwargs: Any) -> None:
-    raise NotImplementedError(f"torch's {name} is not the same on every CPU, and nanogpt/portable.py has no kernel for it")
+    raise NotImplementedError(
+        f"torch's {name} is not the same on every CPU, and nanogpt/portable.py has no kernel for it"
+    )
 
 
 # Products
@@ -115,18 +117,19 @@ def grouped_product(a: Tensor, b: Tensor) -> Tensor:
 
     It is written as a convolution over single pixels with groups of channels, as oneDNN takes all groups at once there.
     """
-    K, N = a.size(2), b.size(1)
-    if K % 8 or N % 8:  # oneDNN's kernel wants whole vectors; a product with zero adds nothing
-        a, b = F.pad(a, (0, -K % 8)), F.pad(b, (0, -K % 8, 0, -N % 8))
+    (M, _, K), N = a.shape, b.size(1)
+    if K % 8 or N % 8 or M == 1:  # oneDNN's kernel wants whole vectors and two pixels; products with zero add nothing
+        a, b = F.pad(a, (0, -K % 8, 0, 0, 0, int(M == 1))), F.pad(b, (0, -K % 8, 0, -N % 8))
     result = _convolution(a[..., :PART], b[..., :PART])
     for start in range(PART, K, PART):
         result += _convolution(a[..., start : start + PART], b[..., start : start + PART])
-    return result[..., :N].contiguous()
+    return result[:M, :, :N].contiguous()
 
 
 def _convolution(a: Tensor, b: Tensor) -> Tensor:
     M, G, K = a.shape
-    image = a.reshape(1, M, 1, G * K).permute(0, 3, 1, 2)  # (1, G * K, M, 1) with channels last
+    # (1, G * K, M, 1) with channels last: oneDNN adds up another layout in another order
+    image = a.reshape(1, M, 1, G * K).contiguous().permute(0, 3, 1, 2)
     weight = b.reshape(-1, K, 1, 1)
     result: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
         image, weight, None, [0, 0], [1, 1], [1, 1], G, "none", [], ""
@@ -276,8 +279,7 @@ def _mask(size: int, device: torch.device) -> Tensor:
 
 
 def _exp2_(x: Tensor) -> Tensor:
-    for piece in _pieces(x):
-        piece.exp2_()
+    _by_vectors(lambda x, result: torch.exp2(x, out=result), x, result=x)
     return x
 
 
@@ -310,16 +312,15 @@ def layer_norm_backward(
 def gelu(kernel: Kernel, x: Tensor, *, approximate: str = "none") -> Tensor:
     """GELU, of either form."""
     x, result = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    for piece, out in zip(_pieces(x), _pieces(result), strict=True):
-        kernel(piece, approximate=approximate, out=out)
+    _by_vectors(lambda x, result: kernel(x, approximate=approximate, out=result), x, result=result)
     return result
 
 
 def gelu_backward(kernel: Kernel, grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
-    """The gradient of GELU's input, likewise."""
+    """The gradient of GELU's input."""
     grad, x, result = grad.contiguous(), x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    for *piece, out in zip(_pieces(grad), _pieces(x), _pieces(result), strict=True):
-        kernel(*piece, approximate=approximate, grad_input=out)
+    derive = functools.partial(kernel, approximate=approximate)
+    _by_vectors(lambda grad, x, result: derive(grad, x, grad_input=result), grad, x, result=result)
     return result
 
 
@@ -339,14 +340,26 @@ def mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     return total(x, dtype=dtype) / x.numel()
 
 
-def _pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """x flat, cut so that torch computes the same elements as vectors whatever the number of threads.
+def _by_vectors(kernel: Kernel, *operands: Tensor, result: Tensor) -> None:
+    """kernel(*operands, result) for an elementwise kernel and contiguous tensors, so that all elements are vectors'.
 
-    torch divides an elementwise kernel's work evenly, and computes what fills no vector at the end of a share one by
-    one, often to other bits. Here every share is whole vectors, but for the last elements of all.
+    torch divides such work evenly among threads, and computes what fills no vector at the end of a share one by one,
+    often to other bits. Here each share is whole vectors, and the last elements of all are padded.
     """
-    flat, threads = x.view(-1), torch.get_num_threads()
+    flat = [x.view(-1) for x in (*operands, result)]
+    end = flat[0].numel() // LANES * LANES
+    for piece in zip(*(_shares(x[:end]) for x in flat), strict=True):
+        kernel(*piece)
+    if rest := flat[0].numel() - end:
+        padded = [F.pad(x[end:], (0, LANES - rest)) for x in flat]
+        kernel(*padded)
+        flat[-1][end:] = padded[-1][:rest]
+
+
+def _shares(flat: Tensor) -> tuple[Tensor, ...]:
+    """Whole vectors, cut where torch then gives each thread whole vectors or does not divide the work."""
+    threads = torch.get_num_threads()
     if threads == 1 or flat.numel() <= UNDIVIDED:
         return (flat,)
     end = flat.numel() // (LANES * threads) * LANES * threads
-    return (flat[:end], flat[end:]) if end >= threads * GRAIN else flat.split(UNDIVIDED)
+    return (flat[:end], flat[end:]) if end >= threads * GRAIN else flat.split(UNDIVIDED)  # type: ignore[no-untyped-call]

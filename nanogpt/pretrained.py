@@ -1,4 +1,4 @@
-"""What a training begins with: a new model, or the weights that train.init_from names, checked against params.yaml."""
+"""The initial model of a training: a new one or that of train.init_from, checked against params.yaml."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import torch
 
 from nanogpt import seeds
 from nanogpt.corpus.tokenizer import GPT2_VOCAB_SIZE, Tokenizer
+from nanogpt.files import reason
 from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.huggingface import from_huggingface, load_huggingface
 from nanogpt.model import GPT, without_weights
@@ -17,7 +18,7 @@ from nanogpt.params import ModelParams
 from nanogpt.saved_model import load_model
 from nanogpt.weights import OtherVocabulary, Weights
 
-# Commits of the hub's repositories, so that the same name always gives the same weights.
+# Commits on the hub, so that a name always gives the same weights.
 GPT2_REVISIONS = {
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
@@ -34,14 +35,14 @@ GPT2_SHAPES = {  # n_layer, n_head, n_embd
 
 @dataclass(frozen=True)
 class Initial:
-    """A model's shape and, unless it is new, its weights and the sha256 of both."""
+    """The shape of a model and, unless it is new, its weights and the sha256 of both."""
 
     config: GPTConfig
     weights: Weights | None = None
     sha256: str = "none"
 
     def build(self, seed: int, attention: Attention, device: torch.device) -> GPT:
-        """The model; the weights of a new one are a function of the seed, train.seed."""
+        """Builds the model; `seed`, train.seed, determines the weights of a new one."""
         torch.manual_seed(seeds.derived_seed(seed, seeds.WEIGHTS))
         if self.weights is None:
             return GPT(self.config, attention).to(device)
@@ -51,30 +52,24 @@ class Initial:
 
 
 def planned_config(init_from: str, params: ModelParams, vocab_size: int) -> GPTConfig:
-    """The shape of what load_initial gives. Of GPT-2's sizes it is known without their weights; files are read.
-
-    Raises ValueError as load_initial does.
-    """
+    """The shape of the model that load_initial returns, without loading GPT-2's weights. Raises ValueError."""
     kind, _, name = init_from.partition(":")
     if kind == "scratch":
         return GPTConfig(vocab_size=vocab_size, **params.model_dump())
     if kind in GPT2_SHAPES:
-        config, weights = (
-            GPTConfig(*GPT2_SHAPES[kind], 1024, 50257, True, activation="gelu_tanh", dropout=0.1),
-            Weights(),
-        )
+        config = GPTConfig(*GPT2_SHAPES[kind], 1024, 50257, True, activation="gelu_tanh", dropout=0.1)
     elif kind == "model":
-        config, weights = load_model(name).model.config, Weights()
+        config = load_model(name).model.config
     else:
-        config, weights = _load_foreign(init_from, vocab_size)
-    return _fitted(init_from, config, weights, params)[0]
+        config, _ = _load_foreign(init_from, vocab_size)
+    return _fitted(init_from, config, {}, params)[0]
 
 
 def load_initial(init_from: str, params: ModelParams, tokenizer: Tokenizer) -> Initial:
-    """What train.init_from names, for text of that tokenizer.
+    """The model of train.init_from, for text of that tokenizer.
 
-    A model of fewer positions than the source is cropped, and dropout may be another; all else that params name must
-    be the source's. Raises ValueError, naming key, value and remedy, if it is not, or if the source cannot be read.
+    `params` may set another dropout and a smaller block_size, which crops the model; all other values must be those of
+    the source, or null. Raises ValueError if they are not, or if the source cannot be read.
     """
     kind, _, name = init_from.partition(":")
     if kind == "scratch":
@@ -83,7 +78,7 @@ def load_initial(init_from: str, params: ModelParams, tokenizer: Tokenizer) -> I
         published = load_model(name)
         if published.tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(
-                f"train.init_from = {init_from} has another tokenizer than the tokens; "
+                f"train.init_from = {init_from} has another tokenizer than data/tokens; "
                 f"set tokenize.tokenizer to file:{name}/tokenizer.json"
             )
         config = published.model.config
@@ -95,31 +90,31 @@ def load_initial(init_from: str, params: ModelParams, tokenizer: Tokenizer) -> I
 
 
 def _load_foreign(init_from: str, vocab_size: int) -> tuple[GPTConfig, Weights]:
-    """A model of another program, for a tokenizer of that many tokens."""
+    """Loads a model of another program, for a tokenizer of `vocab_size` tokens."""
     kind, _, name = init_from.partition(":")
     if kind == "nanogpt":
         return load_nanogpt(Path(name), vocab_size)
     try:
         return load_gpt2(name if kind == "hf" else kind, vocab_size)
     except OtherVocabulary as error:
-        remedy = "set tokenize.tokenizer to the source's (GPT-2's: gpt2)"
+        remedy = "set tokenize.tokenizer to that of the source (GPT-2's is gpt2)"
         if error.tokens == GPT2_VOCAB_SIZE < error.rows:
             remedy = (
-                'cut the rows that are no tokens of GPT-2: `python -c "from transformers import GPT2LMHeadModel as M; '
+                'remove the rows that are no tokens: `python -c "from transformers import GPT2LMHeadModel as M; '
                 f"m = M.from_pretrained('{name}'); m.resize_token_embeddings({GPT2_VOCAB_SIZE}); "
                 f"m.save_pretrained('{name}')\"`"
             )
         raise ValueError(
-            f"train.init_from = {init_from} has a vocabulary of {error.rows:,}, the tokens one of {error.tokens:,}; "
-            f"{remedy}"
+            f"train.init_from = {init_from} has a vocabulary of {error.rows:,}, but data/tokens one of "
+            f"{error.tokens:,}; {remedy}"
         ) from error
 
 
 def load_gpt2(name: str, vocab_size: int | None = None) -> tuple[GPTConfig, Weights]:
-    """A GPT-2 of Hugging Face: a directory here, one of GPT-2's four sizes, or the name of a model on the hub.
+    """Loads a GPT-2 of Hugging Face: a directory, one of GPT-2's four sizes, or `name` or `name@revision` on the hub.
 
-    `name@revision` names a commit of the hub. vocab_size: the tokenizer's, where the embedding has rows for
-    more. Raises ValueError if there is no such model, OtherVocabulary if its tokens are others.
+    vocab_size: as for from_huggingface. Raises ValueError if there is no such model, OtherVocabulary if its
+    vocabulary does not fit.
     """
     repository, _, revision = name.partition("@")
     if name in GPT2_REVISIONS:
@@ -134,22 +129,19 @@ def load_gpt2(name: str, vocab_size: int | None = None) -> tuple[GPTConfig, Weig
     except OtherVocabulary:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{name} is neither a directory here nor a GPT-2 that the hub gives ({reason}); "
-            "correct the name, or check the network"
-        ) from error
+        problem = f"is neither a directory nor a GPT-2 on the hub ({reason(error)})"
+        raise ValueError(f"{name} {problem}; correct the name, or check the network") from error
 
 
 def crop_block_size(config: GPTConfig, weights: Weights, block_size: int) -> tuple[GPTConfig, Weights]:
-    """The same model for shorter contexts: learned positions beyond are dropped."""
+    """The same model for a shorter context: drops the learned positions after block_size."""
     if "wpe.weight" in weights:
         weights = {**weights, "wpe.weight": weights["wpe.weight"][:block_size].clone()}
     return replace(config, block_size=block_size), weights
 
 
 def sha256_of(config: GPTConfig, weights: Weights) -> str:
-    """The sha256 of a model: its config, and the names, dtypes, shapes and numbers of its weights."""
+    """The hash of the config, and of the names, dtypes, shapes and values of the weights."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().contiguous()
@@ -159,17 +151,17 @@ def sha256_of(config: GPTConfig, weights: Weights) -> str:
 
 
 def _fitted(init_from: str, config: GPTConfig, weights: Weights, params: ModelParams) -> tuple[GPTConfig, Weights]:
-    """The source with what params change of it. Raises ValueError for what cannot be changed."""
+    """Applies the values of params that may differ from the source. Raises ValueError for others that differ."""
     given = {name: value for name, value in params.model_dump().items() if value is not None}
     changed = {name: value for name, value in given.items() if getattr(config, name) != value}
     if "dropout" in changed:
         config = replace(config, dropout=changed.pop("dropout"))
     if changed.get("block_size", config.block_size) < config.block_size:
         config, weights = crop_block_size(config, weights, changed.pop("block_size"))
-    changed.pop("zero_init", None)  # how a new model begins, which this one does not
+    changed.pop("zero_init", None)  # affects new models only
     for name, value in changed.items():
         theirs = asdict(config)[name]
         raise ValueError(
-            f"model.{name} = {value} is not that of train.init_from = {init_from}, {theirs}; set it to {theirs} or null"
+            f"model.{name} = {value}, but train.init_from = {init_from} has {theirs}; set it to {theirs} or null"
         )
     return config, weights

@@ -1,7 +1,7 @@
 """Random bits that are a pure function of a seed and counters.
 
-Data order, dropout seeds, sampling and the built-in corpus all draw from here, so that any of them can be recomputed
-alone, resumed without saved generator state, and never changes with a library's version.
+Data order, dropout, sampling and the built-in corpus use them, so each can be recomputed separately and resumed without
+the state of a generator, and none changes with the version of a library.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def bits(seed: int, *counters: Counter) -> npt.NDArray[np.uint64]:
     """64 random bits for each combination of seed and counters; counters broadcast against each other.
 
-    Every counter is mixed in before the next one is added, so (1, 2) and (2, 1) have nothing in common.
+    Each counter is mixed in before the next one is added, so (1, 2) and (2, 1) give independent bits.
     """
     state = _mix(np.asarray([(seed + _GAMMA) & _MASK], dtype=np.uint64))
     for counter in counters:
@@ -34,10 +34,10 @@ def bits(seed: int, *counters: Counter) -> npt.NDArray[np.uint64]:
 
 
 def uniform(seed: int, *counters: Counter) -> npt.NDArray[np.float64]:
-    """Uniform in [0, 1) with 53 random bits; shapes as for `bits`."""
+    """Uniform numbers in [0, 1) with 53 random bits; shapes as for `bits`."""
     return (bits(seed, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def derived_seed(seed: int, *counters: int) -> int:
-    """A 63-bit seed for a generator that wants one, such as `torch.manual_seed`."""
+    """A 63-bit seed for a generator such as `torch.manual_seed`."""
     return int(bits(seed, *counters)[0] >> np.uint64(1))

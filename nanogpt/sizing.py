@@ -1,8 +1,8 @@
-"""What a training costs, computed before it runs: parameters, FLOPs, memory, tokens and time, each by its parts.
+"""Computes the cost of a training before it runs: parameters, FLOPs, memory, tokens and time, each by parts.
 
-Shapes as in model.py: B batch, T time, C channels, H heads, V vocabulary (padded), L layers. `bytes` are of a training
-step as train.py takes it, eager, with AdamW and GPT-2's options; a compiled model saves fewer activations, Muon keeps
-one moment of a matrix instead of two, and rotary positions, QK-norm and plain attention save more.
+Shapes as in model.py: B batch, T time, C channels, H heads, V vocabulary (padded), L layers. Memory is that of an eager
+training step with AdamW and GPT-2's options. A compiled model saves fewer activations; Muon keeps one moment of a
+matrix instead of two; rotary positions, QK-norm and plain attention save more activations.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ CHINCHILLA = 20  # tokens per parameter
 
 @dataclass(frozen=True)
 class Setup:
-    """What memory depends on beside the model's shape."""
+    """Everything besides the shape of the model that affects memory."""
 
     batch_size: int  # B, of one micro-batch
     accumulates: bool  # more than one micro-batch per step
@@ -30,14 +30,14 @@ class Setup:
 
     @property
     def size(self) -> int:
-        """Bytes of a number in what autocast computes: matrix products and what comes between two of them."""
+        """Bytes of a number that autocast computes: in matrix products and between two of them."""
         return FLOAT32 if self.dtype == "float32" else 2
 
     def fused(self, dropout: float) -> bool:
-        """Whether scaled_dot_product_attention takes a kernel that keeps no T x T matrix.
+        """Whether scaled_dot_product_attention uses a kernel that keeps no T x T matrix.
 
-        On a CPU that kernel knows no dropout. On CUDA, flash attention is for half precision; for float32 there is the
-        memory-efficient kernel, which determinism.pin turns off. Elsewhere the worst is taken.
+        On a CPU that kernel does not support dropout. On CUDA, flash attention needs half precision; for float32 there
+        is the memory-efficient kernel, which determinism.pin turns off. For other devices, assumes the worst case.
         """
         if self.device == "cpu":
             return dropout == 0
@@ -57,7 +57,7 @@ def parameters_per_layer(config: GPTConfig) -> Parts:
 
 
 def parameters(config: GPTConfig) -> Parts:
-    """Parameters by part; their sum is GPT(config).parameter_count()."""
+    """Parameters by part; the sum is GPT(config).parameter_count()."""
     layers = {name: config.n_layer * number for name, number in parameters_per_layer(config).items()}
     table = config.padded_vocab_size * config.n_embd
     return {
@@ -71,10 +71,10 @@ def parameters(config: GPTConfig) -> Parts:
 
 
 def forward_flops(config: GPTConfig) -> Parts:
-    """FLOPs of the matrix products of one token's forward pass; two per multiplication and addition.
+    """FLOPs of the matrix products in the forward pass per token; a multiplication and addition are two.
 
-    The backward pass takes twice as many: a product for the gradient of either factor. Scores and values count all
-    pairs of positions, as PaLM's appendix B (Chowdhery et al. 2022) and nanoGPT do; a causal kernel may skip half.
+    The backward pass takes twice as many: a product for the gradient of each factor. Scores and values count all pairs
+    of positions, as in PaLM's appendix B (Chowdhery et al. 2022) and nanoGPT; a causal kernel may skip half of them.
     """
     layers, c = config.n_layer, config.n_embd
     return {
@@ -86,9 +86,9 @@ def forward_flops(config: GPTConfig) -> Parts:
 
 
 def palm_flops(config: GPTConfig) -> int:
-    """6N + 12LHQT per token, forward and backward: the figure that MFU is a share of (flops.py).
+    """6N + 12LHQT per token, forward and backward, from which MFU is computed (flops.py).
 
-    Above three times forward_flops by six per LayerNorm weight and bias, which N includes.
+    This is three times forward_flops, plus six for each weight and bias of a LayerNorm, which N includes.
     """
     return flops_per_token(config, sum(parameters(config).values()))
 
@@ -97,37 +97,37 @@ def palm_flops(config: GPTConfig) -> int:
 
 
 def activations(config: GPTConfig, setup: Setup) -> Parts:
-    """Bytes that autograd keeps of one micro-batch's forward pass until its backward pass, by part.
+    """Bytes that autograd keeps from the forward to the backward pass of one micro-batch, by part.
 
-    Per token; FLOAT32 where autocast leaves float32, `s` where it does not (on CPU and CUDA alike).
+    The code counts per token: FLOAT32 for what autocast leaves in float32, `s` for the rest (the same on CPU and CUDA).
     """
     c, h, s, v = config.n_embd, config.n_head, setup.size, config.padded_vocab_size
     p = config.dropout
     norm = FLOAT32 * (c + 2)  # its input (the residual stream), mean and 1 / standard deviation
-    # Dropout on a CPU multiplies by a mask of the input's type; on a GPU it keeps a byte per number.
+    # The mask of dropout has the dtype of the input on a CPU, and a byte per number on a GPU.
     residual_mask, float_mask = (0, 0) if p == 0 else (s, FLOAT32) if setup.device == "cpu" else (1, 1)
-    attention = norm + s * c  # the LayerNorm; its output, which is the input of c_attn
+    attention = norm + s * c  # LayerNorm and its output, the input of c_attn
     if setup.fused(p):
-        attention += s * 3 * c + FLOAT32 * h  # q, k and v in one; the logarithm of each row's sum of exponentials
+        attention += s * 3 * c + FLOAT32 * h  # q, k and v in one tensor; the log of the sum of exponentials of each row
     else:
-        attention += FLOAT32 * 3 * c + FLOAT32 * h * config.block_size  # q, k, v; the softmax's output, T x T
-        attention += 0 if p == 0 else (FLOAT32 + float_mask) * h * config.block_size  # its dropout: output and mask
-    attention += s * c + residual_mask * c  # the output of attention, which is the input of c_proj; dropout's mask
-    mlp = norm + s * c  # the LayerNorm; its output, which is the input of c_fc
-    mlp += s * 4 * c + residual_mask * c  # GELU's input; dropout's mask
-    mlp += 0 if recomputed(config, setup) else s * 4 * c  # GELU's output, the input of c_proj
+        attention += FLOAT32 * 3 * c + FLOAT32 * h * config.block_size  # q, k, v; the output of softmax, T x T
+        attention += 0 if p == 0 else (FLOAT32 + float_mask) * h * config.block_size  # output and mask of its dropout
+    attention += s * c + residual_mask * c  # the output of attention, the input of c_proj; the mask of dropout
+    mlp = norm + s * c  # LayerNorm and its output, the input of c_fc
+    mlp += s * 4 * c + residual_mask * c  # the input of GELU; the mask of dropout
+    mlp += 0 if recomputed(config, setup) else s * 4 * c  # the output of GELU, the input of c_proj
     per_token = {
-        "embedding": INT64 + float_mask * c,  # the tokens; dropout's mask
+        "embedding": INT64 + float_mask * c,  # the tokens; the mask of dropout
         "attention": config.n_layer * attention,
         "mlp": config.n_layer * mlp,
-        "head": norm + s * c,  # the final LayerNorm; its output, the input of the head
-        "loss": FLOAT32 * v + INT64,  # log-probabilities, B x T x V in float32 whatever the type; the targets
+        "head": norm + s * c,  # the final LayerNorm and its output, the input of the head
+        "loss": FLOAT32 * v + INT64,  # log-probabilities, B x T x V, always in float32; the targets
     }
     gradient = 0
     if chunked(config, setup):
         per_token["head"] = norm
-        per_token["loss"] = FLOAT32 * c  # the gradient of the head's input
-        gradient = FLOAT32 * v * c  # and of the head's weight
+        per_token["loss"] = FLOAT32 * c  # the gradient of the input of the head
+        gradient = FLOAT32 * v * c  # and of its weight
     parts = {name: setup.batch_size * config.block_size * number for name, number in per_token.items()}
     return {**parts, "loss": parts["loss"] + gradient}
 
@@ -138,18 +138,18 @@ def chunked(config: GPTConfig, setup: Setup) -> bool:
 
 
 def recomputed(config: GPTConfig, setup: Setup) -> bool:
-    """Whether the backward pass computes GELU's output again (model.py)."""
+    """Whether the backward pass recomputes the output of GELU (model.py)."""
     return setup.batch_size * config.block_size * 4 * config.n_embd >= model.RECOMPUTED
 
 
 def backward_bytes(config: GPTConfig, setup: Setup) -> int:
-    """The most that the backward pass needs at its beginning, on top of what is saved.
+    """The largest memory of the first part of the backward pass, in addition to the saved activations.
 
-    Either at its first step, the gradients of the log-probabilities and of the logits, both B x T x V in float32; or in
-    the last block, when what the head saved is gone: the gradients of the residual stream and of GELU's input, as its
-    output gave way to that one's gradient (one that is computed again comes on top), or, where attention is not fused,
-    those of two T x T matrices, as GELU's input and output are gone too; and the gradients of the two weights that come
-    first. A loss in chunks has its own peak before, when one chunk's logits are there.
+    It is the larger of two. In the first step, the gradients of the log-probabilities and of the logits, both B x T x V
+    in float32. In the last block, after the activations of the head were freed: the gradients of the residual stream
+    and of the input of GELU, whose output was freed for it (a recomputed output adds to that), or without fused
+    attention those of two T x T matrices, after input and output of GELU were freed; and the gradients of the first two
+    weights. A loss in chunks has an earlier peak, with the logits of one chunk.
     """
     c, s, v = config.n_embd, setup.size, config.padded_vocab_size
     again = s * 4 * c if recomputed(config, setup) else 0
@@ -158,50 +158,53 @@ def backward_bytes(config: GPTConfig, setup: Setup) -> int:
         block = max(block, 2 * FLOAT32 * config.n_head * config.block_size - s * 8 * c + again)
     positions = setup.batch_size * config.block_size
     if chunked(config, setup):
-        # Its logits; in half precision these besides, and its share of the weight's gradient.
+        # The logits of a chunk; in half precision a copy of them, and its part of the gradient of the weight.
         one_chunk = FLOAT32 * loss.CHUNK if s == FLOAT32 else (FLOAT32 + s) * loss.CHUNK + (FLOAT32 + s) * v * c
         return max(one_chunk, positions * (block - FLOAT32 * (c + 2)) + FLOAT32 * 4 * c * c)
-    head = FLOAT32 * (c + 2) + s * c + FLOAT32 * v  # of activations()
+    head = FLOAT32 * (c + 2) + s * c + FLOAT32 * v  # as in activations()
     return max(positions * 2 * FLOAT32 * v, positions * (block - head) + FLOAT32 * (v * c + 4 * c * c))
 
 
 def memory(config: GPTConfig, setup: Setup) -> Parts:
-    """Bytes of a training step, by part. They are not all there at once: peak_bytes tells the most."""
+    """Bytes of a training step, by part. Not all exist at the same time; peak_bytes returns the maximum."""
     count = parameters(config)
     total = sum(count.values())
     matrices = sum(forward_flops(config).values()) // 2 - 2 * config.n_layer * config.block_size * config.n_embd
     if chunked(config, setup):
-        matrices -= config.padded_vocab_size * config.n_embd  # the head's gradient is there already
+        matrices -= config.padded_vocab_size * config.n_embd  # the gradient of the head exists already
     if recomputed(config, setup):
-        matrices -= 4 * config.n_layer * config.n_embd**2  # the MLP's projection, copied again
+        matrices -= 4 * config.n_layer * config.n_embd**2  # the projection of the MLP is copied again
     return {
         "weights": FLOAT32 * total,
         "gradients": FLOAT32 * total,
-        "moments": 2 * FLOAT32 * total,  # AdamW's means of the gradient and of its square
-        "autocast": 0 if setup.dtype == "float32" else setup.size * matrices,  # the matrices' copies, kept for backward
-        "buckets": FLOAT32 * total * setup.parallel,  # in which DistributedDataParallel sums gradients
+        "moments": 2 * FLOAT32 * total,  # of AdamW: the means of the gradient and of its square
+        "autocast": 0
+        if setup.dtype == "float32"
+        else setup.size * matrices,  # copies of the matrices, kept for the backward pass
+        "buckets": FLOAT32 * total * setup.parallel,  # of DistributedDataParallel, to sum gradients
         "activations": sum(activations(config, setup).values()),
         "backward": backward_bytes(config, setup),
-        # A tied wte is used twice: its gradient as input, and the sum of that and of its gradient as head, a third.
+        # A tied wte is used twice: besides its gradient as the head, its gradient as the input and the sum of both.
         "embedding_gradient": 2 * FLOAT32 * count["token_embedding"] * config.tie_embeddings,
     }
 
 
 def peak_bytes(config: GPTConfig, setup: Setup) -> int:
-    """The most that a training step holds at once, from the second step on.
+    """The peak memory of a training step, from the second step on.
 
-    As the backward pass begins, all activations are there; as it ends, all gradients. In between one gives way to the
-    other layer by layer, so that one of the ends is the peak. Gradients of earlier micro-batches are there throughout.
+    All activations exist when the backward pass begins, and all gradients when it ends. In between, the activations of
+    each layer are freed as its gradients are computed, so the peak is at the beginning or at the end. Gradients of
+    earlier micro-batches exist throughout.
     """
     part = memory(config, setup)
     begin = part["activations"] + part["autocast"] + part["backward"] + setup.accumulates * part["gradients"]
-    earlier = setup.accumulates * FLOAT32 * parameters(config)["token_embedding"]  # of wte, beside those three
+    earlier = setup.accumulates * FLOAT32 * parameters(config)["token_embedding"]  # of wte, besides those
     end = part["gradients"] + part["embedding_gradient"] + earlier
     return part["weights"] + part["moments"] + part["buckets"] + max(begin, end)
 
 
 def checkpoint_bytes(config: GPTConfig) -> int:
-    """Bytes of state.safetensors: weights and both moments; its header and AdamW's counts of steps are left out."""
+    """Bytes of state.safetensors: weights and both moments, without the header and the step counts of AdamW."""
     return 3 * FLOAT32 * sum(parameters(config).values())
 
 
@@ -209,18 +212,18 @@ def checkpoint_bytes(config: GPTConfig) -> int:
 
 
 def chinchilla_tokens(config: GPTConfig) -> int:
-    """Tokens at which a fixed amount of compute is best spent on this size: some 20 per parameter.
+    """The number of tokens for which this size is the best use of a fixed amount of compute: some 20 per parameter.
 
-    A rule of thumb read from the fits of Hoffmann et al. 2022. A model that will be used much is worth more tokens.
+    This is a rule of thumb from Hoffmann et al. 2022. A model that will be used often is worth more tokens.
     """
     return CHINCHILLA * sum(parameters(config).values())
 
 
 def step_seconds(config: GPTConfig, tokens: int, share: float, peak: float) -> float:
-    """Seconds of a training step of so many tokens at a share (MFU) of the device's peak FLOP/s."""
+    """Seconds of a training step of `tokens` tokens at a share (MFU) of the device's peak FLOP/s."""
     return tokens * palm_flops(config) / (share * peak)
 
 
 def share_of_peak(config: GPTConfig, tokens: int, seconds: float, peak: float | None) -> float | None:
-    """MFU of a step of so many tokens that took so many seconds; None where the peak is not known."""
+    """MFU of a step of `tokens` tokens that takes `seconds`; None if the peak is unknown."""
     return mfu(tokens / seconds, palm_flops(config), peak)

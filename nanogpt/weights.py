@@ -1,4 +1,4 @@
-"""Weights that come from other programs or go to them: checked against a config, padded, and cut."""
+"""Weights from and for other programs: checked against a config, and without padding."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -13,10 +13,12 @@ from nanogpt.model import without_weights
 
 Shape = tuple[int, ...]
 Weights = dict[str, Tensor]
-_WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # of torch.compile, DataParallel and DistributedDataParallel
+_WRAPPERS = re.compile(
+    r"^((_orig_mod|module)\.)+"
+)  # prefixes of torch.compile, DataParallel and DistributedDataParallel
 _GPT2_TOKENS, _PADDING = 50257, 64  # nanoGPT and others pad to a multiple of 64, or add a few tokens to GPT-2's
-_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which older versions kept as if they were weights
-# The options of a model that others know. zero_init is none of them: it changes what a training begins with alone.
+_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which older versions saved with the weights
+# The options that GPT-2 has. zero_init may have any value: it affects only the initial weights.
 GPT2_OPTIONS: dict[str, Collection[Any]] = {
     "norm": ["layernorm"],
     "activation": ["gelu"],
@@ -28,30 +30,30 @@ GPT2_OPTIONS: dict[str, Collection[Any]] = {
 }
 
 
-def check_options(config: GPTConfig, known: Mapping[str, Collection[Any]], where: str) -> None:
-    """Raises ValueError for an option of the model whose value is none of those that are known there."""
-    for name, values in known.items():
+def check_options(config: GPTConfig, supported: Mapping[str, Collection[Any]], where: str) -> None:
+    """Raises ValueError if the program `where` does not support the value of an option of the model."""
+    for name, values in supported.items():
         if (value := getattr(config, name)) not in values:
-            one = " or ".join(str(value) for value in values)
+            one = " or ".join(map(str, values))
             raise ValueError(
-                f"{where} has no model.{name} = {value}; train with model.{name} = {one} to export the model"
+                f"{where} does not support model.{name} = {value}; train with model.{name} = {one} instead"
             )
 
 
 class OtherVocabulary(ValueError):
-    """A model's embedding has `rows` that do not fit the `tokens` of the tokenizer."""
+    """The number of rows of the embedding does not fit the number of tokens of the tokenizer."""
 
     def __init__(self, rows: int, tokens: int):
-        super().__init__(f"its vocabulary has {rows} tokens, the tokenizer {tokens}")
+        super().__init__(f"its vocabulary has {rows} tokens, but the tokenizer has {tokens}")
         self.rows, self.tokens = rows, tokens
 
 
 def padded_vocabulary(rows: int, vocab_size: int | None) -> tuple[int, int]:
-    """vocab_size and vocab_multiple of a model whose embedding has `rows`; the rows beyond vocab_size are no tokens.
+    """vocab_size and vocab_multiple of a model whose embedding has `rows`; rows after vocab_size are padding.
 
-    vocab_size: the tokenizer's; None takes all rows as tokens, and of GPT-2's with padding or added tokens the 50,257.
-    Raises OtherVocabulary unless the rows are the tokens, padded to a multiple of 64 at most, or GPT-2's and fewer than
-    64 more.
+    vocab_size: that of the tokenizer; None for `rows`, or 50,257 if that is GPT-2's vocabulary with padding. Raises
+    OtherVocabulary unless the rows are the tokens, the tokens padded to a multiple of 64, or GPT-2's tokens and fewer
+    than 64 more.
     """
     enlarged = range(_GPT2_TOKENS + 1, _GPT2_TOKENS + _PADDING)
     wanted = vocab_size or (_GPT2_TOKENS if rows in enlarged else rows)
@@ -65,7 +67,7 @@ def padded_vocabulary(rows: int, vocab_size: int | None) -> tuple[int, int]:
 
 
 def without_padding(config: GPTConfig, weights: Weights) -> Weights:
-    """All weights, with those rows of embedding and head that belong to a token."""
+    """The weights, with only those rows of embedding and head that belong to a token."""
     tables = [name for name in ("wte.weight", "lm_head.weight") if name in weights]
     return {**weights, **{name: weights[name][: config.vocab_size].clone() for name in tables}}
 
@@ -73,32 +75,31 @@ def without_padding(config: GPTConfig, weights: Weights) -> Weights:
 def fitted_weights(config: GPTConfig, tensors: dict[str, Tensor]) -> Weights:
     """The tensors under our names, in float32. Raises ValueError unless they are those of the config.
 
-    What is made for the check is no larger than the tensors, whatever the config claims.
+    Takes no more memory than the tensors, whatever the config says.
     """
     unwrapped = {_WRAPPERS.sub("", name).removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     if len(unwrapped) != len(tensors):
-        raise ValueError("two tensors have the same name but for the prefixes of torch.compile and DataParallel")
-    tensors = unwrapped
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_MASKS)}
+        raise ValueError("two tensors have the same name without the prefixes of torch.compile and DataParallel")
+    tensors = {name: tensor for name, tensor in unwrapped.items() if not name.endswith(_MASKS)}
     head = tensors.pop("lm_head.weight", None)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise ValueError(f"{name[:80]} is no tensor of floating-point numbers")
+            raise ValueError(f"{name[:80]} is not a tensor of floating-point numbers")
         if tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise ValueError(f"{name[:80]} has fewer numbers than its shape {tuple(tensor.shape)} tells")
+            raise ValueError(f"{name[:80]} has fewer numbers than its shape {tuple(tensor.shape)} requires")
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if head is not None and not (isinstance(head, Tensor) and torch.equal(head, tensors["wte.weight"])):
-        raise ValueError("lm_head.weight is not wte.weight, and our GPT has one matrix for both")
+        raise ValueError("lm_head.weight is not wte.weight, but GPT-2 has one matrix for both")
     return {name: tensors[name].detach().float().clone(memory_format=torch.contiguous_format) for name in tensors}
 
 
 def check_shapes(config: GPTConfig, found: Mapping[str, Shape]) -> None:
-    """Raises ValueError unless these are the names and shapes of that config's weights.
+    """Raises ValueError unless these are the names and shapes of the weights of the config.
 
-    What is made for the check is no larger than the weights, whatever the config claims.
+    Takes no more memory than the weights, whatever the config says.
     """
     if config.n_layer > len(found):
-        raise ValueError(f"n_layer is {config.n_layer}, and there are {len(found)} tensors")
+        raise ValueError(f"n_layer is {config.n_layer}, but there are {len(found)} tensors")
     expected: dict[str, Shape] = {"wte.weight": (config.padded_vocab_size, config.n_embd)}
     if config.position == "learned":
         expected["wpe.weight"] = (config.block_size, config.n_embd)
@@ -106,15 +107,17 @@ def check_shapes(config: GPTConfig, found: Mapping[str, Shape]) -> None:
         expected = _shapes(config)
     for name in [*expected, *sorted(found)]:
         if found.get(name) != expected.get(name):
-            raise ValueError(f"{name[:80]} is {_told(found.get(name))}, its config says {_told(expected.get(name))}")
+            raise ValueError(
+                f"{name[:80]} is {_shown(found.get(name))}, but its config says {_shown(expected.get(name))}"
+            )
 
 
 def _shapes(config: GPTConfig) -> dict[str, Shape]:
-    """Names and shapes of a GPT's weights, from those of one layer."""
+    """The names and shapes of the weights, from those of a model with one layer."""
     try:
         single = without_weights(replace(config, n_layer=1))
-    except RuntimeError as error:  # of torch, for a number of elements that it cannot count
-        raise ValueError(f"n_embd {config.n_embd} is no possible number") from error
+    except RuntimeError as error:  # torch cannot represent the number of elements
+        raise ValueError(f"n_embd {config.n_embd} is too large") from error
     shapes: dict[str, Shape] = {}
     for name, parameter in single.named_parameters():
         layers = range(config.n_layer if name.startswith("h.0.") else 1)
@@ -123,5 +126,5 @@ def _shapes(config: GPTConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _told(shape: Shape | None) -> str:
+def _shown(shape: Shape | None) -> str:
     return "absent" if shape is None else str(shape)

@@ -1,1 +1,1 @@
-"""Commands that are no stage, each run as `python -m tools COMMAND`."""
+"""The commands other than the stages, each run as `python -m tools COMMAND`."""

@@ -1,4 +1,4 @@
-"""The command line of all that is no stage: `python -m tools COMMAND` runs `main` of tools/COMMAND.py."""
+"""The command line of everything except the stages: `python -m tools COMMAND` runs `main` of tools/COMMAND.py."""
 
 if __name__ == "__main__" and not __package__:
     raise SystemExit("Error: start this with `python -m tools`, in the root of the repository")
@@ -11,7 +11,7 @@ import click
 
 from tracking.errors import errors_in_one_line, warn
 
-# The first line of each command's docstring (a test compares them), so that --help imports none of them.
+# The first line of each command's docstring (a test compares them), so that --help imports no command.
 COMMANDS = {
     "champion": "Makes the best model of EXPERIMENT the champion.",
     "compare": "Shows which setting is best, by how much, and whether that is noise.",
@@ -19,27 +19,27 @@ COMMANDS = {
     "export": "Writes a trained model for transformers or nanoGPT.",
     "fastest": "Times the training with each dtype, compile and attention.",
     "first-steps": "Writes loss and gradient norm of the first 20 training steps.",
-    "gc": "Frees what old runs and caches take, after showing it.",
+    "gc": "Frees the disk space of old runs and caches, after showing it.",
     "golden": "Writes the golden file of this environment.",
     "lineage": "Shows where a model comes from and how to make it again.",
-    "preset": "Makes params.yaml that of a preset, or lists the presets.",
+    "preset": "Writes params.yaml for a preset, or lists the presets.",
     "reference": "Writes docs/reference.md from params.yaml, the commands and MLflow's names.",
     "replay": "Recomputes one training step and compares it with the journal.",
     "serve": "Serves the champion until Ctrl-C.",
     "size": "Shows what the training that params.yaml describes will cost.",
-    "summary": "Sums up the newest result and compares dvc.lock with HEAD's.",
-    "sync": "Sends to MLflow what has not reached it.",
+    "summary": "Summarises the newest result and compares dvc.lock with HEAD's.",
+    "sync": "Sends recorded runs to MLflow if it lacks them.",
     "trial": "Decides whether an idea lowers the loss: keep, discard or undecided.",
-    "ui": "Shows MLflow's page, or says where its server has one.",
+    "ui": "Opens MLflow's page, or prints the address of its server.",
     "verify": "Reproduces the committed dvc.lock in a clean clone of HEAD.",
 }
 
 
 class Tool(click.Command):
-    """A command whose module is imported when it is called."""
+    """A command whose module is imported only when it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> click.Context:
-        """The context of the module's own command, `main`, with the error handling that all commands share."""
+        """The context of the command in the module, `main`, with the error handling that all commands share."""
         assert self.name
         context = load(self.name).make_context(info_name, args, parent, **extra)
         context.with_resource(errors_in_one_line(self.name, partial(warn, self.name)))
@@ -47,14 +47,14 @@ class Tool(click.Command):
 
 
 def load(name: str) -> click.Command:
-    """The command of that name, from its module."""
+    """Imports the command of that name."""
     command: click.Command = import_module(f"tools.{name.replace('-', '_')}").main
     return command
 
 
 @click.group(commands=[Tool(name, short_help=line) for name, line in COMMANDS.items()])
 def main() -> None:
-    """Commands for what stands around the pipeline; each one explains itself with --help."""
+    """Commands around the pipeline; `python -m tools COMMAND --help` explains each."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes an experiment's best model the champion: `python -m tools champion` registers it in MLflow."""
+"""Registers the best model of an experiment as the champion in MLflow: `python -m tools champion`."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def main(experiment: str, force: bool) -> None:
 
     EXPERIMENT may also be a run, a commit or a pattern such as 'wide-*'. The champion is the version of MLflow's
     registered model `nanogpt` with the alias `champion`, which `python -m tools serve` serves. The new model must beat
-    the present champion by `compare`, and its run must reproduce to the bit in a clean clone.
+    the present champion in `compare`, and its run must be reproduced to the bit in a clean clone.
     """
     root = repository()
     results, _ = journal_results(root)
@@ -51,16 +51,16 @@ def main(experiment: str, force: bool) -> None:
 
 
 def best_of(found: list[Result]) -> Result:
-    """The run with the lowest loss, of runs of one setting. Raises ValueError if there are several settings."""
+    """The run with the lowest loss of one setting. Raises ValueError if the runs have several settings."""
     labels = sorted(setting.label for part in comparison.compare(found)[0] for setting in part.settings)
     if len(labels) > 1:
         names = "; ".join(filter(None, labels)) or "they differ in their text"
-        raise ValueError(f"that is {len(labels)} settings: {names}; name one")
+        raise ValueError(f"that is {len(labels)} settings: {names}; choose one")
     return min(found, key=lambda result: result.scores["val_loss"])
 
 
 def champion(client: Any) -> Any | None:
-    """MLflow's version that is the champion; None if there is none yet."""
+    """The version of MLflow's registered model that is the champion; None if there is none yet."""
     if not client.search_registered_models(f"name = '{NAME}'"):
         return None
     model = client.get_registered_model(NAME)
@@ -68,10 +68,10 @@ def champion(client: Any) -> Any | None:
 
 
 def against(results: list[Result], challenger: Result, present: str) -> list[str]:
-    """Why the challenger's setting does not beat that of the present champion's run; empty if it does."""
+    """Why the setting of the challenger does not beat that of the present champion; empty if it does."""
     reigning = next((result for result in results if result.id == present), None)
     if reigning is None:
-        return [f"the champion's run {present} has no journal here, so nothing can be compared with it"]
+        return [f"the champion's run {present} has no journal here, so it cannot be compared"]
     code, both = reigning.tags.get("code.sha256"), {reigning.setting, challenger.setting}
 
     def reigns(result: Result) -> bool:
@@ -84,26 +84,24 @@ def against(results: list[Result], challenger: Result, present: str) -> list[str
             if challenger.id in {result.id for result in setting.results}:
                 if difference.verdict == "better":
                     return []
-                shown = f" {interval(difference)}" if difference.p is not None else ""
-                return [f"against {reigning.name}, {difference.mean:+.4f}{shown}: {words(difference)}"]
-    return [f"it was not judged by the same text as {reigning.name}, or is the same setting"]
+                shown = f"{difference.mean:+.4f} {interval(difference)}".rstrip()
+                return [f"against {reigning.name}, {shown}: {words(difference)}"]
+    return [f"it was not evaluated on the same text as {reigning.name}, or is the same setting"]
 
 
 def not_reproduced(root: Path, result: Result) -> list[str]:
-    """Why nobody knows that the run comes out again; empty after it has, in a clean clone."""
+    """Why the run was not reproduced in a clean clone; empty if it was."""
     from tracking.verification import check_all
 
     held = [holder for holder in holders(root, result.tags["model.md5"]) if not holder.differs]
     if not held:
-        return [
-            "no commit and no experiment has the model in its dvc.lock: commit the result, or run it as an experiment"
-        ]
+        return ["no commit or experiment has the model in its dvc.lock: commit the result, or run it as an experiment"]
     report = check_all(root, False, lambda line: click.echo(line, err=True), held[0].commit)
     return [f"`verify` of {held[0].name} says {report.verdict}"] if report.exit_code else []
 
 
 def register(client: Any, result: Result, objections: list[str]) -> str:
-    """Registers a run's published model as the champion; the new version. Raises ValueError if MLflow lacks it."""
+    """Registers the published model of a run as the champion; returns the version. Raises ValueError."""
     run = client.get_run(result.id)
     found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{result.id}'")
     models = [model for model in found if model.name == result.tags.get("published", "best")] or list(found)
@@ -111,13 +109,9 @@ def register(client: Any, result: Result, objections: list[str]) -> str:
         raise ValueError(f"MLflow has no model of run {result.id}; `python -m tools sync` sends it")
     if not client.search_registered_models(f"name = '{NAME}'"):
         client.create_registered_model(NAME)
-    tags = (
-        {"model.sha256": result.model, "forced": "; ".join(objections)}
-        if objections
-        else {"model.sha256": result.model}
-    )
+    tags = {"model.sha256": result.model} | ({"forced": "; ".join(objections)} if objections else {})
     model = models[0]
-    source = f"models:/{model.model_id}"  # wherever its files lie
+    source = f"models:/{model.model_id}"  # independent of where its files are
     version = client.create_model_version(NAME, source, result.id, tags=tags, model_id=model.model_id).version
     client.set_registered_model_alias(NAME, ALIAS, version)
     return str(version)

@@ -1,4 +1,4 @@
-"""Which setting is best, by how much, and whether that is noise: `python -m tools compare`."""
+"""Compares settings over their seeds, with a test of significance: `python -m tools compare`."""
 
 import json
 import textwrap
@@ -10,19 +10,19 @@ from typing import Any
 import click
 
 from nanogpt.files import write_text
-from tools.command import command
+from tools.command import command, duration, markdown_row
 from tracking import comparison
 from tracking.comparison import Comparison, Result, Setting
 from tracking.significance import ALPHA, Difference
 
 WIDTH = 80
 TITLES = {"val_loss": "validation loss, nats per token", "bits_per_byte": "bits per byte (the tokenizers differ)"}
-MANY_LINES = 4  # of a label in the table
+MANY_LINES = 4  # at most, for a label in the table
 
 
 @command()
 @click.argument("runs", nargs=-1, metavar="[RUN | EXPERIMENT | COMMIT]...")
-@click.option("--baseline", help="Compare all others with this run, experiment or commit. [default: with the best]")
+@click.option("--baseline", help="Compare the others with this run, experiment or commit.  [default: the best]")
 @click.option("--server", is_flag=True, help="Take the runs from MLflow (MLFLOW_TRACKING_URI) instead of .runs.")
 @click.option("--markdown", is_flag=True, help="Print Markdown, for a pull request.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -32,11 +32,11 @@ def main(
 ) -> None:
     """Shows which setting is best, by how much, and whether that is noise.
 
-    Compares all finished runs of params.yaml's tracking.experiment, or those that are named. Runs that differ in their
-    seeds alone are one setting.
+    Compares the given runs, or all finished runs of params.yaml's tracking.experiment. Runs that differ only in their
+    seeds are one setting.
     """
     if markdown and as_json:
-        raise click.UsageError("give one of --markdown and --json")
+        raise click.UsageError("--markdown and --json exclude each other")
     comparisons, left_out = gather(Path.cwd(), runs, baseline, server)
     if as_json:
         click.echo(json.dumps(as_dict(comparisons, left_out), indent=1))
@@ -57,7 +57,7 @@ def main(
 def gather(
     root: Path, arguments: Sequence[str], baseline: str | None, server: bool
 ) -> tuple[list[Comparison], list[str]]:
-    """The comparisons of the runs that are meant, and a line for each run that is left out. Raises ValueError."""
+    """The comparisons of the given runs, and a line for each run that is left out. Raises ValueError."""
     if server:
         from tracking.mlflow_results import server_results
 
@@ -69,7 +69,7 @@ def gather(
         here = experiment_here()
         wanted = [result for result in results if result.experiment == here]
     else:
-        left_out = []  # nobody asked for them
+        left_out = []  # the user gave others
     is_baseline = None
     if baseline is not None:
         ids = {result.id for result in comparison.select(results, baseline, root)}
@@ -95,7 +95,7 @@ def experiment_here() -> str:
 
 
 def table(found: Comparison) -> str:
-    """A comparison as text for a terminal: the settings, then how each differs from the reference."""
+    """A comparison as text: the settings, then the difference of each from the reference."""
     head, rows = cells(found)
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(1, len(head))]
     room = WIDTH - 4 - sum(widths) - 2 * len(widths)
@@ -106,7 +106,7 @@ def table(found: Comparison) -> str:
 
 
 def title(found: Comparison) -> str:
-    """What is compared: "6 runs of 2 settings: validation loss, nats per token; best possible 1.0408"."""
+    """Such as "6 runs of 2 settings: validation loss, nats per token; best possible 1.0408"."""
     runs, settings = sum(len(setting.results) for setting in found.settings), len(found.settings)
     floors = {round(floor, 4) for setting in found.settings for floor in setting.values("floor")}
     counted = f"{_count(runs, 'run')} of {_count(settings, 'setting')}: {TITLES[found.score]}"
@@ -116,7 +116,7 @@ def title(found: Comparison) -> str:
 
 
 def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table of settings, as text; columns of which nothing is known are left out."""
+    """The head and the rows of the table of settings, as text; empty columns are left out."""
     columns = {
         "seeds": [str(len(setting.results)) for setting in found.settings],
         "val loss": [_spread(setting, "val_loss") for setting in found.settings],
@@ -125,7 +125,7 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
         "steps": [f"{setting.steps:,}" for setting in found.settings],
         "time": [duration(setting.seconds) for setting in found.settings],
     }
-    if found.score == "bits_per_byte":  # losses per token of different tokens say nothing
+    if found.score == "bits_per_byte":  # losses per token are not comparable for different tokens
         del columns["val loss"]
     columns = {name: column for name, column in columns.items() if any(column)}
     head, labels = "setting", [setting.label or "all runs" for setting in found.settings]
@@ -137,26 +137,28 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict_lines(found: Comparison) -> list[str]:
-    """How each setting differs from the reference."""
+    """The difference of each setting from the reference."""
     if not found.others:
-        return ["", "one setting, nothing to compare it with: `dvc exp run -S KEY=VALUE` adds one"]
-    tests = _count(found.tests, "comparison")
-    chosen = ", the best" if found.chosen else ", the baseline"
-    against = f"against {number_of(found, found.reference)}{chosen}: difference, 95 % interval, p over {tests}"
-    lines = ["", against]
+        return ["", "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"]
+    against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
+    lines = ["", f"{against}: difference, 95 % interval, p over {_count(found.tests, 'comparison')}"]
     for setting, diff in zip(found.others, found.differences, strict=True):
-        shown = f"{number_of(found, setting):>2}  {diff.mean:+.4f}"
-        if diff.p is not None:
-            kind = "paired" if diff.paired else "Welch"
-            shown += f"  {interval(diff)}  {kind}  {p_value(diff.p)}"
-        lines.append(f"{shown}  {words(diff)}")
+        kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
+        shown = [f"{diff.mean:+.4f}", interval(diff), kind, p_value(diff), words(diff)]
+        lines.append("  ".join([f"{number_of(found, setting):>2}", *filter(None, shown)]))
     return lines
 
 
+def difference_of(found: Comparison, setting: Setting) -> Difference | None:
+    """The difference of a setting from the reference; None for the reference itself."""
+    pairs = zip(found.others, found.differences, strict=True)
+    return next((difference for other, difference in pairs if other is setting), None)
+
+
 def words(diff: Difference) -> str:
-    """The verdict: "worse", or "cannot tell: 4 more seeds", which would show a difference of that size."""
+    """The verdict, such as "worse", or "cannot tell: 4 more seeds" with the seeds that would show the difference."""
     if diff.p is None:
-        return "cannot tell: one seed cannot"
+        return "cannot tell from one seed"
     if diff.more_seeds is not None:
         return f"cannot tell: {_count(diff.more_seeds, 'more seed')}"
     if diff.verdict == "cannot tell":
@@ -165,23 +167,20 @@ def words(diff: Difference) -> str:
 
 
 def interval(diff: Difference) -> str:
-    return f"[{diff.low:+.4f}, {diff.high:+.4f}]"
+    return "" if diff.p is None else f"[{diff.low:+.4f}, {diff.high:+.4f}]"
 
 
-def p_value(p: float) -> str:
-    return "p<0.0001" if p < 0.0001 else f"p={p:.4f}"
+def p_value(diff: Difference) -> str:
+    return "" if diff.p is None else "p<0.0001" if diff.p < 0.0001 else f"p={diff.p:.4f}"
+
+
+def reference_is(found: Comparison) -> str:
+    return "best" if found.chosen else "baseline"
 
 
 def number_of(found: Comparison, setting: Setting) -> str:
     """The number of a setting in the table."""
     return str(next(number for number, each in enumerate(found.settings, 1) if each is setting))
-
-
-def duration(seconds: float) -> str:
-    """ "24 s", "13 min", "2.5 h" """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _count(number: int, noun: str) -> str:
@@ -208,42 +207,33 @@ def _row(number: str, label: str, values: Sequence[str], widths: Sequence[int], 
 
 
 def markdown_table(found: Comparison) -> str:
-    """A comparison as Markdown: one table, with the verdicts in it."""
+    """A comparison as one table in Markdown."""
     head, rows = cells(found)
-    verdicts = dict(zip(map(id, found.others), found.differences, strict=True))
-    lines = [f"**{title(found)}**", "", _markdown_row([*head, "difference", "95 % interval", "p", "verdict"])]
+    lines = [f"**{title(found)}**", "", markdown_row([*head, "difference", "95 % interval", "p", "verdict"])]
     lines.append("|" + " --- |" * (len(head) + 4))
     for setting, row in zip(found.settings, rows, strict=True):
-        diff = verdicts.get(id(setting))
-        shown = ["", "", "", "best" if found.chosen else "baseline"]
-        if diff is not None:
-            known = diff.p is not None
-            shown = [
-                f"{diff.mean:+.4f}",
-                interval(diff) if known else "",
-                p_value(diff.p or 0) if known else "",
-                words(diff),
-            ]
-        lines.append(_markdown_row([*row, *shown]))
+        diff = difference_of(found, setting)
+        shown = (
+            [f"{diff.mean:+.4f}", interval(diff), p_value(diff), words(diff)]
+            if diff
+            else ["", "", "", reference_is(found)]
+        )
+        lines.append(markdown_row([*row, *shown]))
     note = f"p is corrected for {_count(found.tests, 'comparison')}; a verdict needs p < {ALPHA}."
     return "\n".join([*lines, *(["", note] if found.others else [])])
 
 
-def _markdown_row(values: Sequence[str]) -> str:
-    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
-
-
 def as_dict(comparisons: Sequence[Comparison], left_out: Sequence[str]) -> dict[str, Any]:
-    """All of it for programs: numbers are not rounded."""
+    """The comparisons as JSON, with numbers that are not rounded."""
     return {"comparisons": [_comparison_dict(found) for found in comparisons], "left_out": list(left_out)}
 
 
 def _comparison_dict(found: Comparison) -> dict[str, Any]:
-    verdicts = dict(zip(map(id, found.others), found.differences, strict=True))
+    differences = [difference_of(found, setting) for setting in found.settings]
     return {
         "score": found.score,
         "reference": number_of(found, found.reference),
-        "reference_is": "best" if found.chosen else "baseline",
+        "reference_is": reference_is(found),
         "tests": found.tests,
         "settings": [
             {
@@ -253,20 +243,16 @@ def _comparison_dict(found: Comparison) -> dict[str, Any]:
                 "standard_deviation": setting.deviation(found.score),
                 "steps": setting.steps,
                 "seconds": setting.seconds,
-                "difference": _difference_dict(verdicts.get(id(setting))),
+                "difference": {**vars(diff), "verdict": diff.verdict} if diff else None,
                 "runs": [run_dict(result) for result in setting.results],
             }
-            for setting in found.settings
+            for setting, diff in zip(found.settings, differences, strict=True)
         ],
     }
 
 
-def _difference_dict(diff: Difference | None) -> dict[str, Any] | None:
-    return None if diff is None else {**vars(diff), "verdict": diff.verdict}
-
-
 def run_dict(result: Result) -> dict[str, Any]:
-    """Where a number comes from, and how to have it again."""
+    """A run as JSON: its scores, its origin, and the command that shows how to make it again."""
     return {
         "id": result.id,
         "name": result.name,

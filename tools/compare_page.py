@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: tables, loss curves, samples, where each number comes from."""
+"""Writes a comparison as one HTML file without external resources: tables, loss curves, samples and runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from tools.compare import cells, interval, number_of, p_value, run_dict, title, words
+from tools.compare import cells, difference_of, interval, number_of, p_value, reference_is, run_dict, title, words
 from tracking.comparison import Comparison, Point, Setting
 from tracking.significance import ALPHA
 
-DRAWN = 8  # settings whose curves are drawn, and whose samples are shown: as many as have a colour of their own
-SAMPLE = 600  # characters of a sample that are shown
+DRAWN = 8  # settings with curves and samples; the page has as many colours
+SAMPLE = 600  # characters shown of a sample
 CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
 class Place:
-    """A point of a setting's curve: means over its seeds, and the spread of the loss."""
+    """A point of the curve of a setting: means over its seeds, and the standard deviation of the loss."""
 
     x: float
     loss: float
@@ -76,7 +76,7 @@ def page(comparisons: Sequence[Comparison], left_out: Sequence[str]) -> str:
 
 
 def part(found: Comparison) -> dict[str, Any]:
-    """What the template shows of one comparison."""
+    """The values of the template for one comparison."""
     head, rows = cells(found)
     drawn = found.settings[:DRAWN]
     by_tokens = {id(setting): curve(setting, lambda point: float(point.tokens)) for setting in drawn}
@@ -109,33 +109,29 @@ def part(found: Comparison) -> dict[str, Any]:
 
 
 def verdict(found: Comparison, setting: Setting) -> dict[str, Any]:
-    """How a setting differs from the reference, with the ends of its interval on a bar from 0 to 100."""
-    nothing = dict.fromkeys(("mean", "interval", "p", "bar", "kind"))
-    if setting is found.reference:
-        return {**nothing, "words": "best" if found.chosen else "baseline"}
-    diff = found.differences[next(i for i, other in enumerate(found.others) if other is setting)]
-    shown: dict[str, Any] = {
-        **nothing,
-        "words": words(diff),
-        "mean": f"{diff.mean:+.4f}",
-        "kind": diff.verdict.split()[0],
-    }
-    if diff.p is None or diff.low is None or diff.high is None:
-        return shown
-    widest = max(max(abs(d.low), abs(d.high)) for d in found.differences if d.low is not None and d.high is not None)
-    places = [round(50 + 48 * value / (widest or 1), 1) for value in (diff.low, diff.mean, diff.high)]
-    return {**shown, "interval": interval(diff), "p": p_value(diff.p), "bar": places}
+    """The difference of a setting from the reference, with its interval on a bar from 0 to 100."""
+    diff = difference_of(found, setting)
+    if diff is None:
+        return dict.fromkeys(("mean", "interval", "p", "bar", "kind")) | {"words": reference_is(found)}
+    bar = None
+    if diff.low is not None and diff.high is not None:
+        ends = (end for other in found.differences for end in (other.low, other.high) if end is not None)
+        widest = max(map(abs, ends)) or 1
+        bar = [round(50 + 48 * value / widest, 1) for value in (diff.low, diff.mean, diff.high)]
+    kind = diff.verdict.split()[0]
+    numbers = {"mean": f"{diff.mean:+.4f}", "interval": interval(diff), "p": p_value(diff)}
+    return {**numbers, "bar": bar, "kind": kind, "words": words(diff)}
 
 
 def curve(setting: Setting, x: Callable[[Point], float]) -> list[Place]:
-    """The validation loss during training, over a setting's seeds; without the first evaluation, before any step."""
+    """The validation loss of a setting during training; without the evaluation before the first step."""
     by_step: dict[int, list[Point]] = {}
     for result in setting.results:
         for point in result.curve():
             if point.step:
                 by_step.setdefault(point.step, []).append(point)
     every = -(-len(by_step) // CURVE_POINTS) or 1
-    steps = sorted(by_step)[::-every][::-1]  # the last one is always there
+    steps = sorted(by_step)[::-every][::-1]  # always with the last one
     return [
         Place(
             fmean(map(x, by_step[step])),
@@ -147,12 +143,12 @@ def curve(setting: Setting, x: Callable[[Point], float]) -> list[Place]:
 
 
 def drawing(x_label: str, curves: Sequence[Sequence[Place]]) -> dict[str, Any] | None:
-    """The scales and shapes of a chart; None without a curve."""
+    """The scales and shapes of a chart; None if there is no curve."""
     places = [place for curve in curves for place in curve]
     if not places:
         return None
     losses = [place.loss for place in places]
-    # The first evaluations are far above what is of interest: the axis ends where three quarters of the points lie.
+    # The first evaluations are far above the rest, so the axis covers the lower three quarters of the points.
     most = sorted(losses)[int(0.75 * (len(losses) - 1))]
     least = min(place.loss - place.spread for place in places)
     chart = Chart(x_label, max(place.x for place in places), least, max(most, least) + 0.15 * (most - least))

@@ -1,4 +1,4 @@
-"""Writes into dvc.yaml which files of code each stage depends on: those that its module imports."""
+"""Writes the code that each stage depends on into dvc.yaml, from its imports: `python -m tools deps`."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ PIPELINE = Path("dvc.yaml")
 def main() -> None:
     """Writes each stage's deps into dvc.yaml, from its imports.
 
-    Its data deps stay as they are; after them come all files of code that its module imports, directly or not.
+    Keeps the data deps, and lists after them all files of code that the module of the stage imports, also indirectly.
     """
     yaml = pipeline_yaml()
     pipeline = yaml.load(PIPELINE.read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def deps_of(root: Path, stage: str, present: list[str]) -> list[str]:
-    """The stage's data deps as they are, and after them all code that its module imports; paths relative to `root`."""
+    """The data deps of the stage, then all code that its module imports; paths relative to `root`."""
     data = [dep for dep in present if not dep.endswith(".py")]
     return data + import_closure(root, f"stages.{stage}")
 

@@ -1,4 +1,4 @@
-"""A trained model for other programs: `python -m tools export --format huggingface|nanogpt [--model DIR] OUT`."""
+"""Exports a trained model for other programs: `python -m tools export --format huggingface|nanogpt OUT`."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ UNKNOWN = "unknown"
 
 
 def export_huggingface(gpt: "PublishedModel", directory: Path) -> str:
-    """Writes what transformers loads; returns the lines of the model card that tell its use."""
+    """Writes the files that transformers loads; returns the section "Use" of the model card."""
     from safetensors.torch import save_file
 
     from nanogpt.huggingface import to_huggingface
@@ -33,10 +33,11 @@ def export_huggingface(gpt: "PublishedModel", directory: Path) -> str:
     end, block_size = gpt.tokenizer.end_of_text, gpt.model.config.block_size
     config, tensors = to_huggingface(gpt.model.config, gpt.model.state_dict(), end)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    _write_json(directory / "config.json", config)
-    # Without a maximum, transformers would go on beyond the last position, and fail there.
+    (directory / "config.json").write_text(_pretty(config), encoding="utf-8")
+    # Without a maximum, transformers generates past the last position and fails.
     limits = {"bos_token_id": end, "eos_token_id": end, "max_length": block_size, "pad_token_id": end}
-    _write_json(directory / "generation_config.json", {k: v for k, v in limits.items() if v is not None})
+    limits = {name: value for name, value in limits.items() if value is not None}
+    (directory / "generation_config.json").write_text(_pretty(limits), encoding="utf-8")
     for name, text in tokenizer_files(gpt.tokenizer, block_size).items():
         (directory / name).write_bytes(text.encode())
     return (
@@ -48,7 +49,7 @@ def export_huggingface(gpt: "PublishedModel", directory: Path) -> str:
 
 
 def export_nanogpt(gpt: "PublishedModel", directory: Path) -> str:
-    """Writes nanoGPT's ckpt.pt; returns the lines of the model card that tell its use."""
+    """Writes nanoGPT's ckpt.pt; returns the section "Use" of the model card."""
     from nanogpt.nanogpt_checkpoint import save_nanogpt, to_nanogpt
 
     checkpoint = to_nanogpt(gpt.model.config, gpt.model.state_dict())
@@ -57,7 +58,7 @@ def export_nanogpt(gpt: "PublishedModel", directory: Path) -> str:
     (directory / "tokenizer.json").write_bytes(gpt.tokenizer.to_json().encode())
     use = f"In nanoGPT's folder:\n\n```bash\n{sample}\n```"
     if isinstance(gpt.tokenizer, CharTokenizer):
-        # sample.py looks for a vocabulary of characters by the name of the data set.
+        # sample.py finds the vocabulary of characters by the name of the dataset.
         dataset = f"characters-{gpt.tokenizer.sha256[:8]}"
         checkpoint["config"] = {"dataset": dataset}
         ends = "" if gpt.tokenizer.end_of_text is None else f", '{END_OF_TEXT}'"
@@ -67,13 +68,13 @@ def export_nanogpt(gpt: "PublishedModel", directory: Path) -> str:
             "pickle.dump({'vocab_size': len(c), 'stoi': {s: i for i, s in enumerate(c)}, 'itos': dict(enumerate(c))}, "
             f"open('data/{dataset}/meta.pkl', 'wb'))"
         )
-        head = "In nanoGPT's folder; the first command, needed once, writes its characters:"
+        head = "In nanoGPT's folder; run the first command once, to write the vocabulary:"
         use = f'{head}\n\n```bash\npython -c "{script}"\n{sample}\n```'
     elif gpt.tokenizer.name == "bpe":
         use = (
-            "sample.py loads the weights, but knows GPT-2's tokens and characters alone: what it reads and writes with "
-            "them means nothing to this model, whose tokens are those of tokenizer.json. The export with "
-            "`--format huggingface` has its tokenizer."
+            "nanoGPT's sample.py loads the weights, but supports only GPT-2's tokens and characters, so it cannot "
+            "read or write the tokens of this model, which are those of tokenizer.json. Export with "
+            "`--format huggingface` to include the tokenizer."
         )
     save_nanogpt(checkpoint, directory / "ckpt.pt")
     return use
@@ -83,12 +84,8 @@ Writer = Callable[["PublishedModel", Path], str]
 FORMATS: dict[str, Writer] = {"huggingface": export_huggingface, "nanogpt": export_nanogpt}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _example(tokenizer: Tokenizer) -> str:
-    """A prompt that every tokenizer can read."""
+    """A prompt that the tokenizer can encode."""
     if not isinstance(tokenizer, CharTokenizer):
         return "Once upon a time"
     plain = [c for c in tokenizer.characters if c.isalnum()]
@@ -99,7 +96,7 @@ def _example(tokenizer: Tokenizer) -> str:
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
-    """Name and content of the files from which AutoTokenizer makes a tokenizer that gives the same ids."""
+    """The names and contents of files from which AutoTokenizer loads a tokenizer with the same ids."""
     settings: dict[str, Any] = {"clean_up_tokenization_spaces": False, "model_max_length": block_size}
     if tokenizer.end_of_text is not None:
         settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
@@ -114,7 +111,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     elif isinstance(tokenizer, CharTokenizer):
         content = _character_json(tokenizer)
     else:
-        raise ValueError(f"tokenizer {tokenizer.name} is not known to the export; char, bpe and gpt2 are")
+        raise ValueError(f"tokenizer {tokenizer.name} cannot be exported; char, bpe and gpt2 can")
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     return {"tokenizer.json": content + "\n", "tokenizer_config.json": _pretty(settings)}
 
@@ -124,10 +121,10 @@ def _pretty(content: dict[str, Any]) -> str:
 
 
 def byte_pairs(tokenizer: BytePairTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges as GPT-2's files spell them.
+    """The vocabulary and merges, spelled as in GPT-2's files.
 
-    Ours (tiktoken's) joins whichever neighbours make the earliest token. The merge that makes a token is therefore the
-    last one when its own bytes are encoded; a token of which more than two parts are left is never made.
+    tiktoken joins the neighbours that make the earliest token. The merge that makes a token is therefore the last one
+    when the bytes of the token are encoded; if more than two parts remain, no merge makes it.
     """
     spelling = byte_characters()
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size) if i != tokenizer.end_of_text]
@@ -148,7 +145,7 @@ def byte_pairs(tokenizer: BytePairTokenizer) -> tuple[dict[str, int], list[tuple
 
 
 def _last_parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The token's bytes, joined as tiktoken does (the earliest pair first) until two are left, or no pair."""
+    """The bytes of a token, joined as in tiktoken (the earliest pair first) until two parts or no pair remain."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
@@ -162,9 +159,9 @@ def _byte_pair_json(vocab: dict[str, int], merges: list[tuple[str, str]], end_of
     from tokenizers import Tokenizer as Exported
     from tokenizers import decoders, models, pre_tokenizers
 
-    # A word that is a token is that token, even if no merges lead to it: as in tiktoken.
+    # As in tiktoken, a word that is a token becomes that token even if no merges make it.
     exported = Exported(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    exported.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's pattern is in it
+    exported.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # contains GPT-2's pattern
     exported.decoder = decoders.ByteLevel()
     return _finished(exported, end_of_text)
 
@@ -176,7 +173,7 @@ def _character_json(tokenizer: CharTokenizer) -> str:
     vocab = {character: i for i, character in enumerate(tokenizer.characters)}
     if tokenizer.end_of_text is not None:
         vocab[END_OF_TEXT] = tokenizer.end_of_text
-    # An unknown token that is none of the vocabulary: as here, a character without an id is an error.
+    # The unknown token is not in the vocabulary, so an unknown character is an error, as in our tokenizer.
     exported = Exported(models.WordLevel(vocab=vocab, unk_token="<|unknown character|>"))
     exported.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     exported.decoder = decoders.Fuse()  # nothing between the characters
@@ -194,7 +191,7 @@ def _finished(exported: Any, end_of_text: int | None) -> str:
 
 
 def model_card(gpt: "PublishedModel", directory: Path, format_name: str, use: str) -> str:
-    """README.md: what the model is, how good, what it was made of, and how to make it again."""
+    """README.md: the model, its scores, its origin, and how to make it again."""
     root, sha256, md5 = repository(), sha256_tree(directory), directory_md5(directory)
     held = holders(root, md5)
     config = gpt.model.config
@@ -214,21 +211,21 @@ def model_card(gpt: "PublishedModel", directory: Path, format_name: str, use: st
         "model, md5 in dvc.lock": md5,
         "tokens, sha256": gpt.info.get("tokens_sha256", UNKNOWN),
         "tokenizer, sha256": gpt.tokenizer.sha256,
-        "commit": held[0].commit if held else f"{UNKNOWN}: no dvc.lock in git's history holds this model",
+        "commit": held[0].commit if held else f"{UNKNOWN}: no dvc.lock in git's history contains this model",
     }
     params = "\n".join(f"{name}: {json.dumps(value)}" for name, value in sorted(gpt.info.get("params", {}).items()))
     return (
         f"{head}# A GPT of {facts['parameters']} parameters\n\n{_table(facts)}\n\nLosses are in nats per token.\n\n"
         f"## Use\n\n{use}\n\n## Origin\n\n{_table(origin)}\n\n"
-        "In a clone of the repository that has this commit, the commands that make the same bits again are told by\n\n"
+        "In a clone of the repository that has this commit, these commands print how to make the same bits again:\n\n"
         f"```bash\npython -m tools lineage {sha256}\npython -m tools lineage {md5.removesuffix('.dir')}\n```\n\n"
-        "the first where its run is recorded, the second from git alone.\n\n"
+        "The first one needs the record of the run, the second one only git.\n\n"
         f"## Parameters of the training\n\n```yaml\n{params}\n```\n"
     )
 
 
 def metrics_of(root: Path, md5: str, directory: Path) -> dict[str, Any]:
-    """metrics/evaluate.json beside the model; nothing unless dvc.lock says that it is about this model."""
+    """metrics/evaluate.json beside the model; empty unless dvc.lock says that it belongs to this model."""
     path = directory.resolve().parent / "metrics/evaluate.json"
     evaluate = DvcLock.of_workspace(root).stages.get("evaluate")
     if not path.is_file() or evaluate is None or evaluate.deps.get("model") != md5:
@@ -248,7 +245,7 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
-    """Writes the directory whole or not at all; the same model gives the same bytes. Returns what was exported.
+    """Writes the directory `out` atomically; the same model gives the same bytes. Returns the model.
 
     Raises ValueError, OSError.
     """
@@ -256,7 +253,7 @@ def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
 
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory; remove it, or name another one")
+        raise ValueError(f"{out} exists and is not an empty directory; remove it, or choose another one")
     gpt = load_model(model)
     with replacing(out) as temporary:
         temporary.mkdir()
@@ -266,22 +263,22 @@ def export(model: Path, format_name: str, out: Path) -> "PublishedModel":
 
 
 @command()
-@click.option("--format", "format_name", type=click.Choice([*FORMATS]), required=True, help="Who is to load it.")
 @click.option(
-    "--model", type=click.Path(path_type=Path), default=Path("model"), show_default=True, help="What to export."
+    "--format", "format_name", type=click.Choice([*FORMATS]), required=True, help="The program that loads it."
 )
+@click.option("--model", type=click.Path(path_type=Path), default=Path("model"), help="The model to export.")
 @click.argument("out", type=click.Path(path_type=Path))
 def main(format_name: str, model: Path, out: Path) -> None:
     """Writes a trained model for transformers or nanoGPT.
 
-    The directory OUT gets the weights, the tokenizer and a model card.
+    Writes weights, tokenizer and a model card to the directory OUT.
 
-    huggingface: what AutoModelForCausalLM.from_pretrained and pipeline("text-generation") load. nanogpt: ckpt.pt, which
-    its sample.py loads.
+    huggingface: for AutoModelForCausalLM.from_pretrained and pipeline("text-generation"). nanogpt: ckpt.pt, for
+    nanoGPT's sample.py.
     """
     gpt = export(model, format_name, out)
     files = sorted(path.name for path in out.iterdir())
     click.echo(f"export: {model} -> {out}: {', '.join(files)}")
     if format_name == "nanogpt" and gpt.tokenizer.name == "bpe":
-        told = "nanoGPT's sample.py cannot read or write this model's tokens (bpe)"
-        warn("export", f"{told}; --format huggingface exports them too")
+        problem = "nanoGPT's sample.py cannot read or write this model's tokens (bpe)"
+        warn("export", f"{problem}; --format huggingface exports the tokenizer too")

@@ -1,4 +1,4 @@
-"""Frees what old runs and caches take, after showing it."""
+"""Frees the space of old runs and caches: `python -m tools gc`."""
 
 import shutil
 import signal
@@ -32,13 +32,13 @@ class Garbage:
 
 
 @command()
-@click.option("--days", default=14, show_default=True, help="Keep run directories that were written to since.")
-@click.option("--yes", is_flag=True, help="Free it without asking.")
+@click.option("--days", default=14, help="Keep run directories that are newer.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
 def main(days: int, yes: bool) -> None:
-    """Frees what old runs and caches take, after showing it.
+    """Frees the disk space of old runs and caches, after showing it.
 
-    Lists old run directories, deleted MLflow runs and unused DVC objects, and frees them if you agree. A run that
-    MLflow does not hold whole is kept, and so are all objects that any commit or experiment refers to.
+    Lists old run directories, deleted MLflow runs and unused DVC objects, and removes them if you agree. Keeps runs
+    that were not sent to MLflow completely, and all objects of any commit or experiment.
     """
     repository = Path.cwd()
     uri = resolve_uri(repository)
@@ -63,12 +63,12 @@ def main(days: int, yes: bool) -> None:
 
 
 def old_runs(repository: Path, uri: str, days: int) -> list[Garbage]:
-    """Run directories that nobody has written to for so long, whose attempts have all ended and reached MLflow."""
+    """Run directories older than that whose attempts have all ended and were sent to MLflow."""
     found = []
     for directory in sorted((repository / ".runs").glob("????????????????")):
         runs = attempts_of(directory)
         if directory.is_symlink():
-            click.echo(f"left alone: {directory.relative_to(repository)} is a link")
+            click.echo(f"skipped: {directory.relative_to(repository)} is a link")
             continue
         newest = max((run.journal.stat().st_mtime for run in runs if run.journal.exists()), default=0.0)
         lock = RunLock(directory)
@@ -85,42 +85,42 @@ DELETED = "deleted in MLflow"
 
 
 def deleted_runs(repository: Path, uri: str) -> list[Garbage]:
-    """Artifacts and models of runs that were deleted in MLflow's page; only where this repository holds them itself."""
+    """Artifacts and models, in this repository, of runs that were deleted in MLflow."""
     if not (repository / "mlflow.db").exists() or not uri.startswith("sqlite:"):
         return []
     client = connect(uri, repository)
     found = {location: inside(repository, location) for location in locations(client)}
     if elsewhere := [location for location, folder in found.items() if folder is None]:
         more = f" and {len(elsewhere) - 1} more" if len(elsewhere) > 1 else ""
-        click.echo(f"left alone: artifacts of deleted runs outside of the repository ({redact(elsewhere[0])}{more})")
+        click.echo(f"skipped: artifacts of deleted runs outside of the repository ({redact(elsewhere[0])}{more})")
     folders = [folder for folder in found.values() if folder]
     return [Garbage(folder, DELETED) for folder in folders if any(path.is_file() for path in folder.rglob("*"))]
 
 
 def locations(client: Any) -> list[str]:
-    """Where the artifacts of deleted runs and of their models lie."""
+    """The locations of the artifacts of deleted runs and of their models."""
     runs = deleted(client)
     found = [run.info.artifact_uri.removesuffix("/artifacts") for run in runs]
     return found + [model.artifact_location for model in models_of(client, runs)]
 
 
 def inside(repository: Path, location: str) -> Path | None:
-    """The folder that an artifact location names; None if it is not in the repository, by a link for example."""
+    """The folder of an artifact location; None if it is outside of the repository, for example because of a link."""
     folder = local_folder(location)
     held = folder and folder.resolve().is_relative_to(repository.resolve())
     return folder if held and folder and folder.is_relative_to(repository) else None
 
 
 def free_deleted_runs(repository: Path, uri: str, folders: list[Path]) -> None:
-    """Has MLflow itself remove them, which alone can take them out of its database.
+    """Removes deleted runs with `mlflow gc`, which also removes them from the database.
 
-    It would remove what lies elsewhere too; where there is such a thing, the folders alone are removed.
+    It would also remove artifacts outside of the repository; if there are any, removes only the folders.
     """
     from mlflow.entities import ViewType
 
     client = connect(uri, repository)
     experiments = client.search_experiments(view_type=ViewType.ALL)
-    places = [each.artifact_location for each in experiments if each.name != "Default"]  # which holds no run of ours
+    places = [each.artifact_location for each in experiments if each.name != "Default"]  # it has no run of the pipeline
     if not all(inside(repository, place) for place in [*places, *locations(client)]):
         for folder in folders:
             shutil.rmtree(folder)
@@ -148,7 +148,7 @@ def models_of(client: Any, runs: list[Any]) -> list[Any]:
 
 
 def unused_objects() -> list[Garbage]:
-    """Objects in DVC's cache that neither the workspace nor any commit or experiment uses."""
+    """Objects in DVC's cache that are used by neither the workspace nor any commit or experiment."""
     lines = dvc_gc("--dry").splitlines()
     paths = [Path(line.removeprefix("Removing ")) for line in lines if line.startswith("Removing ")]
     return [Garbage(path, "DVC object") for path in paths if path.exists()]

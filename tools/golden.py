@@ -13,8 +13,7 @@ from tracking.golden import write_golden
 def main() -> None:
     """Writes the golden file of this environment.
 
-    It holds the first steps, and the metrics that belong to dvc.lock. Run `dvc repro` first, and commit the file with
-    dvc.lock.
+    It contains the first steps, and the metrics of dvc.lock. Run `dvc repro` first, and commit the file with dvc.lock.
     """
     check_made(Path("dvc.lock"), Path("metrics/evaluate.json"))
     path, golden = write_golden()

@@ -1,8 +1,9 @@
-"""docs/reference.md: every parameter, command, metric and tag, as the code has them."""
+"""Writes docs/reference.md, with every parameter, command, metric and tag, from the code."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +14,7 @@ from tracking.mlflow_page import BEST, METRICS, REPORTED, TOKENS
 PAGE = Path("docs/reference.md")
 WIDTH = 100  # characters of a line of --help
 
-# What MLflow's names mean; a test compares them with what the code sends.
+# The meaning of MLflow's names; a test compares them with the names that the code sends.
 METRIC_NOTES = {
     "val_loss": "Loss of the finished model over the whole validation split, in nats per token: compare runs by it.",
     "bits_per_byte": "The same loss per byte of text, which is comparable between tokenizers.",
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """All of docs/reference.md."""
+    """The text of docs/reference.md."""
     parts = [
         "# Reference",
         "`python -m tools reference` writes this page from the code; a test compares it.",
@@ -80,7 +81,7 @@ def page() -> str:
 
 
 def metrics() -> list[str]:
-    """MLflow's names of all metrics that a run sends, those of the finished model first."""
+    """The names of all metrics in MLflow, those of the finished model first."""
     curves = [name for names in METRICS.values() for name in names.values()]
     return [*REPORTED.values(), *curves, BEST, TOKENS]
 
@@ -115,7 +116,8 @@ def _commands() -> list[str]:
 
 
 def _help(name: str, described: click.Command) -> list[str]:
-    context = click.Context(described, info_name=f"python -m {name}", terminal_width=WIDTH, max_content_width=WIDTH)
+    settings: dict[str, Any] = {"terminal_width": WIDTH, "max_content_width": WIDTH, **described.context_settings}
+    context = click.Context(described, info_name=f"python -m {name}", **settings)
     return [f"### {name}", f"```text\n{described.get_help(context)}\n```"]
 
 
@@ -125,7 +127,7 @@ def _table(heads: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that a Markdown table shows as it is."""
+    """Escapes a text for a Markdown table."""
     return re.sub(r"([|*])", r"\\\1", text).replace("<", "&lt;")
 
 

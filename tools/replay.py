@@ -1,4 +1,4 @@
-"""One training step again, alone: `python -m tools replay --step 350`. For whoever wonders at a spike of the loss."""
+"""Recomputes one training step, for example at a spike of the loss: `python -m tools replay --step 350`."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import click
 
 from tools.command import command
 from tracking.console import repository
+from tracking.errors import warn
 from tracking.journal import Record
 from tracking.run import Run, runs_in
 
@@ -20,28 +21,28 @@ ATTEMPT = click.Path(exists=True, file_okay=False, resolve_path=True, path_type=
 
 
 @command()
-@click.option("--step", type=click.IntRange(1), required=True, help="The step, as the journal and MLflow number it.")
+@click.option("--step", type=click.IntRange(1), required=True, help="The step, numbered as in the journal and MLflow.")
 @click.option("--attempt", type=ATTEMPT, help="[default: the newest]")
-@click.option("--text/--no-text", default=True, show_default=True, help="Show the batch's text.")
+@click.option("--text/--no-text", default=True, help="Show the text of the batch.")
 def main(step: int, attempt: Path | None, text: bool) -> None:
     """Recomputes one training step and compares it with the journal.
 
-    Begins at the nearest checkpoint and compares bit for bit. Shows loss, gradient norm and the batch's samples, each
-    with its loss before the step. Exit code 1 if it differs.
+    Starts from the nearest checkpoint and compares bit for bit. Shows loss, gradient norm and the samples of the batch,
+    each with its loss before the step. Exit code 1 if it differs.
     """
     sys.exit(0 if replay(step, Run(attempt) if attempt else newest_run(), text) else 1)
 
 
 def replay(step: int, run: Run, text: bool) -> bool:
-    """Whether the recomputed steps are those of the journal."""
+    """Whether the recomputed steps equal those in the journal."""
     from nanogpt import determinism
     from nanogpt.params import load_params
 
     params = load_params(run.artifacts / "params.yaml")
-    known = list(run.records("step"))
-    if not any(record["step"] == step for record in known):
-        last = known[-1]["step"] if known else 0
-        raise ValueError(f"--step {step} is not in {run.journal}, which has 1 to {last}; choose one")
+    recorded = list(run.records("step"))
+    if not any(record["step"] == step for record in recorded):
+        last = recorded[-1]["step"] if recorded else 0
+        raise ValueError(f"--step {step} is not in {run.journal}, which has steps 1 to {last}; choose one of them")
     numerics = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt.recipe import load_recipe
     from tracking.fingerprint import identify
@@ -51,11 +52,11 @@ def replay(step: int, run: Run, text: bool) -> bool:
     hashes = identify(recipe)
     if hashes["tokens.sha256"] != tags["tokens.sha256"]:
         raise ValueError(
-            f"{TOKENS} is not what this run was trained on; `git checkout` its commit or experiment and then "
-            "`dvc checkout`, or choose another run by --attempt"
+            f"{TOKENS} does not have the tokens of this run; run `git checkout` of its commit or experiment and "
+            "`dvc checkout`, or choose another run with --attempt"
         )
     if hashes["code.sha256"] != tags["code.sha256"]:
-        click.secho("warning: the code of train is not what it was in this run", fg="yellow", err=True)
+        warn("replay", "the code of the train stage has changed since this run")
     checkpoint = nearest_checkpoint(run, tags["fingerprint"], step - 1)
     retrace = Retrace(recipe, checkpoint)
     retrace.to(step - 1)
@@ -63,12 +64,12 @@ def replay(step: int, run: Run, text: bool) -> bool:
     found = retrace.to(step)
     where = f"checkpoint {checkpoint.directory.name}" if checkpoint else "the initial weights"
     click.echo(f"step {step:,} of {params.train.last_step:,}, recomputed from {where} ({len(found)} steps)")
-    difference = first_difference(known, found)
-    show_values(found[-1], next(record for record in known if record["step"] == step))
+    difference = first_difference(recorded, found)
+    show_values(found[-1], next(record for record in recorded if record["step"] == step))
     if difference:
-        click.echo(f"NOT as in the journal: {difference[1]} of step {difference[0]:,} is the first that differs")
+        click.echo(f"DIFFERS from the journal, first in {difference[1]} of step {difference[0]:,}")
     else:
-        click.echo(f"as in {run.journal}, bit for bit")
+        click.echo(f"equals {run.journal}, bit for bit")
     for sample in samples:
         click.echo(sample)
     return difference is None
@@ -77,12 +78,14 @@ def replay(step: int, run: Run, text: bool) -> bool:
 def newest_run() -> Run:
     found = runs_in(repository())
     if not found:
-        raise ValueError(f"{repository() / '.runs'} holds no run; `dvc repro` makes one, or name one by --attempt")
+        raise ValueError(
+            f"{repository() / '.runs'} contains no run; `dvc repro` makes one, or choose one with --attempt"
+        )
     return found[-1]
 
 
 def nearest_checkpoint(run: Run, fingerprint: str, step: int) -> "Checkpoint | None":
-    """The newest whole checkpoint of at most so many steps."""
+    """The newest valid checkpoint of at most that step; None if there is none."""
     from nanogpt.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(run.checkpoints, fingerprint)
@@ -90,25 +93,25 @@ def nearest_checkpoint(run: Run, fingerprint: str, step: int) -> "Checkpoint | N
         try:
             return checkpoints.read(candidate)
         except ValueError as error:
-            click.secho(f"warning: {error}", fg="yellow", err=True)
+            warn("replay", str(error))
     return None
 
 
-def show_values(found: Record, known: Record) -> None:
+def show_values(found: Record, recorded: Record) -> None:
     click.echo(f"{'':10} {'recomputed':24} journal")
     for name in ("loss", "grad_norm", "lr"):
-        click.echo(f"{name:10} {found[name]!r:24} {known[name]!r}")
+        click.echo(f"{name:10} {found[name]!r:24} {recorded[name]!r}")
 
 
 def samples_of(retrace: "Retrace", step: int) -> list[str]:
-    """The text of each sample of a step, headed by its mean loss before the step (nats per token, without dropout)."""
+    """The text of each sample of a step, with its mean loss before the step in nats per token, without dropout."""
     import torch
 
     from nanogpt.batches import batch
 
     train, data, state = retrace.recipe.params.train, retrace.recipe.data, retrace.state
     samples = range(train.batch_size * train.gradient_accumulation_steps)
-    # The loop counts from 0 what the journal counts from 1.
+    # The loop counts steps from 0, the journal from 1.
     x, y = batch(data.train.tokens, train, step - 1, samples, state.model.config.block_size)
     state.model.eval()
     texts = []

@@ -1,4 +1,4 @@
-"""The champion as a web service, by MLflow's own server: `python -m tools serve`."""
+"""Serves the champion with MLflow's server: `python -m tools serve`."""
 
 import os
 import sys
@@ -12,19 +12,19 @@ from tracking.mlflow_server import connect, explained, resolve_uri
 
 
 @command()
-@click.option("--model", default=f"models:/{NAME}@{ALIAS}", show_default=True, help="Another model of MLflow.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 answers other machines.")
-@click.option("--port", type=click.IntRange(1, 65_535), default=5001, show_default=True)
+@click.option("--model", default=f"models:/{NAME}@{ALIAS}", help="The model to serve, in MLflow's notation.")
+@click.option("--host", default="127.0.0.1", help="0.0.0.0 answers other machines.")
+@click.option("--port", type=click.IntRange(1, 65_535), default=5001)
 def main(model: str, host: str, port: int) -> None:
     """Serves the champion until Ctrl-C.
 
-    Answers a POST of prompts to /invocations with texts, and prints a curl command that sends one.
+    Answers POST requests with prompts to /invocations, and prints a curl command that sends one.
     """
     root = repository()
     uri = resolve_uri(root)
     with explained(uri):
-        known = model != f"models:/{NAME}@{ALIAS}" or champion(connect(uri, root)) is not None
-    if not known:
+        exists = model != f"models:/{NAME}@{ALIAS}" or champion(connect(uri, root)) is not None
+    if not exists:
         raise ValueError("there is no champion yet; `python -m tools champion EXPERIMENT` makes one")
     body = '{"inputs": ["One sunny morning"], "params": {"max_new_tokens": 100}}'
     click.echo(f"curl http://{host}:{port}/invocations -H 'Content-Type: application/json' -d '{body}'")

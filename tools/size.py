@@ -1,4 +1,4 @@
-"""What the training of params.yaml will cost: `python -m tools size`. For whoever is about to start a long one."""
+"""Shows what the training of params.yaml will cost: `python -m tools size`."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tools.command import command
+from tools.command import command, duration
 
 if TYPE_CHECKING:
     from nanogpt.corpus.token_files import Meta
@@ -21,20 +21,18 @@ GPT2_VOCABULARY = 50_257
 
 
 @command()
-@click.option("--vocab-size", type=click.IntRange(1, 2**21), help="[default: of data/tokens, else of tokenize.*]")
-@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak to expect, such as 0.3.")
-@click.option(
-    "--peak", type=click.FloatRange(0, min_open=True), help="10^12 FLOP/s. [default: of this device, if known]"
-)
-@click.option("--measure", "measuring", is_flag=True, help="Take some steps of this very model here, on random tokens.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@click.option("--vocab-size", type=click.IntRange(1, 2**21), help="[default: that of data/tokens or tokenize.*]")
+@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Expected share of the peak, such as 0.3.")
+@click.option("--peak", type=click.FloatRange(0, min_open=True), help="10^12 FLOP/s.  [default: that of this device]")
+@click.option("--measure", "measuring", is_flag=True, help="Time some steps of this model here, on random tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(vocab_size: int | None, mfu: float | None, peak: float | None, measuring: bool, as_json: bool) -> None:
     """Shows what the training that params.yaml describes will cost.
 
-    Its parameters, FLOPs, memory, tokens and time.
+    Prints the model's parameters and the training's FLOPs, memory, tokens and time.
     """
     if measuring and mfu is not None:
-        raise click.UsageError("--measure finds out what --mfu would tell: give one of them")
+        raise click.UsageError("--measure and --mfu exclude each other, because --measure finds the MFU")
     from nanogpt.params import load_params
 
     params = load_params()
@@ -44,7 +42,7 @@ def main(vocab_size: int | None, mfu: float | None, peak: float | None, measurin
 
 
 def known_meta(params: "TokenizeParams") -> "Meta | None":
-    """What data/tokens says of itself, if it is there and of the tokenizer that params.yaml asks for."""
+    """meta.json of data/tokens; None if it does not exist or has another tokenizer than params.yaml."""
     if not (TOKENS / "meta.json").exists():
         return None
     from nanogpt.corpus.token_files import load_meta
@@ -58,8 +56,8 @@ def vocabulary(params: "TokenizeParams", meta: "Meta | None") -> int:
         return meta.vocab_size
     if params.tokenizer == "char":
         raise ValueError(
-            "tokenize.tokenizer = char has the corpus's characters, not counted yet: give --vocab-size, or run "
-            "`dvc repro tokenize` first"
+            "tokenize.tokenizer = char takes its vocabulary from the corpus: run `dvc repro tokenize` first, or give "
+            "--vocab-size"
         )
     if params.tokenizer.startswith("file:"):
         from nanogpt.corpus.tokenizer import load_tokenizer
@@ -71,7 +69,7 @@ def vocabulary(params: "TokenizeParams", meta: "Meta | None") -> int:
 def size(
     params: "Params", vocab_size: int, meta: "Meta | None", share: float | None, peak: float | None, measuring: bool
 ) -> dict[str, Any]:
-    """All figures, as --json prints them; None is what is not known."""
+    """All figures, as --json prints them; unknown ones are None."""
     seconds = None
     if measuring:
         from nanogpt import determinism
@@ -84,20 +82,20 @@ def size(
     config = planned_config(params.train.init_from, params.model, vocab_size)
     train, steps = params.train, params.train.last_step
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
-    micro_steps = train.gradient_accumulation_steps // train.processes  # of each process, as its time and memory are
-    own_tokens = tokens // train.processes
+    micro_steps = train.gradient_accumulation_steps // train.processes  # per process, like time and memory
+    process_tokens = tokens // train.processes
     if measuring:
         from nanogpt.timing import median_seconds
 
-        own = train.model_copy(update={"gradient_accumulation_steps": micro_steps, "processes": 1})
-        seconds = median_seconds(config, params.model_copy(update={"train": own}), resolved)
+        of_process = train.model_copy(update={"gradient_accumulation_steps": micro_steps, "processes": 1})
+        seconds = median_seconds(config, params.model_copy(update={"train": of_process}), resolved)
         device, peak = resolved.device, peak * 1e12 if peak else device_peak(resolved)
-        share = sizing.share_of_peak(config, own_tokens, seconds, peak)
+        share = sizing.share_of_peak(config, process_tokens, seconds, peak)
     else:
-        device, known = planned_device(params)
-        peak = peak * 1e12 if peak else known
+        device, planned_peak = planned_device(params)
+        peak = peak * 1e12 if peak else planned_peak
         if share is not None and peak is not None:
-            seconds = sizing.step_seconds(config, own_tokens, share, peak)
+            seconds = sizing.step_seconds(config, process_tokens, share, peak)
     chinchilla, numerics_params = sizing.chinchilla_tokens(config), params.numerics
     setup = sizing.Setup(
         train.batch_size,
@@ -130,7 +128,7 @@ def size(
 
 
 def model_figures(config: "GPTConfig", setup: "Setup") -> dict[str, Any]:
-    """What model and micro-batch alone tell."""
+    """The figures that depend only on the model and the micro-batch."""
     from nanogpt import sizing
 
     forward = sizing.forward_flops(config)
@@ -154,7 +152,7 @@ def model_figures(config: "GPTConfig", setup: "Setup") -> dict[str, Any]:
 
 
 def planned_device(params: "Params") -> tuple[str, float | None]:
-    """The kind of device that runtime.device means, which need not be in this machine; its peak, if that is known."""
+    """The kind of device of runtime.device, which may be absent here; and its peak, None if it is unknown."""
     import torch
 
     from nanogpt.flops import peak_flops
@@ -171,7 +169,7 @@ def planned_device(params: "Params") -> tuple[str, float | None]:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """All figures but the model's own knobs, as lines."""
+    """All figures except the config of the model, as text."""
     return "\n".join([*parameter_lines(figures), *flop_lines(figures), *memory_lines(figures), *token_lines(figures)])
 
 
@@ -191,20 +189,20 @@ def flop_lines(figures: Mapping[str, Any]) -> list[str]:
         line("FLOPs per token", "forward", "backward"),
         *(line(name, number, backward[name]) for name, number in forward.items()),
         line("all", sum(forward.values()), sum(backward.values())),
-        f"both {both:,}; by 6N + 12LHQT, of which MFU is told, {palm:,}",
+        f"both {both:,}; by 6N + 12LHQT, the basis of MFU, {palm:,}",
     ]
 
 
 def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     amount, setup = figures["bytes"], figures["setup"]
     names = ["weights", "gradients", "moments", "autocast", "buckets", "activations", "backward"]
-    said = {
-        "moments": "AdamW's two",
+    notes = {
+        "moments": "the two of AdamW",
         "autocast": "the matrices in half precision",
-        "buckets": "in which the processes sum gradients",
+        "buckets": "for the sum of the processes' gradients",
         "backward": "gradients of the logits, or of a block",
     }
-    rows = [line(name, megabytes(amount[name])) + (f"   {said[name]}" if name in said else "") for name in names]
+    rows = [line(name, megabytes(amount[name])) + (f"   {notes[name]}" if name in notes else "") for name in names]
     parts = [line(f"  {name}", megabytes(number)) for name, number in amount["activations_by_part"].items()]
     where = f"{setup['batch_size']} sequences at a time, {setup['dtype']} on {setup['device']}"
     return [
@@ -213,8 +211,8 @@ def memory_lines(figures: Mapping[str, Any]) -> list[str]:
         *rows[:6],
         *parts,
         rows[6],
-        line("peak", megabytes(amount["peak"])) + "   not all is there at once; the process itself comes on top",
-        line("checkpoint", megabytes(amount["checkpoint"])) + "   on disk; the two newest and the best are kept",
+        line("peak", megabytes(amount["peak"])) + "   not all exist at the same time; the process itself needs more",
+        line("checkpoint", megabytes(amount["checkpoint"])) + "   on disk; training keeps the two newest and the best",
     ]
 
 
@@ -224,8 +222,8 @@ def token_lines(figures: Mapping[str, Any]) -> list[str]:
     return [
         "",
         f"tokens      {tokens['per_step']:,} a step x {tokens['steps']:,} steps = {tokens['total']:,}{epochs}",
-        f"Chinchilla  {tokens['chinchilla']:,} tokens, {tokens['chinchilla_steps']:,} steps: some 20 per parameter are "
-        "best for a given compute, a rule of thumb (Hoffmann et al. 2022)",
+        f"Chinchilla  {tokens['chinchilla']:,} tokens, {tokens['chinchilla_steps']:,} steps: 20 per parameter, the "
+        "rule of thumb for the best use of compute (Hoffmann et al. 2022)",
         f"time        {time_line(speed)}",
     ]
 
@@ -233,10 +231,10 @@ def token_lines(figures: Mapping[str, Any]) -> list[str]:
 def time_line(speed: Mapping[str, Any]) -> str:
     if speed["seconds"] is None:
         if speed["mfu"] is not None:
-            return "not known: --mfu is a share of a peak, and this device's is not known; add --peak, or use --measure"
-        return "not known: --measure takes some steps here; or tell --mfu, and --peak if it is not this device's"
+            return "unknown: --mfu needs the peak of the device, which is unknown here; add --peak, or use --measure"
+        return "unknown: --measure times some steps here; or give --mfu, and --peak for another device"
     share = "" if speed["mfu"] is None else f", MFU {speed['mfu']:.3f} of {speed['peak_flops'] / 1e12:,.3g} TFLOP/s"
-    how = "measured here" if speed["measured"] else "as told"
+    how = "measured here" if speed["measured"] else "from --mfu"
     return (
         f"{duration(speed['seconds'])} for all steps, without evaluations and checkpoints: "
         f"{1e3 * speed['seconds_per_step']:,.4g} ms a step ({how}){share}"
@@ -250,10 +248,3 @@ def line(name: str, *cells: int | str | None) -> str:
 
 def megabytes(number: int) -> str:
     return f"{number / 1e6:,.1f}"
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.1f} seconds"

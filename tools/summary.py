@@ -1,4 +1,4 @@
-"""The end of `make repro`: the result, where to look, and whether dvc.lock is still the committed one."""
+"""The end of `make repro`: shows the result, where to look, and whether dvc.lock is the committed one."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ TRAIN, EVALUATE, LOCK = Path("metrics/train.json"), Path("metrics/evaluate.json"
 
 @command()
 def main() -> None:
-    """Sums up the newest result and compares dvc.lock with HEAD's."""
+    """Summarises the newest result and compares dvc.lock with HEAD's."""
     check_made(TRAIN, EVALUATE, LOCK)
     click.echo("\n".join([*result(), *places(), lock_state()]))
 
@@ -48,7 +48,7 @@ def places() -> list[str]:
 
 
 def lock_state() -> str:
-    """git's view of dvc.lock: DVC rewrites it without a word when an artifact has other bits than before."""
+    """Compares dvc.lock with git, since DVC silently rewrites it when an artifact has other bits."""
     committed = git_or_none(Path.cwd(), "show", "HEAD:./dvc.lock")
     if committed is None or not git(Path.cwd(), "ls-files", str(LOCK)):
         return "dvc.lock is not committed yet: `git add dvc.lock params.yaml && git commit` keeps this result"
@@ -58,8 +58,8 @@ def lock_state() -> str:
     if untracked := untracked_deps():
         names = ", ".join(untracked[:3]) + ("" if len(untracked) <= 3 else f" and {len(untracked) - 3} more")
         return (
-            f"dvc.lock counts {names}, which git does not track and a clone would lack: commit it too, or move it away "
-            "and `dvc repro`"
+            f"dvc.lock depends on {names}, which git does not track, so a clone lacks it: commit it too, or move it "
+            "away and run `dvc repro`"
         )
     if DvcLock.parse(committed).outs() == DvcLock.parse(LOCK.read_text()).outs():
         return "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: commit it"
@@ -72,9 +72,9 @@ def lock_state() -> str:
 
 
 def untracked_deps() -> list[str]:
-    """Files in what the stages depend on, their own outs apart, that git neither tracks nor ignores."""
+    """Files among the deps of the stages, without their outs, that git neither tracks nor ignores."""
     stages = DvcLock.of_workspace(Path()).stages.values()
     deps = {dep for stage in stages for dep in stage.deps} - {out for stage in stages for out in stage.outs}
-    inside = sorted(dep for dep in deps if not Path(dep).is_absolute())  # what lies elsewhere is no business of git's
+    inside = sorted(dep for dep in deps if not Path(dep).is_absolute())  # other files are not in the repository
     found = git(Path.cwd(), "ls-files", "-z", "--others", "--exclude-standard", "--", *inside) if inside else ""
     return [name for name in found.split("\0") if name]

@@ -1,4 +1,4 @@
-"""Sends to MLflow what has not reached it: `python -m tools sync`. Everything lies in the runs' journals."""
+"""Sends to MLflow what it lacks, from the journals of the runs: `python -m tools sync`."""
 
 import os
 import sys
@@ -15,16 +15,16 @@ from tracking.run import Run
 @command()
 @click.argument("attempts", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--follow", type=int, metavar="PID", help="Send one attempt while process PID trains it.")
-@click.option("--wait-seconds", type=float, default=60.0, help="With --follow: try so long after the end.")
-@click.option("--again", is_flag=True, help="Ask the server also for what it has confirmed; it may have lost it.")
+@click.option("--wait-seconds", type=float, default=60.0, help="With --follow: how long to try after the end.")
+@click.option("--again", is_flag=True, help="Check also what the server has confirmed, in case it lost data.")
 def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, again: bool) -> None:
-    """Sends to MLflow what has not reached it.
+    """Sends recorded runs to MLflow if it lacks them.
 
-    Sends the journals of ATTEMPTS (default: all of this repository) and the reports. What is there already stays as it
-    is. Exit code 1 if something could not be sent.
+    Sends the journals of ATTEMPTS (default: all in this repository) and the reports. Does not change what MLflow has
+    already. Exit code 1 if something could not be sent.
     """
     root = repository()
-    # Before MLflow is imported; and the workspace of an experiment may be deleted while its training is still sent.
+    # Absolute, because the workspace of an experiment may be deleted while its training is being sent.
     runs = [Run(path.absolute()) for path in attempts]
     from tracking import mlflow_server, mlflow_sync
 
@@ -33,7 +33,7 @@ def main(attempts: tuple[Path, ...], follow: int | None, wait_seconds: float, ag
         if len(runs) != 1:
             raise click.UsageError("--follow needs exactly one attempt directory")
         os.chdir(root)
-        os.nice(5)  # the trainer needs the processor more
+        os.nice(5)  # training has priority
         sent = mlflow_sync.follow(runs[0], uri, follow, wait_seconds, _log)
     else:
         sent = mlflow_sync.sync(root, runs, uri, again, click.echo)

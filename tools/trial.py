@@ -1,4 +1,4 @@
-"""Whether an idea is a gain: `python -m tools trial` trains seeds of it and of a baseline until that is decided."""
+"""Decides whether an idea lowers the loss by training seeds of it and of a baseline: `python -m tools trial`."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ import click
 
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten, load_params, parse_assignments, parse_params, with_values
-from tools.command import command
+from tools.command import command, commit_of, markdown_row
 from tracking.comparison import TEXT, Result, journal_results, scoring_method, select
 from tracking.console import repository
 from tracking.errors import explain
@@ -24,7 +24,7 @@ from tracking.run import as_text
 from tracking.run_name import SEED
 from tracking.significance import Evidence, evidence
 
-WITH_OVERRIDES = Path("params.yaml with -S")  # the name of that in errors
+WITH_OVERRIDES = Path("params.yaml with -S")  # in error messages
 LEDGER = Path("experiments/ledger.md")
 HEAD = """# Ledger of trials
 
@@ -39,31 +39,31 @@ DECISIONS = {
     "the same": ("discard", 1),
     "cannot tell": ("undecided", 3),
 }
-SECTIONS = ("download", "tokenize", "model", "train", "numerics")  # what defines a training
+SECTIONS = ("download", "tokenize", "model", "train", "numerics")  # of the parameters that define a training
 
 
 class Failure(click.ClickException):
-    """An error. 1, click's exit code for it, means "discard" here."""
+    """An error; click's exit code for errors, 1, means "discard" here."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Side:
-    """The idea or the baseline: the parameters of its runs and the code that they must have."""
+    """The idea or the baseline: the parameters and the code of its runs."""
 
     name: str
     params: Params
-    code: str  # hash of the train stage's code
-    overrides: dict[str, Any]  # by which its params differ from params.yaml
+    code: str  # hash of the code of the train stage
+    overrides: dict[str, Any]  # what differs from params.yaml
 
     @property
     def evaluated(self) -> str:
-        """How its models are scored."""
+        """How its models are evaluated."""
         return scoring_method(as_text(self.params.evaluate.stride))
 
     def find(self, root: Path, seed: int) -> Result | None:
-        """Its finished, evaluated run with a seed, the newest one, if there is any."""
+        """Its newest finished and evaluated run with a seed; None if there is none."""
         sections = ((name, getattr(self.params, name)) for name in SECTIONS)
         wanted = {k: as_text(v) for name, section in sections for k, v in flatten(section, f"{name}.").items()}
         wanted[SEED] = str(seed)
@@ -79,7 +79,7 @@ class Side:
 
 @dataclass
 class Trial:
-    """An idea, its baseline, and the pairs of runs so far: one of each with the same seed."""
+    """An idea, its baseline, and the pairs of their runs with the same seed so far."""
 
     idea: Side
     baseline: Side
@@ -87,7 +87,7 @@ class Trial:
 
     @property
     def score(self) -> str:
-        """Losses per token can be compared only where the tokens are the same."""
+        """The score to compare: losses per token are comparable only for the same tokens."""
         return "val_loss" if all(a.tokens == b.tokens for a, b in self.pairs) else "bits_per_byte"
 
     @property
@@ -116,16 +116,12 @@ class Trial:
     metavar="KEY=VALUE",
     help="Set a parameter of the idea; repeatable.",
 )
-@click.option("--baseline", metavar="EXPERIMENT", help="An experiment or a commit. [default: params.yaml as it is]")
+@click.option("--baseline", metavar="EXPERIMENT", help="An experiment or a commit.  [default: the current params.yaml]")
 @click.option(
-    "--budget",
-    type=click.Choice(["steps", "flops"]),
-    default="steps",
-    show_default=True,
-    help="What both sides get equally.",
+    "--budget", type=click.Choice(["steps", "flops"]), default="steps", help="What must be equal for both sides."
 )
 @click.option(
-    "--max-seeds", type=click.IntRange(2, 1000), default=20, show_default=True, help="Stop undecided after so many."
+    "--max-seeds", type=click.IntRange(2, 1000), default=20, help="Stop after this many seeds, even if undecided."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def main(
@@ -149,16 +145,16 @@ def main(
     sys.exit(DECISIONS[trial.verdict][1])
 
 
-# --- what is compared
+# --- the two sides
 
 
 def plan(root: Path, name: str, assignments: Sequence[str], baseline: str | None, budget: str) -> Trial:
     """The two sides of a trial, checked. Raises ValueError for wrong parameters and unequal budgets."""
     if not assignments and baseline is None:
-        raise ValueError("there is nothing to try: give -S KEY=VALUE, or --baseline for the code and params.yaml here")
+        raise ValueError("nothing to try: give -S KEY=VALUE, or --baseline to try the code and params.yaml here")
     here, overrides = load_params(root / "params.yaml"), parse_assignments(assignments)
     if SEED in overrides:
-        raise ValueError(f"-S {SEED} is refused: a trial sets the seeds itself")
+        raise ValueError(f"-S {SEED} is invalid: a trial sets the seeds itself")
     code = code_hash(root, "stages.train")
     idea = Side(name, with_values(here, overrides, WITH_OVERRIDES), code, overrides)
     other = Side("params.yaml", here, code, {}) if baseline is None else committed(root, here, baseline, code)
@@ -167,46 +163,43 @@ def plan(root: Path, name: str, assignments: Sequence[str], baseline: str | None
         raise ValueError(f"{name} and {other.name} differ in {texts[0]}: losses on different text cannot be compared")
     if idea.evaluated != other.evaluated:
         raise ValueError(
-            f"{name} is scored with {idea.evaluated} and {other.name} with {other.evaluated}, which cannot be "
-            "compared: set evaluate.stride so that both are the same"
+            f"{name} is evaluated with {idea.evaluated} and {other.name} with {other.evaluated}, which cannot be "
+            "compared: set evaluate.stride to the same value"
         )
     if budget == "flops":
         idea = with_equal_flops(idea, other)
     elif (mine := tokens_of(idea.params)) != (theirs := tokens_of(other.params)):
         raise ValueError(
-            f"{name} trains on {mine:,} tokens and {other.name} on {theirs:,}: set train.max_iters so that both are "
-            "the same, or give --budget flops"
+            f"{name} trains on {mine:,} tokens and {other.name} on {theirs:,}: set train.max_iters so that they are "
+            "equal, or give --budget flops"
         )
     return Trial(idea, other)
 
 
 def committed(root: Path, here: Params, revision: str, code: str) -> Side:
     """An experiment or a commit as a baseline: its params.yaml, and the code of its runs. Raises ValueError."""
-    references = experiment_refs(root, revision) or [revision]
-    if len(references) > 1:
-        raise ValueError(f"{len(references)} experiments are named {revision!r}: give the hash of one (`dvc exp show`)")
-    theirs = git_or_none(root, "show", f"{references[0]}:./params.yaml")
+    theirs = git_or_none(root, "show", f"{commit_of(root, revision)}:./params.yaml")
     if theirs is None:
         raise ValueError(
-            f"--baseline {revision!r} is no experiment and no commit with a params.yaml; see `dvc exp show`"
+            f"--baseline {revision!r} is not an experiment or commit with a params.yaml; see `dvc exp show`"
         )
     params = parse_params(theirs, Path(f"params.yaml of {revision}"))
     tracked, flat = tuple(f"{name}." for name in (*SECTIONS, "evaluate")), flatten(here)
     differing = {k: v for k, v in flatten(params).items() if k.startswith(tracked) and flat[k] != v and k != SEED}
     results, _ = journal_results(root)
-    with suppress(ValueError):  # no run of it is here: its seeds are trained with the code that is
+    with suppress(ValueError):  # without a run of it here, its seeds are trained with the current code
         code = select(results, revision, root)[0].tags.get("code.sha256", code)
     return Side(revision, params, code, differing)
 
 
 def tokens_of(params: Params) -> int:
-    """Tokens that a training takes, or sequences if the context is that of an initial model."""
+    """Tokens of a training, or its sequences if block_size is that of an initial model."""
     train = params.train
     return train.last_step * train.batch_size * train.gradient_accumulation_steps * (params.model.block_size or 1)
 
 
 def with_equal_flops(idea: Side, baseline: Side) -> Side:
-    """The idea with as many steps as the baseline's FLOPs pay for, rounded. Raises ValueError if the idea sets them."""
+    """The idea with the number of steps that takes the FLOPs of the baseline. Raises ValueError if the idea sets it."""
     if "train.max_iters" in idea.overrides:
         raise ValueError("--budget flops sets train.max_iters itself: leave out -S train.max_iters")
     steps = max(1, round(baseline.params.train.last_step * flops_per_step(baseline) / flops_per_step(idea)))
@@ -224,11 +217,11 @@ def flops_per_step(side: Side) -> int:
     return int(forward_and_backward * figures["tokens"]["per_step"])
 
 
-# --- running it
+# --- runs
 
 
 def run(trial: Trial, max_seeds: int) -> Iterator[str]:
-    """Adds pairs of runs until the verdict is there; yields a line for each. Raises ValueError if a run fails."""
+    """Adds pairs of runs until there is a verdict; yields a line for each. Raises ValueError if a run fails."""
     yield f"{trial.idea.name} ({what(trial.idea)}) against {trial.baseline.name}, up to {max_seeds} seeds"
     first = trial.baseline.params.train.seed
     for seed in range(first, first + max_seeds):
@@ -244,48 +237,44 @@ def run(trial: Trial, max_seeds: int) -> Iterator[str]:
 
 
 def obtain(side: Side, idea: str, seed: int) -> Result:
-    """The run of a side with a seed: one that exists, or else a new DVC experiment. Raises ValueError."""
+    """The run of a side with a seed, made by a new DVC experiment if there is none. Raises ValueError."""
     root = repository()
     found = side.find(root, seed)
     if found is not None:
         return found
     if side.code != code_hash(root, "stages.train"):
         raise ValueError(
-            f"{side.name} has no run with seed {seed}, and its code is not the one here; check its commit out and run "
-            f"`dvc exp run --temp -S {SEED}={seed}`, then come back and repeat this"
+            f"{side.name} has no run with seed {seed}, and its code is not the code here; check out its commit, run "
+            f"`dvc exp run --temp -S {SEED}={seed}`, then return here and repeat the command"
         )
     name = f"{idea}-{seed}" if side.name == idea else f"{idea}-baseline-{seed}"
     log = root / ".runs" / "logs" / name / "dvc.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    if experiment_refs(root, name):  # of a trial with other parameters, or one whose journal is gone
+    if experiment_refs(root, name):  # from a trial with other parameters, or one whose journal was deleted
         dvc(root, log, "exp", "remove", name)
     settings = [f"--set-param={key}={as_text(value)}" for key, value in {**side.overrides, SEED: seed}.items()]
     code = dvc(root, log, "exp", "run", "--temp", "--name", name, *settings)
     found = side.find(root, seed)
     if code or found is None:
         lines = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line or "failed" in line]
-        raise ValueError(
-            f"experiment {name} failed: {lines[0] if lines else f'exit code {code}'} (all of it is in {log})"
-        )
+        raise ValueError(f"experiment {name} failed: {lines[0] if lines else f'exit code {code}'} (see {log})")
     return found
 
 
 def dvc(root: Path, log: Path, *arguments: str) -> int:
-    """Runs DVC in the repository; its output goes to a log. Returns the exit code."""
+    """Runs DVC in the repository with its output in a log; returns the exit code."""
     with log.open("wb") as output:
         command = [sys.executable, "-m", "dvc", *arguments]
         return subprocess.run(command, cwd=root, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
 
 
-# --- what came of it
+# --- the outcome
 
 
 def what(side: Side) -> str:
-    """The parameters that make the idea: "muon_learning_rate=0.04"."""
-    return (
-        " ".join(f"{key.partition('.')[2]}={as_text(value)}" for key, value in side.overrides.items())
-        or "the code here"
-    )
+    """The parameters of the idea, such as "muon_learning_rate=0.04"."""
+    settings = (f"{key.partition('.')[2]}={as_text(value)}" for key, value in side.overrides.items())
+    return " ".join(settings) or "the code here"
 
 
 def conclusion(trial: Trial) -> str:
@@ -301,7 +290,7 @@ def conclusion(trial: Trial) -> str:
 
 
 def outcome(trial: Trial) -> dict[str, Any]:
-    """All of it for programs."""
+    """The outcome as JSON."""
     seen = trial.evidence
     return {
         "decision": DECISIONS[trial.verdict][0],
@@ -321,19 +310,19 @@ def outcome(trial: Trial) -> dict[str, Any]:
 
 
 def p_value(seen: Evidence) -> float:
-    """A p value that holds whenever one looks: one over the odds."""
+    """A p value that is valid at any time: one over the odds."""
     return min(1.0, 1 / seen.odds)
 
 
 def record(path: Path, trial: Trial) -> bool:
-    """Appends the outcome to the ledger, unless that line is there; whether it was added. Raises OSError."""
+    """Appends the outcome to the ledger unless it has that line; returns whether it was added. Raises OSError."""
     seen = trial.evidence
     interval = f"[{seen.low:+.4f}, {seen.high:+.4f}]" if seen.high < float("inf") else ""
     idea, baseline = trial.pairs[0]
     hashes = f"{idea.code} {idea.model[:8]} / {baseline.code} {baseline.model[:8]}"
     values = [trial.idea.name, what(trial.idea), trial.baseline.name, str(seen.pairs), f"{seen.mean:+.4f}", interval]
     values += [f"{p_value(seen):.4f}", DECISIONS[trial.verdict][0], hashes]
-    line = f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+    line = markdown_row(values)
     text = path.read_text(encoding="utf-8") if path.exists() else HEAD
     if line in text.splitlines():
         return False

@@ -1,4 +1,4 @@
-"""MLflow's page on this machine, or the address of the server that has one: `python -m tools ui`."""
+"""Shows MLflow's page, or the address of its server: `python -m tools ui`."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ from tracking.mlflow_view import address, save_of
 from tracking.redaction import redact
 from tracking.run import runs_in
 
-# Opens a page in the desktop's browser once something listens at its port.
+# Opens a page in the browser when a server listens at its port.
 _OPEN = """
 import socket, sys, time, webbrowser
 for _ in range(300):
@@ -32,19 +32,18 @@ for _ in range(300):
 
 
 @command()
-@click.option("--port", type=click.IntRange(1, 65_535), default=5000, show_default=True, help="Where it listens.")
+@click.option("--port", type=click.IntRange(1, 65_535), default=5000, help="The port of the page.")
 def main(port: int) -> None:
-    """Shows MLflow's page, or says where its server has one.
+    """Opens MLflow's page, or prints the address of its server.
 
-    Prints the address of the newest run's experiment, in a view with the columns to compare, and opens it in a desktop
-    session. Listens on 127.0.0.1 alone, until Ctrl-C. If MLFLOW_TRACKING_URI names a server, prints its address and
-    ends.
+    Prints the address of the newest run's experiment, in a view with the columns to compare, and opens it in a browser
+    on a desktop. Serves on 127.0.0.1 until Ctrl-C. If MLFLOW_TRACKING_URI names a server, only prints its address.
     """
     uri = resolve_uri(repository())
     if is_server(uri):
         page = redact(uri)
         if uri.startswith("http"):
-            with suppress(TrackingError):  # it need not answer here
+            with suppress(TrackingError):  # it may not be reachable from here
                 page = address(page, saved_view(uri))
         click.echo(f"MLflow's page is that of its server: {page}")
         return
@@ -53,7 +52,7 @@ def main(port: int) -> None:
     page = address(f"http://127.0.0.1:{port}", saved_view(uri))
     click.echo(f"MLflow's page, in a few seconds: {page}")
     if is_desktop():
-        # By a shell, so that what waits for the page is no child of MLflow's server.
+        # Through a shell, so that the process that waits is not a child of MLflow's server.
         subprocess.run(["sh", "-c", '"$0" -c "$1" "$2" "$3" &', sys.executable, _OPEN, page, str(port)], check=False)
     os.environ |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     server = shlex.split(f"mlflow ui --host 127.0.0.1 --port {port} --workers 1")
@@ -61,18 +60,18 @@ def main(port: int) -> None:
 
 
 def saved_view(uri: str) -> str | None:
-    """Saves the view of the newest run's experiment; its id, None if there is no run yet. Raises TrackingError."""
+    """Saves a view of the newest run's experiment; returns its id, None without a run. Raises TrackingError."""
     root = repository()
     name = newest_experiment(root)
     if name is None and not (root / "mlflow.db").exists():
         return None
     with explained(uri):
-        client = connect(uri, root)  # which finds out whether the repository was moved
+        client = connect(uri, root)  # adapts the database if the repository was moved
         return save_of(client, name) if name else None
 
 
 def newest_experiment(root: Path) -> str | None:
-    """The name of the newest run's experiment, as the run directories tell it."""
+    """The experiment of the newest run in the run directories; None without a run."""
     for run in reversed(runs_in(root)):
         with suppress(OSError, ValueError, KeyError, TypeError):
             return str(run.info["experiment"])
@@ -80,7 +79,7 @@ def newest_experiment(root: Path) -> str | None:
 
 
 def is_desktop() -> bool:
-    """Whether a browser can be opened for the user."""
+    """Whether the user has a desktop, where a browser can be opened."""
     remote = os.environ.get("SSH_CONNECTION")
     shown = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
     return shown or (sys.platform == "darwin" and not remote)

@@ -14,7 +14,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from tracking.dvc_files import DvcLock
-from tracking.git import git_or_none
+from tracking.git import resolve_commit
 from tracking.history import experiment_models
 from tracking.run import DAMAGE, Run, read_object, runs_in
 from tracking.run_name import SEED
@@ -171,7 +171,7 @@ def journal_results(root: Path, evaluated: str | None = None) -> tuple[list[Resu
                 found.append(_result(run, place, reports.get(run.result["model_sha256"])))
             else:
                 why = {"open": "has not finished, or was killed", "failed": "failed", "killed": "was stopped"}
-                left_out.append(f"{printable(run.info['name'])} ({place}) {why.get(run.status, 'has not begun')}")
+                left_out.append(f"{printable(run.info['name'])} ({place}) {why.get(run.status, 'has not started')}")
         except DAMAGE as error:
             left_out.append(f"{place} is damaged ({type(error).__name__}: {error})")
     return found, left_out
@@ -334,7 +334,7 @@ def select(results: Sequence[Result], argument: str, root: Path) -> list[Result]
         models = experiment_models(root, argument) | {DvcLock.of_commit(root, argument).model_md5}
         found = [result for result in results if result.tags.get("model.md5", "") in models]
     if not found and not is_pattern:
-        commit = git_or_none(root, "rev-parse", "--verify", "--quiet", f"{argument}^{{commit}}")
+        commit = resolve_commit(root, argument)
         found = [result for result in results if commit and result.tags.get("git.commit") == commit]
     if not found:
         names = {name for result in results for name in (result.name, result.tags.get("dvc.experiment", "none"))}

@@ -106,20 +106,13 @@ def counting(items: Iterable[Item], update: Update) -> Iterator[Item]:
 def _bar(what: str, total: int | None) -> "Progress":
     """A progress bar of one line: the bar takes the width that the text leaves."""
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     text = TextColumn("{task.fields[text]}")
-    columns = (
-        (
-            TextColumn(what),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:,}/{task.total:,}"),
-            text,
-            TimeRemainingColumn(),
-        )
-        if total
-        else (SpinnerColumn("line"), TextColumn(what + " {task.completed:,}"), text)
-    )
+    columns: list[ProgressColumn] = [SpinnerColumn("line"), TextColumn(what + " {task.completed:,}"), text]
+    if total:
+        count = TextColumn("{task.completed:,}/{task.total:,}")
+        columns = [TextColumn(what), BarColumn(bar_width=None), count, text, TimeRemainingColumn()]
     terminal = RichConsole(stderr=True)
     return Progress(*columns, console=terminal, transient=True, expand=bool(total), redirect_stdout=False)
 

@@ -24,6 +24,11 @@ def git_or_none(root: Path, *arguments: str) -> str | None:
         return None
 
 
+def resolve_commit(root: Path, revision: str) -> str | None:
+    """The full hash of a commit; None if the repository does not have it."""
+    return git_or_none(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+
+
 def git_bytes(root: Path, *arguments: str) -> bytes:
     """`git`, with the output as bytes. Raises GitError."""
     command = ["git", "-C", str(root), *arguments]

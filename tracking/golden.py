@@ -16,12 +16,14 @@ Golden = dict[str, Any]
 def first_steps() -> dict[str, Any]:
     """Trains the first steps of data/tokens and params.yaml, and leaves nothing behind.
 
-    Returns {"environment": ..., "made_of": hashes of params, tokens and code, "steps": records, exact to the bit}.
+    Returns {"environment": ..., "made_of": hashes of params, tokens and code, "kernels": known answers by kernel,
+    "steps": records, exact to the bit}.
     """
     params = load_params()
     from nanogpt import determinism
 
     numerics = determinism.pin(params.numerics, params.runtime.device)
+    from nanogpt import known_answers
     from nanogpt.recipe import load_recipe
     from tracking.fingerprint import environment, identify
     from tracking.retrace import VALUES, Retrace
@@ -38,6 +40,7 @@ def first_steps() -> dict[str, Any]:
     return {
         "environment": bits_environment(environment(), numerics.as_dict()),
         "made_of": made_of,
+        "kernels": known_answers.answers() if numerics.is_portable else {},
         "steps": steps,
     }
 
@@ -61,7 +64,7 @@ def write_golden() -> tuple[Path, Golden]:
     """
     model = DvcLock.parse(Path("dvc.lock").read_text()).model_md5
     if model is None:
-        raise ValueError("dvc.lock has no model; `dvc repro` comes first")
+        raise ValueError("dvc.lock has no model; run `dvc repro` first")
     golden = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
     path = FOLDER / file_name(golden["environment"])
     write_json(path, golden)
@@ -84,7 +87,7 @@ def load_goldens(folder: Path) -> list[Golden]:
         try:
             golden = json.loads(path.read_bytes())
             if file_name(golden["environment"]) != path.name:
-                raise ValueError("its name is not that of its environment")
+                raise ValueError("its name does not match its environment")
             if not (golden["steps"] and golden["metrics"]):
                 raise ValueError("it has no steps or no metrics")
         except (ValueError, KeyError, TypeError, AttributeError) as error:

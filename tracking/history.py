@@ -62,17 +62,17 @@ class Holder:
 
     @cached_property
     def differs(self) -> list[str]:
-        """The deps and params of the commit that differ from its dvc.lock; without any, it makes the same model."""
+        """The deps and params of the commit that differ from its dvc.lock; without any, `dvc repro` makes the model."""
         return _differences(self.root, self.commit, self.lock)
 
 
 def holders(root: Path, md5: str) -> list[Holder]:
     """All commits that brought a model whose hash begins with `md5` into dvc.lock, the best one to check out first.
 
-    Preferred are commits that make the model again to those whose code or params differ from dvc.lock, commits of a
-    branch to experiments, and older to newer ones.
+    Commits that make the model again come before those whose code or params differ from dvc.lock, commits of a branch
+    before experiments, and older commits before newer ones.
     """
-    # -m: a merge that resolved dvc.lock by hand may be the first to hold it.
+    # -m, since a merge that resolved dvc.lock by hand may be the first to have it.
     search = ["log", "--all", "-m", "--full-history", "--topo-order", "--reverse", "--no-show-signature"]
     commits = git_or_none(root, *search, "--format=%H", f"-S{md5}", "--", "dvc.lock") or ""
     found = []
@@ -96,10 +96,6 @@ def experiment_refs(root: Path, name: str) -> list[str]:
     """The refs of the DVC experiments of that name; empty outside of a repository."""
     refs = (git_or_none(root, "for-each-ref", "--format=%(refname)", "refs/exps") or "").splitlines()
     return [ref for ref in refs if (match := _EXPERIMENT.fullmatch(ref)) and match["name"] == name]
-
-
-def has_commit(root: Path, commit: str) -> bool:
-    return git_or_none(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is not None
 
 
 def fetch_command(root: Path, commit: str) -> str | None:

@@ -185,7 +185,7 @@ def read_records(path: Path, start: Position = START) -> Iterator[tuple[Record, 
         if start["bytes"]:
             file.seek(max(0, start["bytes"] - _SUFFIX - 1))
             if file.read(_SUFFIX + 1) != _suffix(start["crc"]) + b"\n":
-                raise JournalDamaged(path, f"the records up to byte {start['bytes']} are not those read before")
+                raise JournalDamaged(path, f"the records up to byte {start['bytes']} have changed since they were read")
         end = start
         while (line := file.readline()).endswith(b"\n"):
             number += 1

@@ -6,7 +6,7 @@ MLflow creates a new model on each attempt to log one, so this looks first which
 import json
 import tempfile
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,10 @@ def log_models(client: Any, run_id: str, experiment: str, page: Page, run: Run) 
 
 def _models(page: Page, run: Run) -> dict[str, Record]:
     """The checkpoints that should be logged: name -> record."""
-    best, last = page.best_checkpoint, page.last.get("checkpoint")
-    found = {}
-    if best and (run.models / "best").is_dir():
-        found["best"] = best
-    if last and (run.models / "last").is_dir() and not (found and best and best["step"] == last["step"]):
-        found["last"] = last
-    return found
+    found = {"best": page.best_checkpoint, "last": page.last.get("checkpoint")}
+    if found["last"] == found["best"]:
+        del found["last"]
+    return {name: record for name, record in found.items() if record and (run.models / name).is_dir()}
 
 
 def _log_model(client: Any, run_id: str, experiment: str, name: str, record: Record, folder: Path) -> str:
@@ -95,13 +92,7 @@ def save_pyfunc(model: Path, target: Path, run_id: str | None = None, model_id: 
             python_model=str(here / "mlflow_model.py"),
             artifacts={"model": str(model.absolute())},
             code_paths=[str(here.parent / "nanogpt")],
-            pip_requirements=[_requirement(name) for name in REQUIREMENTS],
+            # Without torch's +cpu, which no package index has.
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
             signature=ModelSignature(text, text, ParamSchema(options)),
         )
-
-
-def _requirement(name: str) -> str:
-    try:
-        return f"{name}=={version(name).partition('+')[0]}"  # no package index has torch's +cpu
-    except PackageNotFoundError:
-        return name

@@ -74,14 +74,9 @@ def _result(client: Any, run: Any, experiment: str) -> Result:
 
 def _profile(run: Any) -> dict[str, Any]:
     """meta.json of the run's tokens, from MLflow's dataset; empty if it is not there."""
-    for each in run.inputs.dataset_inputs if run.inputs else []:
-        try:
-            profile = json.loads(each.dataset.profile)
-        except (TypeError, ValueError):
-            continue
-        if isinstance(profile, dict):
-            return profile
-    return {}
+    datasets = run.inputs.dataset_inputs if run.inputs else []
+    profile: dict[str, Any] = json.loads(datasets[0].dataset.profile) if datasets else {}
+    return profile
 
 
 def _curve(client: Any, run_id: str, started: int) -> list[Point]:

@@ -23,7 +23,6 @@ from tracking.run import Run, read_object, runs_in
 
 SAMPLES, CHECKPOINTS = "samples.json", "checkpoints.json"  # shown as tables
 NOTE = "mlflow.note.content"  # MLflow's page shows this tag as the run's description
-_WAITING = 980  # points collected before they are sent; MLflow takes 1,000 at once
 
 
 class Replica:
@@ -43,7 +42,6 @@ class Replica:
         self._client: Any = None
         self._experiment = ""
         self._read: Position = START  # how far the journal has been read; _state records how far it was sent
-        self._waiting: list[Point] = []
         self._state: dict[str, Any] = {}
 
     def push(self) -> None:
@@ -99,7 +97,7 @@ class Replica:
         """Finds or creates the run, the first time and after each failure."""
         if self.run_id:
             return
-        self.page, self._read, self._waiting = Page(self.info["max_iters"]), START, []
+        self.page, self._read = Page(self.info["max_iters"]), START
         client = self._client = self._client or connect(self.uri, self.repository)
         self._experiment = experiment_id(client, self.uri, self.repository, self.info["experiment"])
         run = find_run(client, self._experiment, f"tags.run_key = '{self.info['run_key']}'")
@@ -140,25 +138,19 @@ class Replica:
         fd = os.open(self.run.journal, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
-        sent = self._state.get("journal", START)
+        sent, new = self._state.get("journal", START), []
         for record, end in read_records(self.run.journal, self._read):
             points = self.page.feed(record)
             self._read = end
             if end["bytes"] > sent["bytes"]:
-                self._waiting += points
-            if len(self._waiting) >= _WAITING:
-                self._send_points()
-        self._send_points()
+                new += points
+        self._client.log_points(self.run_id, new)
         if self._read != sent:
             self._save(journal=self._read)
         finished = self._state.get("finished")
         if finished and not self.page.end and len(self.page.starts) > finished[2]:
             self._client.update_run(self.run_id, status="RUNNING")  # it was killed, and has been resumed
             self._save(finished=None)
-
-    def _send_points(self) -> None:
-        self._client.log_points(self.run_id, self._waiting)
-        self._waiting = []
 
     def _send_system(self) -> None:
         path, position = self.run.system, self._state.get("system", START)
@@ -245,24 +237,18 @@ def deliver_report(path: Path, uri: str, repository: Path, again: bool = False) 
         if run is None and deleted:
             return None
         run = run or _run_without_training(client, uri, repository, report)
-        delivery = {**_delivery(report, uri, repository), "run_id": run.info.run_id}
-        if again or read_object(path.with_suffix(".delivered")) != delivery:
+        run_id = str(run.info.run_id)
+        # The report cannot have changed since it was delivered: its name contains a hash of its content.
+        if again or delivered_to(path, uri, repository) != run_id:
             _add_report(client, run, report)
-            write_json(path.with_suffix(".delivered"), delivery)
-        return str(run.info.run_id)
+            write_json(path.with_suffix(".delivered"), {"uri": store_name(uri, repository), "run_id": run_id})
+        return run_id
 
 
 def delivered_to(path: Path, uri: str, repository: Path) -> str | None:
     """The id of the run to which this report was added on this server; does not ask the server."""
     delivery = read_object(path.with_suffix(".delivered"))
-    expected = _delivery(json.loads(path.read_bytes()), uri, repository)
-    return delivery["run_id"] if expected.items() <= delivery.items() else None
-
-
-def _delivery(report: dict[str, Any], uri: str, repository: Path) -> dict[str, str]:
-    """Identifies a report and a server. The time does not count: a stage that is repeated writes the same report."""
-    content = json.dumps({**report, "t": None}, sort_keys=True)
-    return {"uri": store_name(uri, repository), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    return delivery["run_id"] if delivery.get("uri") == store_name(uri, repository) else None
 
 
 def _send_training(client: Any, model: str, uri: str, repository: Path) -> bool:

@@ -65,13 +65,13 @@ class TrackingError(ValueError):
 
 
 def prepare_environment() -> None:
-    """Sets limits of MLflow's waiting, unless the user has; must run before mlflow is imported."""
+    """Limits how long MLflow waits, unless the user has set it; must run before mlflow is imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def resolve_uri(repository: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a database in the original repository, which relative paths start from."""
+    """MLFLOW_TRACKING_URI, by default a database in the original repository; relative paths start there."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     # A relative path would land in the temporary workspace of `dvc exp run --temp`, which is deleted.
     if (database := _SQLITE.match(uri)) and database[2]:
@@ -248,7 +248,7 @@ def _check_location(uri: str, repository: Path, location: str) -> None:
     if found and was and not is_server(uri) and not was.exists():
         raise TrackingError(
             f"MLflow at {redact(uri)} keeps artifacts in {location}, and {was} is gone; if this repository was moved "
-            f"from there, `{shlex.join(['ln', '-s', str(repository), str(was)])}` leads to it"
+            f"from there, `{shlex.join(['ln', '-s', str(repository), str(was)])}` makes the old path work"
         )
 
 

@@ -153,7 +153,7 @@ def send(replica: Replica) -> str:
     replica.finish(killed=True)
     if replica.deleted:
         return f"run {name} was deleted in MLflow: left alone"
-    how = "is complete in MLflow" if run.end else "was killed, and is marked so in MLflow"
+    how = "is complete in MLflow" if run.end else "was killed, and is marked as killed in MLflow"
     return f"run {name} {how} ({replica.run_id})"
 
 

@@ -66,7 +66,7 @@ def recording(
         if status != "FINISHED":
             record.wait()
         if status == "KILLED":
-            console.say(f"stopped at step {progress.step} ({message}), all is saved; `dvc repro` goes on from there")
+            console.say(f"stopped at step {progress.step} ({message}), everything is saved; `dvc repro` resumes it")
 
 
 def dataset(recipe: Recipe, sha256: str) -> dict[str, Any]:

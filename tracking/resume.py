@@ -38,14 +38,14 @@ def choose(console: Console, directory: Path, fingerprint: str) -> Run:
         check_journal(newest, journal, fingerprint)
     if "diverged" in newest.result:
         raise ValueError(
-            f"this very training diverged at step {newest.result['diverged']} before ({newest.directory}); change "
+            f"this training has diverged before, at step {newest.result['diverged']} ({newest.directory}); change "
             "train.learning_rate, train.warmup_iters or train.grad_clip, "
-            f"or remove {directory} to see it again"
+            f"or remove {directory} to repeat it"
         )
     if newest.status != "finished" or not is_in_dvc(newest.result):
         return newest
     if changed := changed_deps("train"):
-        console.say(f"changed, but not in what they compute: {', '.join(changed)}")
+        console.say(f"changed without effect on the result: {', '.join(changed)}")
         return newest
     console.say("dvc.lock has this model already: training it afresh")
     return Run(directory / f"attempt-{newest.number + 1}")

@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,9 @@ from tracking.verdict import (
 # times the standard deviation of three seeds of the default experiment, in nats per token and bits per byte.
 METRIC_LIMIT = 0.02
 STEP_LIMIT = 1e-3  # nats; in the first 20 steps, in which rounding errors have not grown yet
+EMULATOR = "qemu-x86_64"
+CPUS = ("Haswell", "Skylake-Client", "EPYC", "EPYC-Rome")  # Intel's and AMD's, without AVX-512, which qemu lacks
+UNABLE_CPUS = ("SandyBridge", "Haswell,-fma")
 TEXT_STAGES = ("download", "tokenize")  # integers and text, which no environment may change
 
 Say = Callable[[str], None]
@@ -53,7 +59,7 @@ def check_lock(root: Path) -> Report:
         verdict = IDENTICAL if not stale else MISSING
         report.findings.append(Finding(stage, "dvc.lock", "up to date", ", ".join(stale) or "up to date", verdict))
     if report.exit_code:
-        report.notes.append("`dvc repro` and commit dvc.lock with the change")
+        report.notes.append("run `dvc repro`, and commit dvc.lock with the change")
     report.findings.append(_remote(root))
     return report
 
@@ -144,6 +150,17 @@ def check_steps(root: Path, say: Say) -> Report:
             report.notes.append(f"{since}; if that is intended: `make golden`")
             verdict = TOLERATED if _is_off(report) and _are_close(expected, steps, report) else DIVERGED
     report.findings.append(Finding("train", "first steps", f"{len(expected)} steps", shown, verdict))
+    if kernels := golden.get("kernels"):
+        different = [name for name, answer in kernels.items() if found["kernels"].get(name) != answer]
+        report.findings.append(
+            Finding(
+                "kernels",
+                "known answers",
+                f"{len(kernels)} kernels",
+                ", ".join(different) or f"{len(kernels)} kernels",
+                DIVERGED if different else IDENTICAL,
+            )
+        )
     return report
 
 
@@ -186,16 +203,51 @@ def check_base(root: Path, base: str, say: Say) -> Report:
         else:
             verdict = DIVERGED
             report.notes.append(
-                "results change and dvc.lock does not: `dvc repro`, and commit dvc.lock with the reason"
+                "results change and dvc.lock does not: run `dvc repro`, and commit dvc.lock with the reason"
             )
     report.findings.append(Finding("train", "first steps", f"{len(expected)} steps", f"{len(steps)} steps", verdict))
+    return report
+
+
+def check_cpus(root: Path, say: Say) -> Report:
+    """Compares the first training steps here with those under emulated CPUs, and checks that others are refused."""
+    if shutil.which(EMULATOR) is None:
+        raise CouldNotRun(f"{EMULATOR} is not installed; on Debian and Ubuntu: apt-get install qemu-user")
+    report = Report("cpus", git(root, "rev-parse", "HEAD"))
+    with clean_clone(root, report.commit) as clone:
+        here = _first_steps(clone, say)
+        report.environment = here["environment"]
+        if report.environment["numerics.determinism"] != "portable":
+            raise CouldNotRun("only numerics.determinism = portable gives the same bits on other CPUs")
+        for cpu in CPUS:
+            begin = time.monotonic()
+            found = _train_first_steps(clone, EMULATOR, "-cpu", cpu, sys.executable)
+            same = found["steps"] == here["steps"] and found["kernels"] == here["kernels"]
+            if not same:
+                report.notes.append(f"{cpu}: {divergence.first_step(here['steps'], found['steps'])}")
+            expected, shown = (f"{len(each['steps'])} steps, {len(each['kernels'])} kernels" for each in (here, found))
+            report.findings.append(Finding(cpu, "first steps", expected, shown, IDENTICAL if same else DIVERGED))
+            say(f"{cpu}: {time.monotonic() - begin:.0f} s")
+        for cpu in UNABLE_CPUS:
+            shown = "trained"
+            try:
+                _train_first_steps(clone, EMULATOR, "-cpu", cpu, sys.executable)
+            except CouldNotRun as error:
+                shown = "refused" if "needs a CPU with AVX2 and FMA" in str(error) else "crashed"
+            report.findings.append(
+                Finding(cpu, "refusal", "refused", shown, IDENTICAL if shown == "refused" else DIVERGED)
+            )
     return report
 
 
 def _first_steps(clone: CleanClone, say: Say) -> dict[str, Any]:
     for stage in TEXT_STAGES:
         say(f"{stage}: {clone.repro(stage):.0f} s")
-    clone.run("python", "-m", "tools", "first-steps", "--out", "first-steps.json")
+    return _train_first_steps(clone, "python")
+
+
+def _train_first_steps(clone: CleanClone, *python: str) -> dict[str, Any]:
+    clone.run(*python, "-m", "tools", "first-steps", "--out", "first-steps.json")
     found: dict[str, Any] = json.loads((clone.path / "first-steps.json").read_bytes())
     return found
 

@@ -1,7 +1,7 @@
-"""Training of a byte-level byte-pair encoding on a corpus, by Hugging Face's tokenizers, in linear time.
+"""Trains byte-level byte-pair encoding on a corpus with Hugging Face's tokenizers library, in linear time.
 
-The library takes time in the square of a word's length, and memory for every distinct word. So a word of more than
-LONGEST_WORD characters is counted in pieces of that length, and beyond a million characters such words do not count.
+The library takes quadratic time in the length of a word, and memory for each distinct word. Words of more than
+LONGEST_WORD characters are therefore cut into pieces of that length, and only a million characters of them are used.
 """
 
 import json
@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterable, Iterator
 from nanogpt.corpus.tokenizer import TrainedTokenizer, merges_of
 
 LONGEST_WORD = 1024  # characters
-_LONG_WORDS = 2**20  # characters of longer words that are counted, which are tens of bytes of memory each
-# What GPT-2's pattern takes for words, or nearly so.
+_LONG_WORDS = 2**20  # characters of longer words that are used; each takes tens of bytes of memory
+# Nearly the words of GPT-2's pattern.
 _WORD = re.compile(r"[^\W\d_]++|\d++|\s++|(?:[^\w\s]|_)++")
 
 
 def train_bpe(
     texts: Iterable[str], vocab_size: int, end_of_text: bool, warn: Callable[[str], None] = lambda line: None
 ) -> TrainedTokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens (a small corpus may have fewer), end of text included.
+    """Byte-level BPE of at most `vocab_size` tokens including end of text; a small corpus yields fewer.
 
-    The same texts give the same tokenizer, whatever the number of threads. Memory grows with the number of distinct
-    words, not with the texts. Raises ValueError if all tokens together are too long.
+    The result does not depend on the number of threads. Memory grows with the number of distinct words. Raises
+    ValueError if all tokens together are too long.
     """
     from tokenizers import Tokenizer as Trainable
     from tokenizers import models, pre_tokenizers, trainers
@@ -40,7 +40,7 @@ def train_bpe(
 
 
 def _bounded(texts: Iterable[str], warn: Callable[[str], None]) -> Iterator[str]:
-    """The texts, but long words in pieces, and not all of them; a warning says so at the end."""
+    """The texts with long words cut into pieces or left out; a warning at the end says how many."""
     long = left_out = 0  # characters of long words
     for text in texts:
         start = 0
@@ -60,5 +60,5 @@ def _bounded(texts: Iterable[str], warn: Callable[[str], None]) -> Iterator[str]
 
 def _long_words(text: str) -> list[tuple[int, int]]:
     if max(map(len, text.split()), default=0) <= LONGEST_WORD and not re.search(rf"\s{{{LONGEST_WORD + 1}}}", text):
-        return []  # the usual case takes little of the training's time
+        return []  # this check is fast, and the usual case
     return [match.span() for match in _WORD.finditer(text) if match.end() - match.start() > LONGEST_WORD]

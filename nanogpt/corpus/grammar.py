@@ -1,13 +1,13 @@
 """The built-in corpus: short children's stories from a probabilistic grammar, so the best possible loss is known.
 
 A story is a Python generator. It yields the options that may come next, each a (weight, text, value), and is sent the
-index of the one taken, which has probability weight / total. The same generator writes documents (`document`) and reads
-them (`log_probability`), so the two cannot disagree. At no choice does one option's text begin another's. Hence a text
-has one derivation, found from left to right, and no document begins another: a token that marks its end costs 0 nats.
+index of the chosen one, whose probability is weight / total. The same generator writes documents (`document`) and
+scores them (`log_probability`), so the two always agree. No option of a choice is a prefix of another, so a text has
+one derivation, found from left to right, and no document is a prefix of another: a token at its end costs 0 nats.
 
-What a story has told (who is where, has what, saw what) decides much of what follows. Such text has probability 1, and
-costs a model something until it keeps track as well. The mean of -log_probability per character is the loss that no
-model can beat; the distance from it shows how much of the structure a model has yet to learn.
+The state of a story (who is where, has what, saw what) determines much of the text that follows. Such text has
+probability 1, but a model must keep track of the state to predict it. The mean of -log_probability per character is the
+loss that no model can beat; the distance from it shows how much of the structure a model has not learned.
 """
 
 import bisect
@@ -24,7 +24,7 @@ from nanogpt import seeds
 T = TypeVar("T")
 Option = tuple[int, str, T]  # weight, text, value
 Options = Sequence[Option[object]]
-Telling = Generator[Options, int, T]  # yields options, is sent the index of one, returns what the caller must know
+Scene = Generator[Options, int, T]  # yields options, is sent the index of one, returns what the caller needs
 
 # --- words ---
 Words = tuple[str, ...]
@@ -37,14 +37,15 @@ def _words(text: str) -> Words:
 class Lexicon(NamedTuple):
     """The words of the language, each list from frequent to rare, and the limits of a story.
 
-    No name or noun begins another of its list; foods take a plain s; words that begin with a vowel letter take "an".
+    No name or noun is a prefix of another in its list; foods form the plural with s; words that begin with a vowel
+    letter take "an".
     """
 
     girls: Words = _words("Ann Mia Sue Eva Zoe Lily Rose Ida Nora Ruby Cora Hana Kate Jane Vera Olga Dina Faye")
     boys: Words = _words("Ben Tom Max Sam Leo Jack Finn Omar Hugo Paul Ivan Karl Noah Dan Ravi Axel Emil Gus")
-    sisters: Words = _words("sister aunt niece")  # what a girl can be to the hero
-    brothers: Words = _words("brother uncle nephew")  # what a boy can be
-    friends: Words = _words("friend cousin neighbor teacher")  # what either can be
+    sisters: Words = _words("sister aunt niece")  # relations of a girl to the hero
+    brothers: Words = _words("brother uncle nephew")  # of a boy
+    friends: Words = _words("friend cousin neighbor teacher")  # of either
     traits: Words = _words("""kind brave shy clever merry quiet tall proud gentle wise lazy polite honest bold calm
         eager funny silly loud busy neat fussy tidy stubborn jolly patient curious careful cheeky strong daring nosy""")
     weathers: Words = _words("""warm cold sunny windy rainy foggy bright dark mild snowy gray dull hot icy damp dry
@@ -72,8 +73,8 @@ class Lexicon(NamedTuple):
     thanks: Words = ("Thank you", "How kind", "Lovely", "Thanks a lot", "What fun", "You are so good", "Oh my")
     endings: Words = ("In the end", "At last", "By sunset", "Before bedtime", "When it got dark", "Finally")
     people: int = 3  # in a story; 2 or more
-    most_food: int = 6  # that one gets at a time; 2 or more
-    events: tuple[int, int] = (5, 9)  # fewest and most between the opening and the ending
+    most_food: int = 6  # that a person gets at a time; 2 or more
+    events: tuple[int, int] = (5, 9)  # minimum and maximum between the opening and the ending
 
 
 FULL = Lexicon()
@@ -96,27 +97,27 @@ def listing(items: Sequence[str]) -> str:
 
 
 # --- choices ---
-def say(text: str) -> Telling[None]:
-    """Text that is already decided."""
+def say(text: str) -> Scene[None]:
+    """Text without a choice."""
     yield ((1, text, None),)
 
 
-def pick(options: Sequence[Option[T]]) -> Telling[T]:
-    """One of the options; returns its value."""
+def pick(options: Sequence[Option[T]]) -> Scene[T]:
+    """A choice among the options; returns the value of the chosen one."""
     index = yield options
     return options[index][2]
 
 
 def ranked(words: Sequence[str], after: str = "", before: str = "") -> list[Option[str]]:
-    """The words between two fixed texts, weighted by rank with Mandelbrot's form of Zipf's law."""
+    """Options for the words, each between two fixed texts, weighted by rank with the Zipf-Mandelbrot law."""
     return [(1000 // (20 + rank), before + word + after, word) for rank, word in enumerate(words)]
 
 
-def one_of(words: Sequence[str], after: str = "", before: str = "") -> Telling[str]:
+def one_of(words: Sequence[str], after: str = "", before: str = "") -> Scene[str]:
     return (yield from pick(ranked(words, after, before)))
 
 
-def described(adjectives: Sequence[str], nouns: Sequence[str]) -> Telling[str]:
+def described(adjectives: Sequence[str], nouns: Sequence[str]) -> Scene[str]:
     """A noun phrase such as "an old kite"; returns it without the article."""
     adjective = yield from one_of([article(word) for word in adjectives], " ")
     noun = yield from one_of(nouns)
@@ -126,12 +127,12 @@ def described(adjectives: Sequence[str], nouns: Sequence[str]) -> Telling[str]:
 # --- people ---
 @dataclass(slots=True, eq=False)
 class Person:
-    """A person, and what the story has told of them."""
+    """A person, and their state in the story."""
 
     name: str
     trait: str
     pronouns: tuple[str, str]  # such as "She" and "her"
-    title: str  # what the hero calls them, such as "her brother Ben"
+    title: str  # in relation to the hero, such as "her brother Ben"
     place: str = ""
     things: list[str] = field(default_factory=list)  # such as "red kite"
     food: int = 0
@@ -144,54 +145,54 @@ class World:
 
     lexicon: Lexicon
     people: list[Person]  # the hero comes first
-    food: str = ""  # a story has one kind of food, from when it is first told of
-    subject: Person | None = None  # who did something last
+    food: str = ""  # the only kind of food in a story, once it is mentioned
+    subject: Person | None = None  # the last person who did something
     asked: str = ""  # the last question
 
     def company(self, who: Person) -> list[Person]:
-        """The others at the same place."""
+        """The other people at the same place."""
         return [p for p in self.people if p.place == who.place and p is not who]
 
     def new_things(self) -> list[str]:
-        """The nouns not yet used, so that "the kite" is never in doubt."""
+        """The nouns not used yet, so that "the kite" is never ambiguous."""
         used = {thing.split()[1] for p in self.people for thing in p.things}
         return [noun for noun in self.lexicon.things if noun not in used]
 
 
-# --- what people do: each scene goes on where the verb in `act` ends ---
-def go(world: World, who: Person) -> Telling[None]:
+# --- what people do: each scene continues after the verb that `act` chooses ---
+def go(world: World, who: Person) -> Scene[None]:
     yield from one_of(world.lexicon.manners, " to the ")
     who.place = yield from one_of([place for place in world.lexicon.places if place != who.place], ".")
     if met := world.company(who):
         yield from say(f" {listing([p.name for p in met])} {'was' if len(met) == 1 else 'were'} there.")
 
 
-def visit(world: World, who: Person) -> Telling[None]:
+def visit(world: World, who: Person) -> Scene[None]:
     away = [p for p in world.people if p.place != who.place]
     other = yield from pick([(1, p.title if who is world.people[0] else p.name, p) for p in away])
     who.place = other.place
     yield from say(f" at the {who.place}.")
 
 
-def spot(lexicon: Lexicon) -> Telling[None]:
+def spot(lexicon: Lexicon) -> Scene[None]:
     yield from one_of(lexicon.sides, " ", before=" ")
     yield from described(lexicon.looks, lexicon.landmarks)
     yield from say(".")
 
 
-def find(world: World, who: Person) -> Telling[None]:
+def find(world: World, who: Person) -> Scene[None]:
     who.things.append((yield from described(world.lexicon.looks, world.new_things())))
     yield from spot(world.lexicon)
 
 
-def watch(world: World, who: Person) -> Telling[None]:
+def watch(world: World, who: Person) -> Scene[None]:
     who.sight = yield from described(world.lexicon.looks, world.lexicon.animals)
     yield from one_of(world.lexicon.pursuits, " ", before=" ")
     yield from described(world.lexicon.looks, world.lexicon.animals)
     yield from spot(world.lexicon)
 
 
-def give(world: World, who: Person) -> Telling[None]:
+def give(world: World, who: Person) -> Scene[None]:
     thing = yield from pick([(1, f"the {thing} to ", thing) for thing in who.things])
     other = yield from pick([(1, p.name, p) for p in world.company(who)])
     who.things.remove(thing)
@@ -199,7 +200,7 @@ def give(world: World, who: Person) -> Telling[None]:
     yield from one_of(world.lexicon.thanks, f', {who.name}!" said {other.name}.', before='. "')
 
 
-def gather(world: World, who: Person) -> Telling[None]:
+def gather(world: World, who: Person) -> Scene[None]:
     number = yield from one_of(NUMBERS[2 : world.lexicon.most_food + 1], " ")
     who.food += NUMBERS.index(number)
     if world.food:
@@ -209,15 +210,15 @@ def gather(world: World, who: Person) -> Telling[None]:
         yield from spot(world.lexicon)
 
 
-def share(world: World, who: Person) -> Telling[None]:
+def share(world: World, who: Person) -> Scene[None]:
     number = yield from pick([(1, quantity(n, world.food) + " to ", n) for n in range(1, who.food + 1)])
     other = yield from pick([(1, p.name, p) for p in world.company(who)])
     who.food, other.food = who.food - number, other.food + number
     yield from say(f" and had {quantity(who.food, world.food)} left.")
 
 
-def act(world: World, who: Person) -> Telling[None]:
-    """One of the things a person can do now: how likely, the verb, and the scene that goes on from it."""
+def act(world: World, who: Person) -> Scene[None]:
+    """Chooses something that the person can do now; an option is a weight, a verb and the scene after it."""
     world.subject, company = who, world.company(who)
     options = [(18, "saw ", watch(world, who))]
     if len(world.lexicon.places) > 1:
@@ -235,13 +236,13 @@ def act(world: World, who: Person) -> Telling[None]:
     yield from (yield from pick(options))
 
 
-# --- what people ask: the story so far decides every answer; open is only who asks and who answers ---
+# --- what people ask: the state determines the answer; only who asks and who answers are choices ---
 
-Answer = tuple[Person, Person, str]  # who asks, who answers, what
+Answer = tuple[Person, Person, str]  # who asks, who answers, the answer
 
 
 def questions(world: World) -> Iterator[tuple[str, list[Answer]]]:
-    """All questions about the state, each with its possible answers."""
+    """All questions about the state, with their possible answers."""
     pairs = [(asker, other) for asker in world.people for other in world.company(asker)]
     for who in world.people:
         where = f"{who.pronouns[0]} is at the {who.place}"
@@ -257,7 +258,7 @@ def questions(world: World) -> Iterator[tuple[str, list[Answer]]]:
             yield f"How many {world.food}s do you have, {who.name}", [(p, q, own) for p, q in pairs if q is who]
 
 
-def talk(world: World, question: str, answers: list[Answer]) -> Telling[None]:
+def talk(world: World, question: str, answers: list[Answer]) -> Scene[None]:
     world.asked = question
     askers = dict.fromkeys(asker for asker, _, _ in answers)
     who = yield from pick([(1, f'{asker.name}. "', asker) for asker in askers])
@@ -265,8 +266,8 @@ def talk(world: World, question: str, answers: list[Answer]) -> Telling[None]:
 
 
 # --- story ---
-def introduce(lexicon: Lexicon, others: Sequence[Person]) -> Telling[Person]:
-    """One more person: a trait, a relation to the hero unless it is the hero, and a name that fits."""
+def introduce(lexicon: Lexicon, others: Sequence[Person]) -> Scene[Person]:
+    """Introduces a person: a trait, the relation to the hero unless it is the hero, and a matching name."""
     trait = yield from one_of(lexicon.traits, " ")
     kinds, title = [(lexicon.girls, ("She", "her")), (lexicon.boys, ("He", "his"))], ""
     if others:
@@ -278,8 +279,8 @@ def introduce(lexicon: Lexicon, others: Sequence[Person]) -> Telling[Person]:
     return Person(name, trait, pronouns, title + name)
 
 
-def opening(lexicon: Lexicon) -> Telling[tuple[World, str]]:
-    """Returns the world and the time of the story, such as "windy night"."""
+def opening(lexicon: Lexicon) -> Scene[tuple[World, str]]:
+    """Introduces everybody; returns the world and the time, such as "windy night"."""
     weather = yield from one_of(lexicon.weathers, " ", before="One ")
     hour = yield from one_of(lexicon.hours, ", ")
     hero = yield from introduce(lexicon, ())
@@ -295,8 +296,8 @@ def opening(lexicon: Lexicon) -> Telling[tuple[World, str]]:
     return World(lexicon, people), f"{weather} {hour}"
 
 
-def beginnings(world: World) -> list[Option[Telling[None]]]:
-    """How a line that is not the last may begin; the questions weigh about the same however many there are."""
+def beginnings(world: World) -> list[Option[Scene[None]]]:
+    """How a line other than the last may begin; all questions together have about the same weight."""
     asked = [(question, answers) for question, answers in questions(world) if answers and question != world.asked]
     options = [(80 // len(asked) + 1, f'"{words}?" asked ', talk(world, words, answers)) for words, answers in asked]
     starts = [(40, ""), *((5, opener + " ") for opener in world.lexicon.openers)]
@@ -306,8 +307,8 @@ def beginnings(world: World) -> list[Option[Telling[None]]]:
     return options
 
 
-def ending(world: World, time: str) -> Telling[None]:
-    """What everybody has in the end, and the time again: all of it decided but who speaks."""
+def ending(world: World, time: str) -> Scene[None]:
+    """What everybody has in the end, and the time again; the only choice is who speaks."""
     ends = []
     for who in world.people:
         food = [quantity(who.food, world.food)] if who.food else []
@@ -317,14 +318,14 @@ def ending(world: World, time: str) -> Telling[None]:
     yield from pick([(1, f'"What {article(time)}!" said {who.name}.', None) for who in world.people])
 
 
-def story(lexicon: Lexicon) -> Telling[None]:
-    """The whole language: an opening, some events and an ending, on lines of their own."""
+def story(lexicon: Lexicon) -> Scene[None]:
+    """A whole story: an opening, some events and an ending, each on its own line."""
     world, time = yield from opening(lexicon)
     fewest, most = lexicon.events
-    for told in itertools.count():
+    for events in itertools.count():
         end = ending(world, time)
         ends = [(8, f"{words}, ", end) for words in lexicon.endings]
-        scene = yield from pick(beginnings(world) * (told < most) + ends * (told >= fewest))
+        scene = yield from pick(beginnings(world) * (events < most) + ends * (events >= fewest))
         yield from scene
         if scene is end:
             return
@@ -332,17 +333,17 @@ def story(lexicon: Lexicon) -> Telling[None]:
 
 
 # --- writing and reading ---
-def tell(lexicon: Lexicon, choose: Callable[[Options], int]) -> tuple[str, float]:
-    """Runs a story with `choose` making its choices, by index; returns the text and its log-probability in nats."""
-    telling, texts, nats = story(lexicon), [], []
-    options = next(telling)
+def derive(lexicon: Lexicon, choose: Callable[[Options], int]) -> tuple[str, float]:
+    """Runs a story; `choose` makes the choices, by index. Returns the text and its log-probability in nats."""
+    running, texts, nats = story(lexicon), [], []
+    options = next(running)
     while True:
         index = choose(options)
         weight, text, _ = options[index]
         texts.append(text)
         nats.append(math.log(weight / sum(weight for weight, _, _ in options)))
         try:
-            options = telling.send(index)
+            options = running.send(index)
         except StopIteration:
             return "".join(texts), math.fsum(nats)
 
@@ -361,17 +362,17 @@ def sampler(seed: int, index: int) -> Callable[[Options], int]:
 
 
 def document(seed: int, index: int, lexicon: Lexicon = FULL) -> tuple[str, float]:
-    """Document `index` (from 0) of the corpus `seed`: its text and its log-probability in nats."""
-    return tell(lexicon, sampler(seed, index))
+    """Document number `index` (from 0) of the corpus `seed`: its text and its log-probability in nats."""
+    return derive(lexicon, sampler(seed, index))
 
 
 def documents(seed: int, count: int, lexicon: Lexicon = FULL) -> Iterator[str]:
-    """The first `count` documents of the corpus `seed`; each depends on nothing but the seed and its index."""
+    """The first `count` documents of the corpus `seed`; each depends only on the seed and its index."""
     return (document(seed, index, lexicon)[0] for index in range(count))
 
 
 def _misfit(text: str, at: int, options: Sequence[str]) -> ValueError:
-    """For a text that goes on at `at` as none of the options does; without options it should have ended there."""
+    """The error for a text that continues at `at` unlike all options; no options mean that it should end there."""
     while nearest := [option for option in options if text[at : at + 1] == option[:1]]:
         options, at = [option[1:] for option in nearest], at + 1
     expected = " or ".join([*map(repr, options[:4]), *["..."] * (len(options) > 4)]) or "the end"
@@ -381,7 +382,7 @@ def _misfit(text: str, at: int, options: Sequence[str]) -> ValueError:
 def log_probability(text: str, lexicon: Lexicon = FULL) -> float:
     """The log-probability in nats (<= 0) of a whole document, without an end-of-text token.
 
-    Raises ValueError if the text is no document: at which character (from 0), and what was expected there.
+    Raises ValueError if the text is not a document; the message has the character (from 0) and what was expected there.
     """
     at = 0
 
@@ -393,7 +394,7 @@ def log_probability(text: str, lexicon: Lexicon = FULL) -> float:
                 return index
         raise _misfit(text, at, [option for _, option, _ in options])
 
-    _, nats = tell(lexicon, choose)
+    _, nats = derive(lexicon, choose)
     if at < len(text):
         raise _misfit(text, at, ())
     return nats

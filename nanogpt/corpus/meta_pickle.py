@@ -1,29 +1,28 @@
-"""The vocabulary in nanoGPT's meta.pkl, read without executing anything.
+"""Reads the vocabulary in nanoGPT's meta.pkl without executing code.
 
-A pickle is a program for a stack machine. This is an interpreter of a few of its instructions: those that make nested
-dicts of texts and whole numbers, as Python writes them in protocols 2 to 5. None of those that import, call or build
-anything is known here, so nothing of the kind can happen.
+A pickle is a program for a stack machine. This interpreter implements only the instructions that make nested dicts of
+texts and integers, as Python writes them in protocols 2 to 5, and none that import, call or build anything.
 """
 
 import itertools
 import pickletools
 from typing import Any, cast
 
-LARGEST_FILE = 2**22  # bytes; the most characters take half of it
-_INSTRUCTIONS = 2**19  # the most characters take two thirds of it
-_MOST = 2**16  # the tokens of nanoGPT's files are uint16
+LARGEST_FILE = 2**22  # bytes; the largest vocabulary takes half of it
+_INSTRUCTIONS = 2**19  # the largest vocabulary takes two thirds of it
+_MOST = 2**16  # characters; the tokens in nanoGPT's files are uint16
 _CONSTANTS = {"BININT", "BININT1", "BININT2", "BINUNICODE", "SHORT_BINUNICODE"}
 _IGNORED = {"PROTO", "FRAME"}
 
 
 def characters(data: bytes) -> str:
-    """The characters in the order of their ids. Raises ValueError, saying what is wrong, for anything else.
+    """The characters in the order of their ids. Raises ValueError for anything else than nanoGPT's meta.pkl.
 
-    They must be sorted by code point, as nanoGPT's prepare.py numbers them and as a `CharTokenizer` does.
+    They must be in code point order, as nanoGPT's prepare.py and `CharTokenizer` number them.
     """
     content = _unpickled(data)
     if not isinstance(content, dict) or set(content) != {"vocab_size", "itos", "stoi"}:
-        raise ValueError("it does not hold vocab_size, itos and stoi alone")
+        raise ValueError("it does not hold exactly vocab_size, itos and stoi")
     itos = content["itos"]
     if not isinstance(itos, dict) or not all(isinstance(text, str) and len(text) == 1 for text in itos.values()):
         raise ValueError("itos does not map numbers to single characters")
@@ -38,17 +37,16 @@ def characters(data: bytes) -> str:
 
 
 def _unpickled(data: bytes) -> Any:
-    """What the pickle says, if it is of texts, whole numbers and dicts.
+    """The value of a pickle of texts, integers and dicts.
 
-    A reference to the memo copies nothing, so references to references do not grow, and `characters` looks two levels
-    deep, however deep it is.
+    Memory is bounded: a reference to the memo copies nothing, and `characters` looks only two levels deep.
     """
     stack: list[Any] = []
-    marks: list[int] = []  # lengths that the stack had
+    marks: list[int] = []  # lengths of the stack
     memo: dict[int, Any] = {}
     try:
-        for opcode, given, _ in itertools.islice(pickletools.genops(data), _INSTRUCTIONS):
-            name, argument = opcode.name, cast(Any, given)
+        for opcode, operand, _ in itertools.islice(pickletools.genops(data), _INSTRUCTIONS):
+            name, argument = opcode.name, cast(Any, operand)
             if name in _CONSTANTS:
                 stack.append(argument)
             elif name == "EMPTY_DICT":
@@ -71,7 +69,7 @@ def _unpickled(data: bytes) -> Any:
             elif name == "STOP":
                 return stack.pop()
             elif name not in _IGNORED:
-                raise ValueError(f"its instruction {name} makes more than dicts of texts and numbers")
+                raise ValueError(f"its instruction {name} makes other things than dicts of texts and numbers")
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError("it is damaged") from error
     raise ValueError(f"it has more than {_INSTRUCTIONS:,} instructions")

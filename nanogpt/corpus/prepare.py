@@ -1,12 +1,12 @@
-"""Documents to token files: train.bin, val.bin, tokenizer.json and meta.json in one directory.
+"""Tokenizes data/raw: writes train.bin, val.bin, tokenizer.json and meta.json to a new directory.
 
-One text is split by position, as nanoGPT does. Several documents are shuffled and split by document, with an
-end-of-text token after each, as nanoGPT does with OpenWebText. Token files that others made are taken as they are.
+As in nanoGPT, a single text is split by position; several documents are shuffled, split by document, and followed by
+an end-of-text token each. Token files from elsewhere are copied.
 
-The main process decides where pieces of text begin and end, and several processes read and encode them. Long texts are
-cut only where that does not change their tokens, and what was encoded is written in order, so neither the cuts nor the
-number of processes can be seen in the result, and memory stays flat. (It grows by some 30 bytes per document for the
-split, and a word of more than LONGEST_SPAN bytes gets the tokens of its parts.)
+The main process decides where spans of text begin and end; other processes read and encode them. A text is cut only
+where that does not change its tokens (except in a word of more than LONGEST_SPAN bytes), and results are written in
+order, so they do not depend on the cuts or the number of processes. Memory use is constant, apart from some 30 bytes
+per document for the split.
 """
 
 import functools
@@ -19,7 +19,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 
 from nanogpt.corpus.bpe_training import train_bpe
 from nanogpt.corpus.huggingface_tokenizer import read_huggingface
-from nanogpt.corpus.nanogpt_bins import given_tokens, tokenizer_of_given
+from nanogpt.corpus.nanogpt_bins import read_tokens, tokenizer_of_tokens
 from nanogpt.corpus.raw_text import (
     PIECE,
     CorpusInfo,
@@ -55,20 +55,20 @@ from nanogpt.files import Damaged
 from nanogpt.params import TokenizeParams
 
 Item = TypeVar("Item")
-LastCut = Callable[[str], int]  # a tokenizer's: where a text may be cut
-Split = Callable[[LastCut], Iterator[tuple[SplitName, Span]]]  # all text to train on, then what is held out
+LastCut = Callable[[str], int]  # Tokenizer.last_cut
+Split = Callable[[LastCut], Iterator[tuple[SplitName, Span]]]  # the spans of train, then those of val
 
-LONGEST_SPAN = 2**22  # bytes of one text without a cut, which are in memory at once
-POOL_BYTES = 40_000_000  # a smaller corpus is encoded before other processes have started
+LONGEST_SPAN = 2**22  # bytes of a span, which are in memory at once
+POOL_BYTES = 40_000_000  # a smaller corpus is encoded in less time than processes take to start
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of some text, and what meta.json counts of it."""
+    """Tokens, and their contribution to the counts in meta.json."""
 
     ids: Ids
-    bytes: int
-    ends: int  # end-of-text tokens among them
+    bytes: int  # of text
+    ends: int  # number of end-of-text tokens
 
 
 def prepare(
@@ -79,33 +79,36 @@ def prepare(
     update: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Meta:
-    """Fills the new directory from data/raw; `update` receives the bytes of text so far.
+    """Tokenizes `raw` into the new `directory`; `update` receives the bytes of text so far.
 
-    Raises ValueError if the raw text is damaged or too short to be split.
+    Raises ValueError if the raw text is damaged or too short to split.
     """
     directory.mkdir(parents=True)
     info = load_info(raw)
     split = _split(raw, info, params, warn)
     tokenizer = make_tokenizer(raw, info, params, split, warn)
     if params.tokenizer == "bpe" and tokenizer.vocab_size < params.vocab_size:
-        warn(f"the text yields {tokenizer.vocab_size} tokens, not tokenize.vocab_size = {params.vocab_size}")
+        warn(f"the vocabulary has {tokenizer.vocab_size} tokens, not tokenize.vocab_size = {params.vocab_size}")
     tokenizer.save(directory / "tokenizer.json")
     if info.kind == "tokens":
         encoded_parts = _counted(raw, tokenizer, warn)
     else:
-        tasks = _tasks(split(tokenizer.last_cut))
-        encoded_parts = _encode_all(tasks, raw, info, directory / "tokenizer.json", tokenizer, processes)
-    train, val = _Writer(directory / "train.bin"), _Writer(directory / "val.bin")
+        if info.bytes < POOL_BYTES or isinstance(tokenizer, CharTokenizer):
+            processes = 1  # characters are encoded in less time than it takes to send them to another process
+        mark_ends = info.kind == "documents"
+        pool, work = _pool(raw, tokenizer, directory / "tokenizer.json", mark_ends, processes)
+        encoded_parts = _encode_all(_tasks(split(tokenizer.last_cut)), pool, work, 2 * processes)
+    files = {name: _TokenWriter(directory / f"{name}.bin") for name in ("train", "val")}
     with ThreadPoolExecutor(1) as thread:
         for name, encoded in _ahead(encoded_parts, thread):
-            (train if name == "train" else val).write(encoded)
-            update(train.bytes + val.bytes)
-    meta = _meta(info, tokenizer, train, val)
+            files[name].write(encoded)
+            update(sum(file.bytes for file in files.values()))
+    meta = _meta(info, tokenizer, files["train"], files["val"])
     (directory / "meta.json").write_text(json.dumps(meta.model_dump(), sort_keys=True, indent=2) + "\n")
     return meta
 
 
-def _meta(info: CorpusInfo, tokenizer: Tokenizer, train: "_Writer", val: "_Writer") -> Meta:
+def _meta(info: CorpusInfo, tokenizer: Tokenizer, train: "_TokenWriter", val: "_TokenWriter") -> Meta:
     ends = train.ends + val.ends
     return Meta(
         dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
@@ -125,13 +128,13 @@ def _meta(info: CorpusInfo, tokenizer: Tokenizer, train: "_Writer", val: "_Write
 def make_tokenizer(
     raw: Path, info: CorpusInfo, params: TokenizeParams, split: Split, warn: Callable[[str], None]
 ) -> Tokenizer:
-    """The tokenizer that params ask for: char reads the whole corpus for its characters, bpe trains on the train split.
+    """Makes the tokenizer: char reads the whole corpus for its characters, bpe trains on the train split.
 
-    char and bpe have an end-of-text token only if the corpus has several documents; GPT-2's always has.
+    char and bpe have an end-of-text token only if the corpus has several documents; GPT-2's always has one.
     """
     several = info.kind == "documents"
     if info.kind == "tokens":
-        return tokenizer_of_given(raw, info, params.tokenizer)
+        return tokenizer_of_tokens(raw, info, params.tokenizer)
     if params.tokenizer.startswith("file:"):
         return _existing_tokenizer(params.tokenizer, several)
     if params.tokenizer == "gpt2":
@@ -142,10 +145,10 @@ def make_tokenizer(
             for text in read_documents(raw) if several else _ahead(read_text(raw), thread):
                 alphabet.add(text)
         return CharTokenizer(alphabet.characters(), end_of_text=several)
-    # Any byte-pair tokenizer cuts where this one may, so the words that are counted are whole.
+    # All byte-pair tokenizers can be cut at the same places, so training sees whole words.
     gpt2 = Gpt2Tokenizer()
     texts = (text for name, spans in _tasks(split(gpt2.last_cut)) if name == "train" for text in read_spans(raw, spans))
-    words = (part for text in texts for part in gpt2.parts(text))  # the library gathers 256 of them
+    words = (part for text in texts for part in gpt2.parts(text))  # the library collects 256 of them
     return train_bpe(words, params.vocab_size, several, warn)
 
 
@@ -154,11 +157,11 @@ def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
         path = Path(choice.removeprefix("file:"))
         tokenizer = read_huggingface(path) or load_tokenizer(path)
     except Damaged as error:
-        raise ValueError(f"{error}; name another in tokenize.tokenizer") from error
+        raise ValueError(f"{error}; choose another file in tokenize.tokenizer") from error
     if several and tokenizer.end_of_text is None:
         raise ValueError(
             f"tokenize.tokenizer = {choice} has no end-of-text token to put between the documents of the corpus; "
-            "name another one, or give one text (download.source)"
+            "choose another one, or a single text in download.source"
         )
     return tokenizer
 
@@ -167,7 +170,7 @@ def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
 
 
 def _split(raw: Path, info: CorpusInfo, params: TokenizeParams, warn: Callable[[str], None]) -> Split:
-    """Which text is held out. Raises ValueError if that leaves next to nothing of one split."""
+    """Splits the text into train and val. Raises ValueError if one of them would be nearly empty."""
     if info.kind != "documents":
         return lambda last_cut: _text_spans(raw, info, params.val_fraction, last_cut)
     index = DocumentIndex(raw)
@@ -182,7 +185,7 @@ def _split(raw: Path, info: CorpusInfo, params: TokenizeParams, warn: Callable[[
 
 
 def _tasks(spans: Iterator[tuple[SplitName, Span]]) -> Iterator[tuple[SplitName, list[Span]]]:
-    """About PIECE bytes of one split at once."""
+    """Groups the spans of each split into tasks of about PIECE bytes."""
     for name, of_split in itertools.groupby(spans, key=lambda item: item[0]):
         gathered, size = [], 0
         for _, span in of_split:
@@ -197,8 +200,8 @@ def _tasks(spans: Iterator[tuple[SplitName, Span]]) -> Iterator[tuple[SplitName,
 def _text_spans(
     raw: Path, info: CorpusInfo, val_fraction: float, last_cut: LastCut
 ) -> Iterator[tuple[SplitName, Span]]:
-    """One text in spans of about PIECE bytes, cut where that does not change its tokens, or at LONGEST_SPAN."""
-    start = position = 0  # bytes: where the next span begins, and where the next piece of text does
+    """A single text in spans of about PIECE bytes, cut where that does not change its tokens, or at LONGEST_SPAN."""
+    start = position = 0  # bytes: the beginning of the next span, and of the next piece of text
     for name, text, ends in _split_by_position(read_text(raw), info, val_fraction):
         cut = len(text) if ends else last_cut(text)
         position += utf8_bytes(text)
@@ -213,7 +216,7 @@ def _text_spans(
 def _split_by_position(
     texts: Iterable[str], info: CorpusInfo, val_fraction: float
 ) -> Iterator[tuple[SplitName, str, bool]]:
-    """The first part of the characters is for training, as many as nanoGPT takes; True: a split ends here."""
+    """Assigns pieces to train until it has as many characters as in nanoGPT, then to val; True where a split ends."""
     left = int(info.characters * (1 - val_fraction))
     if not 0 < left < info.characters:
         raise ValueError(
@@ -232,12 +235,12 @@ def _split_by_position(
 # --- encode -----------------------------------------------------------------------------------------------------------
 
 
-def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) -> Encoded:
-    """The tokens of the texts that lie there, with an end-of-text token after each if `mark_ends`."""
+def encode(raw: Path, tokenizer: Tokenizer, mark_ends: bool, spans: list[Span]) -> Encoded:
+    """The tokens of the texts of the spans, with an end-of-text token after each if `mark_ends`."""
     texts = list(read_spans(raw, spans))
     try:
         ids = tokenizer.encode_all(texts, mark_ends)
-    except ValueError:  # a character that the tokenizer lacks, at a position that counts from the beginning of a part
+    except ValueError:  # a character that the tokenizer lacks: encode text by text to find its position
         for span, text in zip(spans, texts, strict=True):
             try:
                 tokenizer.encode(text)
@@ -248,54 +251,50 @@ def encode(raw: Path, spans: list[Span], tokenizer: Tokenizer, mark_ends: bool) 
 
 
 def _counted(raw: Path, tokenizer: Tokenizer, warn: Callable[[str], None]) -> Iterator[tuple[SplitName, Encoded]]:
-    """Token files that are given, in blocks, with what they say."""
+    """The tokens of token files from elsewhere, in blocks."""
     lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)])
     end = tokenizer.vocab_size if tokenizer.end_of_text is None else tokenizer.end_of_text
     lengths[end:] = 0
-    for name, ids in given_tokens(raw, tokenizer, warn):
+    for name, ids in read_tokens(raw, tokenizer, warn):
         yield name, Encoded(ids, int(lengths[ids].sum()), int((ids == end).sum()))
+
+
+def _pool(
+    raw: Path, tokenizer: Tokenizer, saved: Path, mark_ends: bool, processes: int
+) -> tuple[Executor, Callable[[list[Span]], Encoded]]:
+    """What runs the encoding, and the function to run; `saved` is the tokenizer's file."""
+    if processes == 1:
+        return ThreadPoolExecutor(1), functools.partial(encode, raw, tokenizer, mark_ends)
+    # Fresh interpreters: a fork would share the threads of a tokenizer that was trained here.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker)
+    return pool, functools.partial(_encode_in_worker, raw, saved, mark_ends)
 
 
 def _encode_all(
     tasks: Iterator[tuple[SplitName, list[Span]]],
-    raw: Path,
-    info: CorpusInfo,
-    saved: Path,
-    tokenizer: Tokenizer,
-    processes: int,
+    pool: Executor,
+    work: Callable[[list[Span]], Encoded],
+    ahead: int,
 ) -> Iterator[tuple[SplitName, Encoded]]:
-    """Encodes the tasks, in order, a few of them at a time; with several processes where that pays.
-
-    It does not for single characters: to look them up takes less time than to send them to another process.
-    """
-    mark_ends = info.kind == "documents"
-    if processes == 1 or info.bytes < POOL_BYTES or isinstance(tokenizer, CharTokenizer):
-        with ThreadPoolExecutor(1) as thread:
-            for name, spans in _ahead(tasks, thread):
-                yield name, encode(raw, spans, tokenizer, mark_ends)
-        return
-    # A fresh interpreter for each: a fork would share the threads of a tokenizer that was trained here.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker)
-    work = functools.partial(_encode_in_worker, raw, saved, mark_ends)
+    """Encodes the tasks in the pool, in order, at most `ahead` at a time."""
     try:
-        under_way: deque[tuple[SplitName, Future[Encoded]]] = deque()
-        for name, spans in tasks:
-            under_way.append((name, pool.submit(work, spans)))
-            if len(under_way) > 2 * processes:
-                yield _first_result(under_way)
-        while under_way:
-            yield _first_result(under_way)
+        submitted = ((name, pool.submit(work, spans)) for name, spans in tasks)
+        pending: deque[tuple[SplitName, Future[Encoded]]] = deque(itertools.islice(submitted, ahead))
+        while pending:
+            name, future = pending.popleft()
+            pending.extend(itertools.islice(submitted, 1))
+            yield name, future.result()
     except BrokenProcessPool as error:
-        raise ValueError("a tokenizer process died, perhaps for want of memory; lower runtime.processes") from error
+        raise ValueError("a tokenizer process died, perhaps for lack of memory; lower runtime.processes") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
-    """The items, each made by the thread while the one before is in use.
+    """The items; the thread makes the next one while one is in use.
 
-    Files are read, hashed and written without Python's lock, and text is encoded without it for the most part.
+    Reading, hashing, writing and most of encoding release Python's lock.
     """
     following = thread.submit(next, items, None)
     while (item := following.result()) is not None:
@@ -303,25 +302,20 @@ def _ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
         yield item
 
 
-def _first_result(under_way: "deque[tuple[SplitName, Future[Encoded]]]") -> tuple[SplitName, Encoded]:
-    name, future = under_way.popleft()
-    return name, future.result()
-
-
 _loaded = functools.cache(load_tokenizer)  # once per worker process
 
 
-def _encode_in_worker(raw: Path, tokenizer: Path, mark_ends: bool, spans: list[Span]) -> Encoded:
-    return encode(raw, spans, _loaded(tokenizer), mark_ends)
+def _encode_in_worker(raw: Path, saved: Path, mark_ends: bool, spans: list[Span]) -> Encoded:
+    return encode(raw, _loaded(saved), mark_ends, spans)
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed main process must not leave workers behind."""
+    """Ends this worker when the main process ends, even by a kill."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -331,8 +325,8 @@ def _end_with_parent() -> None:
 # --- write ------------------------------------------------------------------------------------------------------------
 
 
-class _Writer:
-    """Writes one .bin file and counts what meta.json says of it."""
+class _TokenWriter:
+    """Writes one .bin file and counts its contents for meta.json."""
 
     def __init__(self, path: Path):
         self.file, self.digest = path.open("wb"), hashlib.sha256()
@@ -354,7 +348,7 @@ class _Writer:
         return SplitMeta(
             tokens=self.tokens,
             bytes=self.bytes,
-            documents=self.ends + (self.last != end_of_text),  # the last one of a text that goes on has no end
+            documents=self.ends + (self.last != end_of_text),  # the last document may have no end-of-text token
             sha256=self.digest.hexdigest(),
             first_context=first_context,
         )

@@ -1,4 +1,4 @@
-"""Where raw text comes from: the grammar, the web, Hugging Face, files. raw_text.py says in which form it is kept."""
+"""The sources of raw text: the grammar, the web, Hugging Face and files. raw_text.py writes what they yield."""
 
 import http.client
 import logging
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.corpus.raw_text import PAIR, PIECE, VOCABULARY, CorpusInfo, Document, Writer, copy_tokens
+from nanogpt.corpus.raw_text import PAIR, VOCABULARY, CorpusInfo, Document, Writer, copy_tokens
 from nanogpt.corpus.text_files import RowReader, check_file, file_documents, one_line, text_pieces
 from nanogpt.files import sha256_file
 from nanogpt.params import DownloadParams
 
-MIRROR = "NANOGPT_MIRROR"  # environment variable: a folder with files named by their sha256 or their own name
+MIRROR = "NANOGPT_MIRROR"  # environment variable: a folder of files named by sha256 or by their own names
 _ATTEMPTS = 4
-_PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
-_TIMEOUT = 30.0  # seconds without any byte
-_NO_NETWORK = "sources that need no network: grammar, file:<path>, bin:<folder>"
+_PAUSE = 0.5  # seconds before the second attempt, doubled for each further one
+_TIMEOUT = 30.0  # seconds without a byte
+_NO_NETWORK = "sources that need no network are grammar, file:<path> and bin:<folder>"
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on the web, pinned by its content."""
+    """A file on the web, identified by its content."""
 
     url: str
     name: str  # in a mirror
@@ -35,11 +35,12 @@ class Remote:
 
     @property
     def address(self) -> str:
+        """The URL without secrets."""
         return one_line(self.url)
 
     @property
     def remedy(self) -> str:
-        return f"put the right file as {self.name} into a folder and set {MIRROR} to that"
+        return f"put the right file into a folder as {self.name} and set {MIRROR} to the folder"
 
 
 SHAKESPEARE = Remote(
@@ -49,7 +50,7 @@ SHAKESPEARE = Remote(
     size=1_115_394,
 )
 OPENWEBTEXT = "Skylion007/openwebtext"
-# The commit that public projects pin: 8,013,769 documents in 80 parquet files.
+# 8,013,769 documents in 80 parquet files; other public projects pin this commit too.
 OPENWEBTEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
 
 
@@ -59,10 +60,10 @@ def write_corpus(
     update: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> CorpusInfo:
-    """Fills the new directory `raw` from params.source; `update` receives the bytes so far.
+    """Writes the corpus of params.source into the new directory `raw`; `update` receives the bytes so far.
 
-    Raises ValueError, one line with the remedy, for a source that cannot be reached, found or read, is not what its
-    sha256 says, is empty, or larger than params.max_gigabytes. What is then left in `raw` is for the caller to remove.
+    Raises ValueError for a source that cannot be reached or read, has another sha256, is empty, or is larger than
+    params.max_gigabytes. The caller then removes `raw`.
     """
     if params.source.startswith("bin:"):
         for name in (*PAIR, VOCABULARY):
@@ -86,9 +87,9 @@ def _documents(params: DownloadParams, raw: Path, warn: Callable[[str], None]) -
         return _hub_documents(OPENWEBTEXT, params.revision or OPENWEBTEXT_REVISION, params, warn)
     if kind == "hf":
         if params.revision is None and not Path(name).exists():
-            warn(f"download.revision is null, so a later run may read a newer {name}; a commit's hash pins it")
+            warn(f"download.revision is null, so a later run may read a newer {name}; set it to a commit")
         folder = name.partition(":")[0]
-        for path in Path(folder).rglob("*"):  # none, if the dataset is on the hub
+        for path in Path(folder).rglob("*"):  # nothing, if the dataset is on the hub
             check_file(path, folder, params.follow_links)
         return _hub_documents(name, params.revision, params, warn)
     return file_documents(name, params, warn)
@@ -104,67 +105,68 @@ def _remote_text(remote: Remote, temporary: Path, warn: Callable[[str], None]) -
 
 
 def fetch(remote: Remote, path: Path, warn: Callable[[str], None] = lambda line: None) -> None:
-    """Writes the remote file to `path`: from the mirror if it has it, else from the web. Raises ValueError.
+    """Writes the remote file to `path`, from the mirror if it is there, otherwise from the web. Raises ValueError.
 
-    What a mirror holds is believed only if its sha256 is right; a wrong file there is passed over with a warning.
+    A file in the mirror with another sha256 causes a warning and is not used.
     """
-    if os.environ.get(MIRROR):
-        if not Path(os.environ[MIRROR]).is_dir():
-            warn(f"{MIRROR} = {os.environ[MIRROR]} is no folder, so it is not used")
-        for name in (remote.sha256, remote.name, remote.url.rpartition("/")[2]):
-            candidate = Path(os.environ[MIRROR], name)
-            if candidate.is_file():
-                shutil.copyfile(candidate, path)
-                if sha256_file(path) == remote.sha256:
-                    return
-                warn(f"{candidate} has not the sha256 of {remote.name}, so it is not used; remove it from {MIRROR}")
+    if _copy_from_mirror(remote, path, warn):
+        return
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE * 2 ** (attempt - 1))
         try:
-            with path.open("wb") as file:
-                for block in _response(remote):
-                    file.write(block)
+            path.write_bytes(_download(remote))
             break
         except _Unreachable as error:
             reason = error
     else:
         raise ValueError(
-            f"{remote.address} could not be reached in {_ATTEMPTS} attempts ({reason}); "
-            f"{_NO_NETWORK}; or {remote.remedy}"
+            f"{remote.address} could not be reached in {_ATTEMPTS} attempts ({reason}); {_NO_NETWORK}; "
+            f"or {remote.remedy}"
         ) from reason
     if (digest := sha256_file(path)) != remote.sha256:
         problem = f"has sha256 {digest} and not {remote.sha256}"
         raise ValueError(f"{remote.address} {problem}: it was changed; {remote.remedy}")
 
 
+def _copy_from_mirror(remote: Remote, path: Path, warn: Callable[[str], None]) -> bool:
+    """Whether `path` now holds the file, copied from the mirror."""
+    if not (mirror := os.environ.get(MIRROR)):
+        return False
+    if not Path(mirror).is_dir():
+        warn(f"{MIRROR} = {mirror} is not a folder; it is ignored")
+    for name in (remote.sha256, remote.name, remote.url.rpartition("/")[2]):
+        candidate = Path(mirror, name)
+        if candidate.is_file():
+            shutil.copyfile(candidate, path)
+            if sha256_file(path) == remote.sha256:
+                return True
+            warn(f"{candidate} does not have the sha256 of {remote.name}; it is ignored: remove it from {MIRROR}")
+    return False
+
+
 class _Unreachable(Exception):
-    """The network's fault, and worth another attempt; a full disk is neither."""
+    """A network error that may go away with another attempt."""
 
 
-def _response(remote: Remote) -> Iterator[bytes]:
-    """The bytes that the server sends, never more than expected."""
-    received = 0
+def _download(remote: Remote) -> bytes:
+    """The bytes that the server sends, read up to one more than expected."""
     try:
         with urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as response:
-            announced = int(response.headers.get("Content-Length") or 0)
-            while announced <= remote.size and (block := response.read(PIECE)):
-                received += len(block)
-                if received > remote.size:
-                    break
-                yield block
+            data: bytes = response.read(remote.size + 1)
     except urllib.error.HTTPError as error:
         if error.code < 500 and error.code not in (408, 429):
             raise ValueError(f"{remote.address} answers {error.code} {error.reason}; {remote.remedy}") from error
         raise _Unreachable(f"it answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         raise _Unreachable(one_line(getattr(error, "reason", error))) from error
-    if max(announced, received) > remote.size:
+    if len(data) > remote.size:
         raise ValueError(
             f"{remote.address} is larger than the {remote.size:,} bytes expected: it was changed; {remote.remedy}"
         )
-    if received < remote.size:
-        raise _Unreachable(f"only {received:,} of {remote.size:,} bytes came")
+    if len(data) < remote.size:
+        raise _Unreachable(f"only {len(data):,} of {remote.size:,} bytes came")
+    return data
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def _response(remote: Remote) -> Iterator[bytes]:
 def _hub_documents(
     name: str, revision: str | None, params: DownloadParams, warn: Callable[[str], None]
 ) -> Iterator[Document]:
-    """A dataset of the hub, or a local folder with the hub's layout; `owner/name:config` names one of its configs."""
+    """A dataset on the hub, or a local folder with the same layout; `owner/name:config` selects a config."""
     rows, reader = enumerate(_hub_rows(name, revision, params), 1), RowReader(params, warn)
     yield from reader.documents((f"hf:{name}, row {number}", row) for number, row in rows)
     reader.check()
@@ -183,14 +185,14 @@ def _hub_rows(name: str, revision: str | None, params: DownloadParams) -> Iterat
     import datasets
 
     datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else it reports each of its retries
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry otherwise
     path, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(path, config or None, split=params.split, revision=revision, streaming=True)
         if params.text_column in (rows.column_names or ()):
-            rows = rows.select_columns([params.text_column])  # then the other columns of a parquet file stay unread
+            rows = rows.select_columns([params.text_column])  # skips the other columns of parquet files
         yield from rows
-    except Exception as error:  # the library passes on whatever those below it raise
+    except Exception as error:  # the library lets all kinds of errors through
         names = {kind.__name__ for kind in type(error).__mro__}
         if any("Connect" in name or "Timeout" in name for name in names):
             raise ValueError(f"hf:{name} could not be reached ({one_line(error)}); {_NO_NETWORK}") from error

@@ -1,7 +1,6 @@
-"""Token files, opened only if they are what meta.json says; sample i of step k is a pure function of (seed, k, i).
+"""Reads data/tokens/ and checks it against meta.json.
 
-data/tokens/ holds train.bin and val.bin (raw little-endian uint16 or uint32, as nanoGPT's), meta.json, tokenizer.json.
-Shapes: B samples, T tokens of context.
+It holds train.bin and val.bin (raw little-endian uint16 or uint32, as in nanoGPT), meta.json and tokenizer.json.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Id = Annotated[int, Field(ge=0, lt=2**32)]
 
 _LARGEST_META = 2**20  # bytes of meta.json
-_BLOCK = 2**20  # bytes that are read at once
+_BLOCK = 2**20  # bytes per read
 
 
 class _Meta(BaseModel):
@@ -37,20 +36,20 @@ class CorpusMeta(_Meta):
 
 class SplitMeta(_Meta):
     tokens: Count
-    bytes: Annotated[int, Field(ge=0, lt=2**63)]  # of the text as UTF-8, without end-of-text tokens: for bits per byte
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]  # of the text in UTF-8, without end-of-text tokens; for bits per byte
     documents: Count  # 1 for a part of one text
     sha256: Sha256
-    first_context: Id | None  # the token before the first one, given which that one can be scored; None: there is none
+    first_context: Id | None  # the token before the first one, needed to score it; None if there is none
 
 
 class Meta(_Meta):
     """meta.json."""
 
     dtype: Literal["uint16", "uint32"]
-    vocab_size: Annotated[int, Field(ge=1, le=2**21)]  # as many as a tokenizer.json may have
+    vocab_size: Annotated[int, Field(ge=1, le=2**21)]  # the limit for tokenizer.json
     tokenizer: Literal["char", "gpt2", "bpe"]
     tokenizer_sha256: Sha256
-    end_of_text: Id | None  # what the tokenizer calls it; in the files only if the corpus has more than one document
+    end_of_text: Id | None  # in the files only if the corpus has several documents
     corpus: CorpusMeta
     train: SplitMeta
     val: SplitMeta
@@ -58,7 +57,7 @@ class Meta(_Meta):
 
 @dataclass(frozen=True)
 class Split:
-    """One verified token file; `tokens` is a read-only memory map of shape (meta.tokens,)."""
+    """A verified token file; `tokens` is a read-only memory map of shape (meta.tokens,)."""
 
     name: SplitName
     tokens: Tokens
@@ -71,9 +70,9 @@ def load_meta(directory: Path) -> Meta:
 
 
 def load_split(directory: Path, name: SplitName) -> Split:
-    """Opens train.bin or val.bin. Raises Damaged unless size and sha256 are meta.json's.
+    """Opens train.bin or val.bin. Raises Damaged if size, sha256 or a token contradicts meta.json.
 
-    And unless every token is of the vocabulary: whoever makes both files can make hashes agree.
+    Tokens are checked too, because whoever makes both files can make the hashes agree.
     """
     meta = load_meta(directory)
     split: SplitMeta = getattr(meta, name)
@@ -82,17 +81,17 @@ def load_split(directory: Path, name: SplitName) -> Split:
         check_regular(path)
         size, expected = path.stat().st_size, split.tokens * dtype.itemsize
         if size != expected:
-            raise Damaged(path, f"has {size:,} bytes and meta.json says {expected:,}")
+            raise Damaged(path, f"has {size:,} bytes, but meta.json says {expected:,}")
         digest, largest = _scan(path, dtype)
     if digest != split.sha256:
-        raise Damaged(path, f"has sha256 {digest} and meta.json says {split.sha256}")
+        raise Damaged(path, f"has sha256 {digest}, but meta.json says {split.sha256}")
     if (largest := max(largest, split.first_context or 0)) >= meta.vocab_size:
-        raise Damaged(path, f"has token {largest:,} and meta.json a vocabulary of {meta.vocab_size:,}")
+        raise Damaged(path, f"has token {largest:,}, but meta.json says that the vocabulary has {meta.vocab_size:,}")
     return Split(name, np.memmap(path, dtype=dtype, mode="r"), split)
 
 
 def _scan(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
-    """The sha256 of a token file and its largest token, in one reading."""
+    """The sha256 of a token file and its largest token."""
     digest, largest = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -1,6 +1,6 @@
-"""Text to tokens and back: single characters, GPT-2's byte-pair encoding, or one trained on the corpus.
+"""Tokenizers: single characters, GPT-2's byte-pair encoding, or byte-pair encoding trained on the corpus.
 
-A tokenizer is saved as tokenizer.json. There is one way to write each of them, so its sha256 is its identity.
+A tokenizer is saved as tokenizer.json, in a canonical form, so its sha256 identifies it.
 """
 
 import abc
@@ -18,25 +18,25 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.corpus.words import WordTable
-from nanogpt.files import Damaged, read_bytes
+from nanogpt.files import Damaged, read_bytes, reason
 
 if TYPE_CHECKING:
     import tiktoken
 
 Ids = npt.NDArray[np.unsignedinteger]
 
-END_OF_TEXT = "<|endoftext|>"  # how the end-of-text token reads; in a text these characters are ordinary ones
+END_OF_TEXT = "<|endoftext|>"  # how the end-of-text token is shown; in a text, these characters are ordinary
 GPT2_VOCAB_SIZE = 50257  # 256 bytes, 50,000 merges, end of text
-_LARGEST_VOCABULARY = 2**21  # more than Unicode has characters
-LARGEST_FILE = 2**25  # bytes of tokenizer.json; the largest vocabulary of merges takes 22 a merge
+_LARGEST_VOCABULARY = 2**21  # more than there are Unicode characters
+LARGEST_FILE = 2**25  # bytes of tokenizer.json; a merge takes up to 22
 _LONGEST_TOKEN = 2**16  # bytes
 _ALL_TOKENS = 2**26  # bytes of all tokens together; GPT-2's have 0.3 million
-_PART = 2**16  # characters that are encoded at once
-_LONGEST_PART = 2**20  # characters; a longer word is cut there, which keeps memory bounded
+_PART = 2**16  # characters to encode at once
+_LONGEST_PART = 2**20  # characters; longer words are cut, which bounds memory use
 
 
 class Tokenizer(abc.ABC):
-    """What every tokenizer offers. Ids are 0 ... vocab_size - 1; `end_of_text` is one of them, or None."""
+    """The interface of all tokenizers. Ids are 0 to vocab_size - 1; `end_of_text` is one of them, or None."""
 
     name: Literal["char", "gpt2", "bpe"]
     vocab_size: int
@@ -44,11 +44,11 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> Ids:
-        """The text's ids as `dtype`, without an end-of-text token. Raises ValueError if a character has none."""
+        """The ids of the text as `dtype`, without an end-of-text token. Raises ValueError for an unknown character."""
 
     @abc.abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of the ids; they may end within a character. Raises ValueError for an id out of range."""
+        """The UTF-8 bytes of the ids, which may end within a character. Raises ValueError for an invalid id."""
 
     @abc.abstractmethod
     def last_cut(self, text: str) -> int:
@@ -56,12 +56,12 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _content(self) -> dict[str, Any]:
-        """What tokenizer.json holds beside name, vocab_size and end_of_text."""
+        """The entries of tokenizer.json besides name, vocab_size and end_of_text."""
 
     def parts(self, text: str) -> Iterator[str]:
-        """The text in parts of about _PART characters, longer where there is no cut that does not change its tokens.
+        """The text in parts of _PART characters, or more where a cut would change the tokens.
 
-        None is longer than _LONGEST_PART: a word that is gets the tokens of its parts.
+        No part is longer than _LONGEST_PART: a word longer than that is cut, and gets the tokens of its parts.
         """
         start = 0
         while start < len(text):
@@ -74,7 +74,7 @@ class Tokenizer(abc.ABC):
             start += length
 
     def encode_all(self, texts: Iterable[str], mark_ends: bool) -> Ids:
-        """The ids of the texts one after the other, each followed by end of text if `mark_ends`."""
+        """The ids of all texts in a row, each followed by the end-of-text token if `mark_ends`."""
         end = np.array([self.end_of_text] if mark_ends else [], dtype=self.dtype)
         ids = [end[:0]]
         for text in texts:
@@ -83,15 +83,15 @@ class Tokenizer(abc.ABC):
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """How an id is stored: little-endian uint16, or uint32 where the vocabulary needs it."""
+        """The storage type of ids: little-endian uint16, or uint32 for more than 65,536 tokens."""
         return np.dtype("<u2") if self.vocab_size <= 2**16 else np.dtype("<u4")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of the ids, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text as the ids arrive; bytes of an unfinished character wait for the rest of it. Joined: `decode(ids)`."""
+        """Yields text as ids arrive, only complete characters; all of it joined is `decode(ids)`."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in ids:
             if text := decoder.decode(self.decode_bytes([token])):
@@ -105,32 +105,32 @@ class Tokenizer(abc.ABC):
 
     @property
     def sha256(self) -> str:
-        """The identity of the tokenizer: the hash of its tokenizer.json."""
+        """The hash of its tokenizer.json, which identifies the tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_json())
 
-    def _known(self, ids: Iterable[int]) -> list[int]:
-        known = [int(token) for token in ids]
-        for token in known:
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        tokens = [int(token) for token in ids]
+        for token in tokens:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token {token} is not in the vocabulary of {self.vocab_size} tokens")
-        return known
+        return tokens
 
 
 # --- characters -------------------------------------------------------------------------------------------------------
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character, numbered in code point order (as nanoGPT's), then end of text if there is one."""
+    """One token per character, in code point order as in nanoGPT, then end of text if there is one."""
 
     name = "char"
 
     def __init__(self, characters: str, end_of_text: bool):
         if not characters or list(characters) != sorted(set(characters)):
             raise ValueError("the characters of a vocabulary must be sorted and distinct")
-        characters.encode()  # a lone surrogate is no character: UnicodeEncodeError, a ValueError
+        characters.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
         self.characters = characters
         self.end_of_text = len(characters) if end_of_text else None
         self.vocab_size = len(characters) + end_of_text
@@ -138,13 +138,13 @@ class CharTokenizer(Tokenizer):
 
     @functools.cached_property
     def _ascii(self) -> bytes:
-        """From ASCII character to id (they come first, so ids are < 128); 255 for one that is unknown."""
+        """Maps an ASCII character to its id, which is below 128 since they come first, or to 255 if it is unknown."""
         ids = {character: i for i, character in enumerate(self.characters[:128])}
         return bytes(ids.get(chr(byte), 255) for byte in range(256))
 
     @functools.cached_property
     def _table(self) -> Ids:
-        """From code point to id; vocab_size for a character that is unknown, and last for all beyond the table."""
+        """Maps a code point to its id, or to vocab_size if it is unknown; the last entry is for all larger ones."""
         codes = np.array([ord(c) for c in self.characters])
         table = np.full(codes[-1] + 2, self.vocab_size, dtype="<u2" if self.vocab_size < 2**16 else "<u4")
         table[codes] = np.arange(len(codes))
@@ -164,15 +164,14 @@ class CharTokenizer(Tokenizer):
         return ids.astype(self.dtype, copy=False)
 
     def _unknown(self, text: str) -> ValueError:
-        known = set(self.characters)
-        position, character = next((i, c) for i, c in enumerate(text) if c not in known)
+        position, character = next((i, c) for i, c in enumerate(text) if c not in self.characters)
         return ValueError(
-            f"character {character!r} (U+{ord(character):04X}) at position {position} is not among the {len(known)} "
-            "characters known; leave it out, or set tokenize.tokenizer to gpt2 or bpe"
+            f"character {character!r} (U+{ord(character):04X}) at position {position} is not one of the "
+            f"{len(self.characters)} characters of the vocabulary; remove it, or set tokenize.tokenizer to gpt2 or bpe"
         )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(self._texts[token] for token in self._known(ids)).encode()
+        return "".join(self._texts[token] for token in self._checked(ids)).encode()
 
     def last_cut(self, text: str) -> int:
         return len(text)
@@ -182,14 +181,14 @@ class CharTokenizer(Tokenizer):
 
 
 class Alphabet:
-    """Collects the distinct characters of a corpus that goes by in pieces."""
+    """Collects the distinct characters of texts."""
 
     def __init__(self) -> None:
         self._ascii = b""
         self._seen = np.zeros(0x110000, dtype=bool)
 
     def add(self, text: str) -> None:
-        # Most characters of most texts are ASCII and known: bytes.translate leaves little for numpy.
+        # Most characters are ASCII and were seen before; bytes.translate removes these quickly.
         if rest := text.encode().translate(None, delete=self._ascii):
             self._seen[np.frombuffer(rest.decode().encode("utf-32-le"), dtype="<u4")] = True
             self._ascii = bytes(np.flatnonzero(self._seen[:128]).tolist())
@@ -200,21 +199,21 @@ class Alphabet:
 
 # --- byte pairs -------------------------------------------------------------------------------------------------------
 
-# A cut before a space or line feed that follows anything but white space, or, as in Chinese, before a letter that
-# follows punctuation. GPT-2's pattern, which splits text into words before any merge, always begins a word there, looks
-# ahead only from white space, and never back.
+# Cuts before a space or line feed after anything but white space, or, as in Chinese, before a letter after punctuation.
+# GPT-2's pattern, which splits text into words before any merge, always begins a word there; it looks ahead only from
+# white space, and never back.
 _CUT = re.compile(
     r".*(?:\S(?=[ \n])|[,.;:!?)\]\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f](?=[A-Za-z\u4e00-\u9fff]))", re.DOTALL
 )
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-pair encoding as in GPT-2 (Radford et al. 2019), which can spell any text; run by tiktoken."""
+    """Byte-pair encoding as in GPT-2 (Radford et al. 2019), which encodes any text; uses tiktoken."""
 
     @property
     @abc.abstractmethod
     def _encoding(self) -> "tiktoken.Encoding":
-        """With the text END_OF_TEXT as a special token."""
+        """tiktoken's encoding, with END_OF_TEXT as a special token."""
 
     @functools.cached_property
     def _words(self) -> WordTable:
@@ -226,17 +225,17 @@ class BytePairTokenizer(Tokenizer):
                 text.encode()
             except UnicodeEncodeError as error:
                 code = ord(text[error.start])
-                raise ValueError(f"U+{code:04X} at position {error.start} is half a character; leave it out") from error
-        # Nothing is disallowed and nothing allowed: the text of a special token is ordinary text.
+                raise ValueError(f"U+{code:04X} at position {error.start} is half a character; remove it") from error
+        # With nothing allowed or disallowed, the text of a special token is ordinary text.
         ids: npt.NDArray[np.uint32] = self._encoding.encode_to_numpy(text, disallowed_special=())
         return ids.astype(self.dtype)
 
     def encode_all(self, texts: Iterable[str], mark_ends: bool) -> Ids:
-        """As `encode` does, several times as fast where there is much text."""
+        """The same ids as from `encode`, several times as fast for large texts."""
         return self._words.encode_all(map(self.parts, texts), self.end_of_text if mark_ends else None)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self._encoding.decode_bytes(self._known(ids))
+        return self._encoding.decode_bytes(self._checked(ids))
 
     def last_cut(self, text: str) -> int:
         match = _CUT.match(text)
@@ -244,7 +243,7 @@ class BytePairTokenizer(Tokenizer):
 
 
 class Gpt2Tokenizer(BytePairTokenizer):
-    """GPT-2's own 50,257 tokens. tiktoken fetches their two files (1.5 MB) once, when the first text is encoded."""
+    """GPT-2's 50,257 tokens. tiktoken downloads the two files (1.5 MB) once, when the first text is encoded."""
 
     name = "gpt2"
     vocab_size = GPT2_VOCAB_SIZE
@@ -256,10 +255,10 @@ class Gpt2Tokenizer(BytePairTokenizer):
 
         try:
             return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        except (OSError, ValueError) as error:  # requests raises OSErrors; a wrong hash raises ValueError
             raise ValueError(
                 "GPT-2's vocabulary could not be fetched from openaipublic.blob.core.windows.net "
-                f"({type(error).__name__}); connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it "
+                f"({type(error).__name__}); connect once, or set TIKTOKEN_CACHE_DIR to a folder that contains it "
                 "(tokenize.tokenizer char and bpe need no network)"
             ) from error
 
@@ -268,7 +267,7 @@ class Gpt2Tokenizer(BytePairTokenizer):
 
 
 class TrainedTokenizer(BytePairTokenizer):
-    """Ids 0 to 255 are the bytes, 256 + k is the k-th merge, the last one is end of text if there is one."""
+    """Ids 0 to 255 are the bytes, 256 + k is the k-th merge, and the last one is end of text if there is one."""
 
     name = "bpe"
 
@@ -276,7 +275,7 @@ class TrainedTokenizer(BytePairTokenizer):
         tokens, total = [bytes([i]) for i in range(256)], 256
         for left, right in merges:
             if not (0 <= left < len(tokens) and 0 <= right < len(tokens)):
-                raise ValueError(f"merge of ({left}, {right}) comes before the tokens that it joins")
+                raise ValueError(f"the merge ({left}, {right}) uses a token that a later merge makes")
             tokens.append(tokens[left] + tokens[right])
             total += len(tokens[-1])
             if len(tokens[-1]) > _LONGEST_TOKEN:
@@ -304,9 +303,9 @@ class TrainedTokenizer(BytePairTokenizer):
 
 
 def merges_of(pairs: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
-    """The merges of Hugging Face's tokenizers, whose bytes are spelt as visible characters, as pairs of our ids.
+    """Converts the merges of a Hugging Face tokenizer, which spell bytes as visible characters, to pairs of ids.
 
-    A token that two merges make keeps the first, since tiktoken knows tokens, not merges.
+    Of several merges that make the same token only the first counts, because tiktoken uses tokens, not merges.
     """
     ids = {character: byte for byte, character in enumerate(byte_characters())}
     merges = []
@@ -318,7 +317,7 @@ def merges_of(pairs: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
 
 
 def byte_characters() -> list[str]:
-    """How GPT-2's files spell the bytes: a visible Latin-1 character as itself, each other one from U+0100 upwards."""
+    """GPT-2's spelling of the bytes: visible Latin-1 characters as themselves, the others from U+0100 upwards."""
     substitutes = itertools.count(0x100)
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     return [chr(byte) if byte in visible else chr(next(substitutes)) for byte in range(256)]
@@ -327,34 +326,28 @@ def byte_characters() -> list[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class ForeignTokenizer(ValueError):
-    """A tokenizer.json of another program."""
-
-
 def load_tokenizer(path: Path, sha256: str | None = None) -> Tokenizer:
     """Reads a tokenizer.json. Raises Damaged if it is missing, damaged, or not the one with the given sha256."""
     data = read_bytes(path, LARGEST_FILE)
     try:
-        tokenizer = _from_json(data)
-    except ForeignTokenizer as error:
-        raise Damaged(
-            path, f"{error}, and only a tokenizer.json that the tokenize stage has written can be read"
-        ) from error
+        tokenizer = _from_json(data, path)
+    except Damaged:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(path, f"is damaged ({' '.join(str(error).split())[:200]})") from error
+        raise Damaged(path, f"is damaged ({reason(error)})") from error
     if sha256 not in (None, tokenizer.sha256):
-        raise Damaged(path, f"is another tokenizer (sha256 {tokenizer.sha256}) than expected ({sha256})")
+        raise Damaged(path, f"is not the expected tokenizer (sha256 {tokenizer.sha256} instead of {sha256})")
     return tokenizer
 
 
-def _from_json(data: bytes) -> Tokenizer:
+def _from_json(data: bytes, path: Path) -> Tokenizer:
     content = json.loads(data.decode("utf-8"))
     if not isinstance(content, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("it is not a JSON object")
     if isinstance(content.get("model"), dict):
-        raise ForeignTokenizer("is of Hugging Face's tokenizers")
+        raise Damaged(path, "is a Hugging Face tokenizer, but only one that the tokenize stage wrote can be read")
     if not isinstance(content["vocab_size"], int) or content["vocab_size"] > _LARGEST_VOCABULARY:
-        raise ValueError("vocab_size is no possible number")
+        raise ValueError("vocab_size is not a valid number")
     ends = content["end_of_text"] is not None
     tokenizer: Tokenizer
     match content:
@@ -365,13 +358,13 @@ def _from_json(data: bytes) -> Tokenizer:
         case {"name": "bpe", "merges": list(merges)} if len(merges) <= content["vocab_size"]:
             tokenizer = TrainedTokenizer([_pair(item) for item in merges], ends)
         case _:
-            raise ValueError(f"tokenizer {content['name']!r:.40} is not known, or lacks its parts")
+            raise ValueError(f"tokenizer {content['name']!r:.40} is unknown or incomplete")
     if tokenizer.to_json().encode() != data:
-        raise ValueError("its parts disagree")
+        raise ValueError("its entries contradict one another")
     return tokenizer
 
 
 def _pair(item: Any) -> tuple[int, int]:
     if not (isinstance(item, list) and len(item) == 2 and all(type(token) is int for token in item)):
-        raise ValueError(f"{item!r:.40} is no merge")
+        raise ValueError(f"{item!r:.40} is not a merge")
     return item[0], item[1]

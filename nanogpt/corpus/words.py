@@ -1,10 +1,10 @@
-"""GPT-2's byte-pair encoding of much text: the tokens of words that were met before are looked up, many at once.
+"""Fast byte-pair encoding of large texts: a table of words and their tokens, looked up many at once.
 
-tiktoken splits a text into words by a pattern and encodes each by itself, so a word's tokens do not depend on what
-surrounds it. Here a text is cut where that pattern is certain to begin a word; the pieces, words for short, are at
-least as large as its own. A word of up to 15 bytes and its length are two 64-bit numbers, hence a hit in the table is
-the word itself and not merely its hash, and all lookups of a text are a few operations of numpy. What is not in the
-table goes through tiktoken, and then into the table in place of what was there: memory is bounded.
+tiktoken splits a text into words by a pattern and encodes each separately, so the tokens of a word do not depend on its
+context. This module cuts a text where that pattern is certain to begin a word; the pieces, called words below, are one
+or more words of the pattern. A word of up to 15 bytes and its length fit into two 64-bit numbers, so the table compares
+words, not hashes, and a few numpy operations look up all words of a text. tiktoken encodes the missing words, which
+then replace others in the table: memory is bounded.
 """
 
 import functools
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.unsignedinteger]
 
-_SLOTS = 2**19  # rows of 32 bytes: 16 MB at most
-_BATCH = 2**16  # bytes that are encoded at once; what numpy makes of more leaves the processor's cache
-_LONGEST = 15  # bytes of a word that is kept; the 16th byte of its key is its length
+_SLOTS = 2**19  # rows of 32 bytes: 16 MB
+_BATCH = 2**16  # bytes to encode at once; numpy's arrays for more do not fit into the processor's cache
+_LONGEST = 15  # bytes of a word in the table; the 16th byte of its key is its length
 _TOO_LONG = (_LONGEST + 1) << 56
 
-# Kinds of bytes: letter, digit, apostrophe, other punctuation, space, other white space, and what only tiktoken can
-# judge (bytes of other characters than ASCII's, which may be any of these, and control characters).
+# Kinds of bytes: letter, digit, apostrophe, other punctuation, space, other white space, and 0 for those that only
+# tiktoken can classify (non-ASCII and control characters).
 _LETTER, _DIGIT, _APOSTROPHE, _OTHER, _SPACE, _BREAK = 1, 2, 4, 8, 16, 32
 _WHITE = _SPACE | _BREAK
 _BLACK = _LETTER | _DIGIT | _APOSTROPHE | _OTHER
-# GPT-2's pattern takes a run of letters, of digits or of punctuation, each with one space before it; or 's, 't, 're,
-# 've, 'm, 'll, 'd; or a run of white space, less its last character if something else follows. So a word begins where
-# a run ends (but an apostrophe may go on). Kind -> kinds before which a word begins.
+# A word of GPT-2's pattern is a run of letters, of digits or of punctuation, with an optional space before it; or 's,
+# 't, 're, 've, 'm, 'll, 'd; or a run of white space without its last character if something else follows. So a word
+# begins where a run ends, except perhaps after an apostrophe. Kind -> kinds before which a word begins.
 _BEGINS = {
     _LETTER: _DIGIT | _APOSTROPHE | _OTHER | _WHITE,
     _DIGIT: _LETTER | _APOSTROPHE | _OTHER | _WHITE,
@@ -55,16 +55,16 @@ def _kind(byte: int) -> int:
 
 @functools.cache
 def _kinds() -> tuple[bytes, bytes]:
-    """By byte: its kind, and the kinds before which a word begins behind it."""
+    """For each byte its kind, and the kinds before which a word begins after it."""
     kinds = [_kind(byte) for byte in range(256)]
     return bytes(kinds), bytes(_BEGINS.get(kind, 0) for kind in kinds)
 
 
 @functools.cache
 def _masks() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """By a word's length, at most _LONGEST + 1: which bits of its two numbers count, and the length as the last byte.
+    """For each length up to _LONGEST + 1: the bit masks of the two numbers, and the length as the last byte.
 
-    A longer word gets the key 0, _TOO_LONG, which is never kept; nor is 0, 0, the key of an empty row.
+    All longer words have the key (0, _TOO_LONG), which is never stored; an empty row has the key (0, 0).
     """
     lengths = range(_LONGEST + 1)
     first = np.array([2 ** (8 * min(n, 8)) - 1 for n in lengths] + [0], dtype=np.uint64)
@@ -73,22 +73,22 @@ def _masks() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArra
 
 
 class WordTable:
-    """Encodes as `encoding` does, whose pattern must be GPT-2's; `separator` is the text of one of its special tokens.
+    """Gives the same tokens as `encoding`, whose pattern must be GPT-2's.
 
-    `dtype` holds every id but that of the separator: uint16 or uint32.
+    separator: the text of a special token of `encoding`. dtype: uint16 or uint32, large enough for all other ids.
     """
 
     def __init__(self, encoding: "tiktoken.Encoding", separator: str, dtype: np.dtype[np.unsignedinteger]):
         self._encoding, self._separator, self._dtype = encoding, separator, dtype
         self._separator_id = encoding.encode_single_token(separator)
-        # Per row: the key, two numbers; then 16 bytes with the number of tokens and the tokens.
+        # A row is the key, two numbers; then 16 bytes with the number of tokens and the tokens.
         self._rows = np.zeros((_SLOTS, 4), dtype=np.uint64)
-        self._kept = 16 // dtype.itemsize - 1  # tokens of a word that is kept
+        self._kept = 16 // dtype.itemsize - 1  # tokens of a word in the table
 
     def encode_all(self, texts: Iterable[Iterable[str]], end: int | None) -> Ids:
-        """The tokens of the texts, each with `end` after it if that is given.
+        """The tokens of all texts in a row, each text followed by `end` unless that is None.
 
-        A text comes in parts of about _BATCH characters, cut where that does not change its tokens.
+        A text is in parts of about _BATCH characters, cut where that does not change its tokens.
         """
         results = [np.zeros(0, dtype=self._dtype)]
         for parts, is_last in _batches(texts):
@@ -97,7 +97,7 @@ class WordTable:
         return np.concatenate(results)
 
     def encode(self, texts: Sequence[bytes]) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """The tokens of the texts (UTF-8), and how many of them each text has; special tokens are ordinary text.
+        """The tokens of the texts (UTF-8) in a row, and the number of tokens of each; special tokens are ordinary text.
 
         Takes some 30 bytes of memory per byte of text.
         """
@@ -124,17 +124,18 @@ class WordTable:
         for i in range(1, self._kept):
             longer = longer[counts[longer] > i]
             result[begins[longer] + i] = tokens[longer, i]
-        # Rows of missing words are not theirs, so these come last.
+        # Last, since the rows found for missing words belong to other words.
         result[_ranges(begins[missing], counts[missing])] = ids
-        words = np.searchsorted(starts, borders)  # before each border
+        words = np.searchsorted(starts, borders)  # number of words before each border
         return result, np.diff(np.concatenate([[0], ends])[words], prepend=0)
 
     def _plain(
         self, data: bytes, starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
     ) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """The tokens of words by tiktoken, which encodes what lies between special tokens by itself; and their numbers.
+        """The tokens of the words from tiktoken, and the number of tokens of each.
 
-        No word contains the separator's text: it has letters beside other punctuation, so it is cut itself.
+        The words are joined by a special token, and tiktoken encodes the texts between special tokens separately. No
+        word contains the text of the separator: that has letters beside punctuation, so it is several words.
         """
         if not len(starts):
             return np.zeros(0, dtype=self._dtype), np.zeros(0, dtype=np.int64)
@@ -154,7 +155,7 @@ class WordTable:
         counts: npt.NDArray[np.int64],
     ) -> None:
         short = np.flatnonzero((counts <= self._kept) & (second != _TOO_LONG))
-        chosen = short[np.unique(slots[short], return_index=True)[1]]  # one word per slot, so that no row is mixed
+        chosen = short[np.unique(slots[short], return_index=True)[1]]  # one word per slot, so that no row mixes two
         tail = np.zeros((len(chosen), 1 + self._kept), dtype=self._dtype)
         tail[:, 0] = counts[chosen]
         begins = (np.cumsum(counts) - counts)[chosen]
@@ -165,7 +166,7 @@ class WordTable:
 
 
 def _batches(texts: Iterable[Iterable[str]]) -> Iterator[tuple[list[bytes], list[bool]]]:
-    """Parts of texts, about _BATCH bytes of them at once, and of each whether it is its text's last one."""
+    """Batches of about _BATCH bytes: parts of texts, and for each whether it is the last of its text."""
     batch: list[bytes] = []
     is_last: list[bool] = []
     size = 0
@@ -177,24 +178,24 @@ def _batches(texts: Iterable[Iterable[str]]) -> Iterator[tuple[list[bytes], list
             if size >= _BATCH:
                 yield batch, is_last
                 batch, is_last, size = [], [], 0
-        # An empty part ends the text, so an empty text has one, too.
+        # An empty part ends each text, so that an empty text has a part too.
         batch.append(b"")
         is_last.append(True)
     yield batch, is_last
 
 
 def _starts(data: bytes, borders: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where words begin; a border between two texts is such a place."""
+    """The positions where words begin; each border between two texts is one."""
     kinds, begun = (np.frombuffer(data.translate(table), dtype=np.uint8) for table in _kinds())
     white, black = kinds & _WHITE != 0, kinds & _BLACK != 0
     begins = np.empty(len(data) + 1, dtype=bool)
-    # The last white space of several, before something else.
+    # A word begins at the last of several white-space characters if something else follows.
     begins[1:-2] = white[:-2] & white[1:-1] & black[2:]
-    begins[borders - 1] = False  # what comes after it is another text
+    begins[borders - 1] = False  # another text follows
     begins[1:-1] |= begun[:-1] & kinds[1:] != 0
     begins[0] = True
     begins[borders] = True
-    # Behind white space that is a word of its own: it is the last of several, and does not go with what follows.
+    # A word begins after white space that is a word itself: the last of several, and not a space.
     begins[1:-1] |= begins[:-2] & (kinds[:-1] == _BREAK) & black[1:]
     return np.flatnonzero(begins[:-1])
 
@@ -202,8 +203,8 @@ def _starts(data: bytes, borders: npt.NDArray[np.int64]) -> npt.NDArray[np.int64
 def _keys(
     data: bytes, starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The words' bytes and length as two numbers each."""
-    # The eight bytes from each position on, as numbers that overlap.
+    """The bytes and length of each word as two numbers."""
+    # The eight bytes from each position on, as overlapping numbers.
     eights: npt.NDArray[np.uint64] = np.ndarray(len(data) + 8, "<u8", data + bytes(2 * 8), strides=(1,))
     lengths = np.minimum(sizes, _LONGEST + 1)
     first, second, length = _masks()
@@ -211,12 +212,12 @@ def _keys(
 
 
 def _slots(first: npt.NDArray[np.uint64], second: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """A row of the table for each key: the highest bits of a product, as in Knuth's multiplicative hashing."""
+    """The row of the table for each key, by Knuth's multiplicative hashing: the highest bits of a product."""
     mixed = (first * np.uint64(0x9E3779B97F4A7C15) ^ second) * np.uint64(0xC2B2AE3D27D4EB4F)
     return (mixed >> np.uint64(64 - (_SLOTS - 1).bit_length())).astype(np.int64)
 
 
 def _ranges(begins: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """begin, begin + 1, ... for each begin, as many as its count."""
+    """For each begin and count: begin, begin + 1, ..., begin + count - 1."""
     offsets = np.cumsum(counts) - counts
     return np.repeat(begins - offsets, counts) + np.arange(counts.sum())

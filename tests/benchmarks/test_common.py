@@ -103,7 +103,7 @@ def test_the_figures_are_written_also_where_they_are_not_what_was_asked_for(proj
     ("value", "told"),
     [
         ("numerics.dtpye=float32", "numerics.dtpye = 'float32' is not a known parameter; did you mean numerics.dtype?"),
-        ("batch_size", "-S batch_size is refused: write section.key=value"),
+        ("batch_size", "-S batch_size is invalid: write section.key=value"),
         ("train.batch_size=many", "train.batch_size"),
         ("model.n_head=5", "model.n_embd = 96 is not divisible by model.n_head = 5"),
     ],
@@ -127,7 +127,7 @@ def test_a_preset_is_laid_over_the_params(project: Callable[..., Path]) -> None:
         assert CliRunner().invoke(command, arguments).exit_code == 0
     assert [(p.model.n_layer, p.model.n_embd, p.train.learning_rate) for p in found] == [(2, 8, 3e-5), (2, 16, 3e-5)]
     assert "presets/wrong.yaml sets model.layers, which" in invoke("--preset", "wrong")[1]
-    assert invoke("--preset", "missing") == (1, "Error: there is no preset missing; known: deep, wrong\n")
+    assert invoke("--preset", "missing") == (1, "Error: there is no preset missing; use one of deep, wrong\n")
 
 
 def test_the_pages_name_benchmarks_that_there_are() -> None:

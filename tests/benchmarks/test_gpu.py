@@ -93,7 +93,7 @@ def test_without_a_gpu_one_line_says_what_is_missing(
 def test_a_preset_that_does_not_exist_is_refused_in_one_line() -> None:
     result = run("--device", "cpu", "--preset", "missing")
     assert result.exit_code == 1
-    assert result.output.splitlines()[1:] == ["Error: there is no preset missing; known: tiny"]
+    assert result.output.splitlines()[1:] == ["Error: there is no preset missing; use one of tiny"]
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------

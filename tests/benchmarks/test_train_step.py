@@ -140,7 +140,7 @@ def test_a_shape_that_the_source_has_not_is_refused(project: Callable[..., Path]
     project(**{**TINY, "model.n_layer": None, "train.init_from": "gpt2"})
     result = run("--vocab-size", "50257")
     assert result.exit_code == 1
-    assert "is not that of train.init_from = gpt2, 12" in result.output
+    assert "but train.init_from = gpt2 has 12" in result.output
 
 
 def test_the_trace_is_of_steps_that_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,6 @@ def test_a_split_shorter_than_a_block_is_refused():
     check_block_size(split, 9)
     with pytest.raises(
         ValueError,
-        match=r"model\.block_size = 10 needs at least 11 tokens, and the val split has 10; lower model\.block_size",
+        match=r"model\.block_size = 10 needs at least 11 tokens, but the val split has 10; lower model\.block_size",
     ):
         check_block_size(split, 10)

@@ -14,7 +14,7 @@ EXTRA = {"journal": {"bytes": 123, "crc": "0a1b2c3d"}}
 
 
 class Trained:
-    """A model with its optimizer and scaler, some steps on."""
+    """A model with its optimizer and scaler after some steps."""
 
     def __init__(self, seed=0, steps=3, scaled=False, optimizer="adamw"):
         self.model = tiny.gpt(seed=seed)
@@ -169,7 +169,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_is_told_removed_and_passed_over(saved, damage):
+def test_a_damaged_newest_is_reported_removed_and_passed_over(saved, damage):
     DAMAGES[damage](saved.directory / "step-00000030")
     told = []
     found = saved.newest(told.append)
@@ -247,11 +247,11 @@ def test_the_files_hold_no_times_and_no_paths(saved):
     assert str(saved.directory).encode() not in (saved.directory / "step-00000030" / "state.safetensors").read_bytes()
 
 
-def test_another_runs_checkpoint_is_told_removed_and_passed_over(saved, tmp_path):
+def test_another_runs_checkpoint_is_reported_removed_and_passed_over(saved, tmp_path):
     others = Checkpoints(tmp_path / "others", "another run")
     Trained().save(others, 40)
     others._path(40).rename(saved._path(40))
     told = []
     assert saved.newest(told.append).progress.step == 30
-    assert told == [f"checkpoint {saved._path(40)} is another run's"]
+    assert told == [f"checkpoint {saved._path(40)} belongs to another run"]
     assert not saved._path(40).exists()

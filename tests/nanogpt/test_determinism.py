@@ -106,8 +106,26 @@ def test_nor_does_a_ban_on_parallel_regions(portable):
     assert bits(OMP_MAX_ACTIVE_LEVELS="0") == portable
 
 
-def test_the_number_of_threads_does_change_the_bits(portable):
-    assert bits(threads=1)[0] != portable[0]
+def test_the_number_of_threads_changes_the_bits_of_machine_alone(portable):
+    assert bits(threads=1)[0] == portable[0]
+    assert bits("machine", threads=1)[0] != bits("machine", threads=2)[0]
+
+
+def test_without_a_number_there_is_a_thread_for_each_core_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert determinism.available_cores() == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of processes that share the machine
+    assert determinism.available_cores() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert determinism.available_cores() == 1
+
+
+def test_the_number_of_threads_is_no_part_of_what_the_bits_of_portable_depend_on(keeps_threads):
+    resolved = determinism.pin(settings("off", threads=1), "cpu")
+    assert resolved.of_the_bits() == resolved.as_dict()
+    two, three = (dataclasses.replace(resolved, determinism="portable", threads=threads) for threads in (2, 3))
+    assert two.of_the_bits() == three.of_the_bits()
+    assert two.as_dict() != three.as_dict()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

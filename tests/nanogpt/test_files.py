@@ -13,7 +13,7 @@ from tests.nanogpt.tiny import contents
 
 
 def make(kind, path, text):
-    """A file, or a directory with a file and a subdirectory, that holds the text."""
+    """A file with the text, or a directory with such a file and a subdirectory."""
     if kind == "file":
         path.write_text(text)
     else:
@@ -65,7 +65,7 @@ def test_after_an_exception_the_old_is_untouched_and_nothing_is_left(kind, error
 @pytest.mark.parametrize(
     "kind_of_error", [OSError, lambda number, text: RuntimeError(f"I/O error (os error {number})")]
 )
-def test_a_full_disk_is_told_with_the_path_and_the_remedy(number, kind_of_error, tmp_path):
+def test_a_full_disk_is_reported_with_the_path_and_the_remedy(number, kind_of_error, tmp_path):
     told = r"the disk is full; .*target is as it was; free some space"
     with pytest.raises(OSError, match=told), replacing(tmp_path / "target"):
         raise kind_of_error(number, "as the library says it")

@@ -1,4 +1,4 @@
-"""What no GPT can have is refused wherever a config is made, and params.yaml has the same limits."""
+"""Invalid configs are errors wherever they are made, and params.yaml has the same limits."""
 
 from dataclasses import fields
 from typing import get_args
@@ -47,7 +47,7 @@ def test_numbers_have_limits(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_are_known_ones(name):
+def test_options_are_valid_ones(name):
     for value in get_args(GPTConfig.__dataclass_fields__[name].type):
         assert checked(name, value) == value
         ModelParams(**{**NOTHING, name: value})
@@ -69,9 +69,9 @@ def test_dropout_is_a_share():
 
 
 def test_sizes_fit_each_other():
-    with pytest.raises(ValueError, match="n_embd 16 is no multiple of n_head 3"):
+    with pytest.raises(ValueError, match="n_embd 16 is not a multiple of n_head 3"):
         tiny.config(n_head=3)
-    with pytest.raises(ValueError, match="rotary positions need an even n_embd / n_head, and it is 1"):
+    with pytest.raises(ValueError, match="rotary positions need an even n_embd / n_head, but it is 1"):
         tiny.config(n_head=16, position="rotary")
 
 

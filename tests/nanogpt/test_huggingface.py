@@ -1,4 +1,4 @@
-"""Weights of other programs: the same logits there and here, and files of strangers that harm nobody."""
+"""Weights of other programs give the same logits, and hostile files do no harm."""
 
 import contextlib
 import json
@@ -103,14 +103,17 @@ def test_our_logits_are_nanochats(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"previous_tokens": 2}, "NanoChat has no model.previous_tokens = 2; train with model.previous_tokens = 0"),
-        ({"bias": True}, "NanoChat has no model.bias = True"),
-        ({"norm": "layernorm"}, "NanoChat has no model.norm = layernorm; train with model.norm = rmsnorm"),
-        ({"activation": "gelu"}, "NanoChat has no model.activation = gelu"),
-        ({"qk_norm": False}, "NanoChat has no model.qk_norm = False"),
-        ({"tie_embeddings": True}, "NanoChat has no model.tie_embeddings = True"),
-        ({"embedding_norm": False}, "NanoChat has no model.embedding_norm = False"),
-        ({"position": "learned"}, "GPT-2 has no model.norm = rmsnorm"),
+        (
+            {"previous_tokens": 2},
+            "NanoChat does not support model.previous_tokens = 2; train with model.previous_tokens = 0",
+        ),
+        ({"bias": True}, "NanoChat does not support model.bias = True"),
+        ({"norm": "layernorm"}, "NanoChat does not support model.norm = layernorm; train with model.norm = rmsnorm"),
+        ({"activation": "gelu"}, "NanoChat does not support model.activation = gelu"),
+        ({"qk_norm": False}, "NanoChat does not support model.qk_norm = False"),
+        ({"tie_embeddings": True}, "NanoChat does not support model.tie_embeddings = True"),
+        ({"embedding_norm": False}, "NanoChat does not support model.embedding_norm = False"),
+        ({"position": "learned"}, "GPT-2 does not support model.norm = rmsnorm"),
     ],
 )
 def test_what_neither_gpt2_nor_nanochat_has_is_refused(changes, message):
@@ -150,7 +153,7 @@ def test_a_saved_directory_is_read_as_published_ones_are(tmp_path):
     save_file(old, tmp_path / "model.safetensors")
     assert tiny.same(load_huggingface(tmp_path)[1], weights)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no GPT-2 that can be read"):
+    with pytest.raises(ValueError, match="is not a readable GPT-2"):
         load_huggingface(tmp_path)
 
 
@@ -186,8 +189,8 @@ def test_shards_are_read_as_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda places: {**places, "transformer.wpe.weight": "../x.safetensors"}, "which is no file beside it"),
-        (lambda places: {**places, "transformer.wpe.weight": "."}, "which is no file beside it"),
+        (lambda places: {**places, "transformer.wpe.weight": "../x.safetensors"}, "which is not a file beside it"),
+        (lambda places: {**places, "transformer.wpe.weight": "."}, "which is not a file beside it"),
         (lambda places: {**places, "transformer.wpe.weight": "absent.safetensors"}, "No such file"),
         (lambda places: {**places, "transformer.wpe.weight": 1}, "has no weight_map"),
         (lambda places: {**places, "extra": places["transformer.wpe.weight"]}, "extra is not where"),
@@ -214,7 +217,7 @@ def test_added_and_padded_rows_of_gpt2_are_kept_apart_from_its_tokens(rows):
             assert (config.vocab_size, config.padded_vocab_size) == (50257, rows)
             assert tiny.same(weights, tiny.weights(model))
     for other in (65, 1024, 50240, rows + 1):
-        with pytest.raises(ValueError, match=f"its vocabulary has {rows} tokens, the tokenizer {other}"):
+        with pytest.raises(ValueError, match=f"its vocabulary has {rows} tokens, but the tokenizer has {other}"):
             from_huggingface(*theirs, other)
     assert from_huggingface(*theirs, rows)[0].vocab_multiple == 1
 
@@ -238,12 +241,12 @@ def test_half_precision_becomes_float32():
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"activation_function": ["gelu"]}, "activation_function is"),
-        ({"attn_pdrop": 0.5}, "differ, and our GPT has one dropout"),
+        ({"attn_pdrop": 0.5}, "differ, but our GPT has one dropout"),
         ({"resid_pdrop": []}, r"dropout is \[\]"),
-        ({"n_head": 3}, "n_embd 16 is no multiple of n_head 3"),
+        ({"n_head": 3}, "n_embd 16 is not a multiple of n_head 3"),
         ({"n_layer": 3}, "h.2.ln_1.weight is absent"),
         ({"n_layer": 10**9}, "n_layer is 1000000000; it must be an integer from 1 to 4096"),
-        ({"n_embd": 2**40}, r"wte.weight is \(13, 16\), its config says"),
+        ({"n_embd": 2**40}, r"wte.weight is \(13, 16\), but its config says"),
         ({"n_positions": "8"}, "n_positions is '8'"),
     ],
 )
@@ -263,15 +266,15 @@ def test_wrong_tensors_are_refused_by_name():
     config, tensors = to_huggingface(model.config, tiny.weights(model), None)
     bias = "transformer.h.0.ln_1.bias"
     for changes, message in (
-        ({bias: torch.zeros(17)}, r"h.0.ln_1.bias is \(17,\), its config says \(16,\)"),
-        ({bias: torch.zeros(16, dtype=torch.int64)}, "h.0.ln_1.bias is no tensor of floating-point numbers"),
+        ({bias: torch.zeros(17)}, r"h.0.ln_1.bias is \(17,\), but its config says \(16,\)"),
+        ({bias: torch.zeros(16, dtype=torch.int64)}, "h.0.ln_1.bias is not a tensor of floating-point numbers"),
         ({bias: torch.zeros(1).expand(16)}, "h.0.ln_1.bias has fewer numbers than its shape"),
-        ({"transformer.extra": torch.zeros(1)}, r"extra is \(1,\), its config says absent"),
+        ({"transformer.extra": torch.zeros(1)}, r"extra is \(1,\), but its config says absent"),
         ({"lm_head.weight": torch.zeros(13, 16)}, "lm_head.weight is not wte.weight"),
     ):
         with pytest.raises(ValueError, match=message):
             from_huggingface(config, {**tensors, **changes})
-    with pytest.raises(ValueError, match="n_layer is 2, and there are 0 tensors"):
+    with pytest.raises(ValueError, match="n_layer is 2, but there are 0 tensors"):
         from_huggingface(config, {})
 
 
@@ -336,14 +339,14 @@ def test_nanogpts_padding_is_kept_apart_from_the_tokens():
     assert from_nanogpt(checkpoint, 50304)[0].vocab_multiple == 1
     assert to_nanogpt(config, weights)["model_args"]["vocab_size"] == 50257
     for other in (65, 1024, 50305):
-        with pytest.raises(ValueError, match=f"its vocabulary has 50304 tokens, the tokenizer {other}"):
+        with pytest.raises(ValueError, match=f"its vocabulary has 50304 tokens, but the tokenizer has {other}"):
             from_nanogpt(checkpoint, other)
 
 
 def test_a_gelu_that_nanogpt_has_not_is_refused():
     model = tiny.gpt(activation="gelu_tanh")
     with pytest.raises(
-        ValueError, match=r"nanoGPT has no model.activation = gelu_tanh; train with model.activation = gelu"
+        ValueError, match=r"nanoGPT does not support model.activation = gelu_tanh; train with model.activation = gelu"
     ):
         to_nanogpt(model.config, tiny.weights(model))
 
@@ -371,7 +374,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="it names 'posix mkdir'"):
         load_nanogpt(path)
     torch.save({"extra": Harm(harm)}, path, pickle_protocol=4)
-    with pytest.raises(ValueError, match="it makes objects by STACK_GLOBAL"):
+    with pytest.raises(ValueError, match="it makes objects with STACK_GLOBAL"):
         load_nanogpt(path)
     path.write_bytes(pickle.dumps(Harm(harm)))  # older than torch's archives
     with pytest.raises(ValueError, match="not a zip file"):
@@ -405,7 +408,7 @@ def test_the_remedy_for_an_unusual_checkpoint_makes_one_that_is_read(tmp_path, k
 
 def test_a_checkpoint_of_other_tokens_is_refused_with_where_they_come_from(tmp_path):
     with pytest.raises(
-        ValueError, match=r"13 tokens, the tokenizer 65\); tokenize with the tokens of its training: tok"
+        ValueError, match=r"13 tokens, but the tokenizer has 65\); use the tokenizer of its training: tok"
     ):
         load_nanogpt(checkpoint_file(tmp_path / "ckpt.pt"), 65)
 
@@ -473,7 +476,7 @@ def test_a_changed_pickle_is_read_or_refused(tmp_path, changes):
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
     path = checkpoint_file(tmp_path / "ckpt.pt")
     # K 16 is the number of values in the storage of a bias, and its shape.
-    with pytest.raises(ValueError, match="no checkpoint of nanoGPT that can be read"):
+    with pytest.raises(ValueError, match="is not a readable checkpoint of nanoGPT"):
         load_nanogpt(rewritten(path, b"K\x10", b"J\x00\x00\x00\x70"))
     huge = torch.zeros(1).expand(2**40, 16)
     arguments = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 2**40, "bias": True}
@@ -488,11 +491,11 @@ def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"model_args": []}, "must be dictionaries"),
-        ({"model": {}}, "n_layer is 2, and there are 0 tensors"),
+        ({"model": {}}, "n_layer is 2, but there are 0 tensors"),
         ({"model_args": {"vocab_size": True}}, "vocab_size is True"),
         ({"model_args": {**tiny.SHAPE, "bias": 1}}, "bias is 1"),
         ({"model_args": {**tiny.SHAPE, "dropout": 1.0}}, "dropout is 1.0"),
-        ({"model_args": {**tiny.SHAPE, "n_embd": 32}}, r"wte.weight is \(13, 16\), its config says \(13, 32\)"),
+        ({"model_args": {**tiny.SHAPE, "n_embd": 32}}, r"wte.weight is \(13, 16\), but its config says \(13, 32\)"),
         ({"model_args": {**tiny.SHAPE, "bias": False}}, "h.0.attn.c_attn.bias is"),
     ],
 )
@@ -502,9 +505,9 @@ def test_a_checkpoint_whose_parts_disagree_is_refused(tmp_path, changes, message
 
 
 @pytest.mark.parametrize("damage", [b"", b"no archive", json.dumps({"model": 1}).encode()])
-def test_a_file_that_is_no_checkpoint_is_told(tmp_path, damage):
+def test_a_file_that_is_no_checkpoint_is_reported(tmp_path, damage):
     (tmp_path / "ckpt.pt").write_bytes(damage)
-    with pytest.raises(ValueError, match="is no checkpoint of nanoGPT"):
+    with pytest.raises(ValueError, match="is not a readable checkpoint of nanoGPT"):
         load_nanogpt(tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match=r"give its ckpt\.pt"):
         load_nanogpt(tmp_path / "absent.pt")

@@ -47,7 +47,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def refused(load, tmp_path):
-    """The one line with which a text is refused, less the path; `error`: how."""
+    """The error for a text, one line without the path; `error` is its type."""
 
     def message(text, error=ParamsError):
         with pytest.raises(error) as caught:
@@ -143,57 +143,57 @@ def test_what_dvc_writes_for_a_small_number_is_read_back(load):
     ("key", "written", "message"),
     [
         # types
-        ("train__learning_rate", '"3e-5"', "train.learning_rate = '3e-5' is refused: .*number.*quotes, remove them"),
-        ("train__learning_rate", "abc", "train.learning_rate = 'abc' is refused: .*number"),
-        ("train__learning_rate", "true", "train.learning_rate = True is refused: .*number"),
-        ("train__learning_rate", "null", "train.learning_rate = None is refused: .*number"),
-        ("train__learning_rate", "[1e-3]", r"train.learning_rate = \[0.001\] is refused: .*number"),
-        ("train__learning_rate", ".nan", "train.learning_rate = nan is refused: .*finite number"),
-        ("train__learning_rate", ".inf", "train.learning_rate = inf is refused: .*finite number"),
-        ("train__learning_rate", "1e999", "train.learning_rate = inf is refused: .*finite number"),
-        ("model__n_layer", "4.0", "model.n_layer = 4.0 is refused: .*integer"),
-        ("model__n_layer", "true", "model.n_layer = True is refused: .*integer"),
-        ("model__n_layer", "'4'", "model.n_layer = '4' is refused: .*integer.*quotes, remove them"),
-        ("model__bias", "1", "model.bias = 1 is refused: .*boolean"),
-        ("model__bias", "'true'", "model.bias = 'true' is refused: .*boolean.*quotes, remove them"),
-        ("model__bias", "yes", "model.bias = 'yes' is refused: .*boolean"),
-        ("train__lr_decay_iters", "1.5", "train.lr_decay_iters = 1.5 is refused: .*integer"),
-        ("sample__top_p", "high", "sample.top_p = 'high' is refused: .*number"),
-        ("sample__prompts", "ROMEO", "sample.prompts = 'ROMEO' is refused: .*list"),
-        ("sample__prompts", "[1]", "sample.prompts = 1 is refused: .*string"),
-        ("tracking__experiment", "2026", "tracking.experiment = 2026 is refused: .*string"),
+        ("train__learning_rate", '"3e-5"', "train.learning_rate = '3e-5' is invalid: .*number.*quotes, remove them"),
+        ("train__learning_rate", "abc", "train.learning_rate = 'abc' is invalid: .*number"),
+        ("train__learning_rate", "true", "train.learning_rate = True is invalid: .*number"),
+        ("train__learning_rate", "null", "train.learning_rate = None is invalid: .*number"),
+        ("train__learning_rate", "[1e-3]", r"train.learning_rate = \[0.001\] is invalid: .*number"),
+        ("train__learning_rate", ".nan", "train.learning_rate = nan is invalid: .*finite number"),
+        ("train__learning_rate", ".inf", "train.learning_rate = inf is invalid: .*finite number"),
+        ("train__learning_rate", "1e999", "train.learning_rate = inf is invalid: .*finite number"),
+        ("model__n_layer", "4.0", "model.n_layer = 4.0 is invalid: .*integer"),
+        ("model__n_layer", "true", "model.n_layer = True is invalid: .*integer"),
+        ("model__n_layer", "'4'", "model.n_layer = '4' is invalid: .*integer.*quotes, remove them"),
+        ("model__bias", "1", "model.bias = 1 is invalid: .*boolean"),
+        ("model__bias", "'true'", "model.bias = 'true' is invalid: .*boolean.*quotes, remove them"),
+        ("model__bias", "yes", "model.bias = 'yes' is invalid: .*boolean"),
+        ("train__lr_decay_iters", "1.5", "train.lr_decay_iters = 1.5 is invalid: .*integer"),
+        ("sample__top_p", "high", "sample.top_p = 'high' is invalid: .*number"),
+        ("sample__prompts", "ROMEO", "sample.prompts = 'ROMEO' is invalid: .*list"),
+        ("sample__prompts", "[1]", "sample.prompts = 1 is invalid: .*string"),
+        ("tracking__experiment", "2026", "tracking.experiment = 2026 is invalid: .*string"),
         # ranges
-        ("train__learning_rate", "0", "train.learning_rate = 0 is refused: .*greater than 0"),
-        ("train__max_iters", "0", "train.max_iters = 0 is refused: .*greater than or equal to 1"),
-        ("train__seed", "-1", "train.seed = -1 is refused: .*greater than or equal to 0"),
-        ("train__seed", str(2**63), f"train.seed = {2**63} is refused: .*less than"),
-        ("train__beta2", "1.0", "train.beta2 = 1.0 is refused: .*less than 1"),
-        ("model__dropout", "1", "model.dropout = 1 is refused: .*less than 1"),
-        ("download__documents", "1", "download.documents = 1 is refused: .*greater than or equal to 2"),
-        ("evaluate__train_tokens", "1", "evaluate.train_tokens = 1 is refused: .*greater than or equal to 2"),
-        ("tokenize__vocab_size", "256", "tokenize.vocab_size = 256 is refused: .*greater than or equal to 257"),
-        ("tokenize__val_fraction", "0", "tokenize.val_fraction = 0 is refused: .*greater than 0"),
-        ("tokenize__val_fraction", "1", "tokenize.val_fraction = 1 is refused: .*less than 1"),
-        ("evaluate__stride", "0", "evaluate.stride = 0 is refused: .*greater than or equal to 1"),
-        ("sample__top_k", "0", "sample.top_k = 0 is refused: .*greater than or equal to 1"),
-        ("sample__top_p", "0", "sample.top_p = 0 is refused: .*greater than 0"),
-        ("sample__top_p", "1.1", "sample.top_p = 1.1 is refused: .*less than or equal to 1"),
-        ("sample__temperature", "-0.1", "sample.temperature = -0.1 is refused: .*greater than or equal to 0"),
-        ("sample__prompts", "[]", r"sample.prompts = \[\] is refused: .*at least 1 item"),
+        ("train__learning_rate", "0", "train.learning_rate = 0 is invalid: .*greater than 0"),
+        ("train__max_iters", "0", "train.max_iters = 0 is invalid: .*greater than or equal to 1"),
+        ("train__seed", "-1", "train.seed = -1 is invalid: .*greater than or equal to 0"),
+        ("train__seed", str(2**63), f"train.seed = {2**63} is invalid: .*less than"),
+        ("train__beta2", "1.0", "train.beta2 = 1.0 is invalid: .*less than 1"),
+        ("model__dropout", "1", "model.dropout = 1 is invalid: .*less than 1"),
+        ("download__documents", "1", "download.documents = 1 is invalid: .*greater than or equal to 2"),
+        ("evaluate__train_tokens", "1", "evaluate.train_tokens = 1 is invalid: .*greater than or equal to 2"),
+        ("tokenize__vocab_size", "256", "tokenize.vocab_size = 256 is invalid: .*greater than or equal to 257"),
+        ("tokenize__val_fraction", "0", "tokenize.val_fraction = 0 is invalid: .*greater than 0"),
+        ("tokenize__val_fraction", "1", "tokenize.val_fraction = 1 is invalid: .*less than 1"),
+        ("evaluate__stride", "0", "evaluate.stride = 0 is invalid: .*greater than or equal to 1"),
+        ("sample__top_k", "0", "sample.top_k = 0 is invalid: .*greater than or equal to 1"),
+        ("sample__top_p", "0", "sample.top_p = 0 is invalid: .*greater than 0"),
+        ("sample__top_p", "1.1", "sample.top_p = 1.1 is invalid: .*less than or equal to 1"),
+        ("sample__temperature", "-0.1", "sample.temperature = -0.1 is invalid: .*greater than or equal to 0"),
+        ("sample__prompts", "[]", r"sample.prompts = \[\] is invalid: .*at least 1 item"),
         # choices
         (
             "download__source",
             "internet",
-            "download.source = 'internet' is refused: .*grammar, shakespeare, .*hf:…, file:…, bin:…",
+            "download.source = 'internet' is invalid: .*grammar, shakespeare, .*hf:…, file:…, bin:…",
         ),
-        ("download__source", '"hf:"', "download.source = 'hf:' is refused: .*hf:…"),
-        ("tokenize__tokenizer", "gpt-2", "tokenize.tokenizer = 'gpt-2' is refused: .*char, gpt2, bpe, file:…"),
-        ("model__activation", "relu", "model.activation = 'relu' is refused: .*'gelu', 'gelu_tanh' or 'relu_squared'"),
-        ("train__publish", "first", "train.publish = 'first' is refused: .*'best' or 'last'"),
-        ("numerics__dtype", "fp16", "numerics.dtype = 'fp16' is refused: .*'float32', 'bfloat16' or 'float16'"),
-        ("numerics__determinism", "full", "numerics.determinism = 'full' is refused: .*'portable', 'machine' or 'off'"),
-        ("runtime__device", "gpu", "runtime.device = 'gpu' is refused: .*one of auto, cpu, mps, cuda"),
-        ("runtime__device", "cuda:x", "runtime.device = 'cuda:x' is refused: .*one of auto, cpu, mps, cuda"),
+        ("download__source", '"hf:"', "download.source = 'hf:' is invalid: .*hf:…"),
+        ("tokenize__tokenizer", "gpt-2", "tokenize.tokenizer = 'gpt-2' is invalid: .*char, gpt2, bpe, file:…"),
+        ("model__activation", "relu", "model.activation = 'relu' is invalid: .*'gelu', 'gelu_tanh' or 'relu_squared'"),
+        ("train__publish", "first", "train.publish = 'first' is invalid: .*'best' or 'last'"),
+        ("numerics__dtype", "fp16", "numerics.dtype = 'fp16' is invalid: .*'float32', 'bfloat16' or 'float16'"),
+        ("numerics__determinism", "full", "numerics.determinism = 'full' is invalid: .*'portable', 'machine' or 'off'"),
+        ("runtime__device", "gpu", "runtime.device = 'gpu' is invalid: .*one of auto, cpu, mps, cuda"),
+        ("runtime__device", "cuda:x", "runtime.device = 'cuda:x' is invalid: .*one of auto, cpu, mps, cuda"),
     ],
 )
 def test_a_wrong_value_is_refused(key, written, message, refused):
@@ -213,7 +213,7 @@ def test_a_wrong_value_is_refused(key, written, message, refused):
         ("sample.top_k", "topk", "sample.top_k"),
     ],
 )
-def test_a_misspelt_key_is_told_with_the_nearest_one(key, misspelt, nearest, refused):
+def test_a_misspelt_key_is_reported_with_the_nearest_one(key, misspelt, nearest, refused):
     section, name = key.split(".")
     lines = TEXT.splitlines()
     lines[line_of(key)] = lines[line_of(key)].replace(f"{name}:", f"{misspelt}:")
@@ -223,17 +223,17 @@ def test_a_misspelt_key_is_told_with_the_nearest_one(key, misspelt, nearest, ref
 
 
 @pytest.mark.parametrize("name", ["zzz", "dict", "str"])  # the last two are no names of types here
-def test_a_key_that_resembles_none_is_told_with_all_of_its_section(name, refused):
+def test_a_key_that_resembles_none_is_reported_with_all_of_its_section(name, refused):
     message = refused(TEXT.replace("  n_layer:", f"  {name}: 1\n  n_layer:"))
     assert message == (
-        f"model.{name} = 1 is not a known parameter; known here: n_layer, n_head, n_embd, block_size, bias, norm, "
+        f"model.{name} = 1 is not a known parameter; use one of n_layer, n_head, n_embd, block_size, bias, norm, "
         "activation, position, qk_norm, tie_embeddings, zero_init, previous_tokens, embedding_norm, "
         "dropout, vocab_multiple"
     )
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("trian", "train"), ("models", "model"), ("Runtime", "runtime")])
-def test_a_misspelt_section_is_told_with_the_nearest_one(name, nearest, refused):
+def test_a_misspelt_section_is_reported_with_the_nearest_one(name, nearest, refused):
     message = refused(re.sub(rf"(?m)^{nearest}:", f"{name}:", TEXT))
     assert message == f"{name} is not a known parameter; did you mean {nearest}?"
 
@@ -258,7 +258,7 @@ PORTABLE = {"numerics__determinism": "portable"}
         ),
         (
             SHAPE | {"model__n_head": 3, "train__init_from": "gpt2"},
-            "model.n_embd = 128 is not divisible by .*; set both to null, which takes those of train.init_from = gpt2",
+            "model.n_embd = 128 is not divisible by .*; set both to null to take those of train.init_from = gpt2",
         ),
         (SCHEDULE | {"train__max_iters": 50}, "train.warmup_iters = 50 is not below train.max_iters = 50; shorten"),
         (
@@ -272,35 +272,35 @@ PORTABLE = {"numerics__determinism": "portable"}
         ),
         (
             SHARED | {"runtime__device": "cuda:1", "numerics__determinism": "machine"},
-            "runtime.device = cuda:1 with train.processes = 2, .*set it to cuda",
+            "runtime.device = cuda:1 is one device for train.processes = 2; .*set it to cuda",
         ),
         (SHAPE | {"evaluate__stride": 65}, "evaluate.stride = 65 is above model.block_size = 64, .*lower it or .*null"),
         (
             {"download__source": "file:/etc/*.txt"},
-            "download.source = .* does not lie in download.texts = inputs/texts, .*set",
+            "download.source = .* is not inside download.texts = inputs/texts, .*set",
         ),
-        ({"download__source": "file:inputs/texts/../x"}, "download.source = .* does not lie in download.texts"),
-        ({"download__source": "file:texts2/x"}, "download.source = .* does not lie in download.texts"),
+        ({"download__source": "file:inputs/texts/../x"}, "download.source = .* is not inside download.texts"),
+        ({"download__source": "file:texts2/x"}, "download.source = .* is not inside download.texts"),
         (
             {"download__source": "bin:/etc"},
-            "download.source = bin:/etc does not lie in download.texts = inputs/texts, .*set",
+            "download.source = bin:/etc is not inside download.texts = inputs/texts, .*set",
         ),
         (
             {"tokenize__tokenizer": "file:model/tokenizer.json"},
-            "tokenize.tokenizer = file:model/tokenizer.json does not lie in train.pretrained = inputs/pretrained, "
+            "tokenize.tokenizer = file:model/tokenizer.json is not inside train.pretrained = inputs/pretrained, "
             ".*set train",
         ),
         (
             PORTABLE | {"numerics__dtype": "bfloat16"},
-            "numerics.dtype = bfloat16 cannot be portable; .*float32, or .*machine",
+            "numerics.dtype = bfloat16 is not portable; .*float32, or .*machine",
         ),
-        (PORTABLE | {"numerics__dtype": "float16"}, "numerics.dtype = float16 cannot be portable; set it to float32"),
-        (PORTABLE | {"numerics__compile": "true"}, "numerics.compile = true cannot be portable; .*false, or .*machine"),
+        (PORTABLE | {"numerics__dtype": "float16"}, "numerics.dtype = float16 is not portable; set it to float32"),
+        (PORTABLE | {"numerics__compile": "true"}, "numerics.compile = true is not portable; .*false, or .*machine"),
         (
             PORTABLE | {"runtime__device": "cuda"},
-            "runtime.device = cuda cannot be portable; set it to cpu, or .*machine",
+            "runtime.device = cuda is not portable; set it to cpu, or .*machine",
         ),
-        (PORTABLE | {"runtime__device": "mps"}, "runtime.device = mps cannot be portable"),
+        (PORTABLE | {"runtime__device": "mps"}, "runtime.device = mps is not portable"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(changes, message, refused):
@@ -309,7 +309,7 @@ def test_values_that_do_not_go_together_are_refused(changes, message, refused):
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])
 @pytest.mark.parametrize("n_head", [1, 2, 3, 5, 7])
-def test_the_number_that_a_refused_shape_is_told_is_accepted(n_head, position):
+def test_the_number_in_the_error_of_a_shape_is_accepted(n_head, position):
     shape = {"model.n_head": n_head, "model.position": position}
     for n_embd in (1, 2, 3, 15, 64, 96, 99, 127, 128):
         try:
@@ -375,12 +375,12 @@ def test_a_date_that_does_not_exist_is_refused_too(refused):
 
 @pytest.mark.parametrize("content", [b"", b"# all commented out\n", b"- 1\n", b"hello\n"])
 def test_a_file_that_holds_no_sections_is_refused(content, refused):
-    assert refused(content, Damaged) == "holds no sections"
+    assert refused(content, Damaged) == "has no sections"
 
 
 def test_a_section_without_its_keys_is_refused(refused):
     lines = [line for line in TEXT.splitlines() if not line.startswith("  ")]
-    assert refused("\n".join(lines)).startswith("download = None is refused")
+    assert refused("\n".join(lines)).startswith("download = None is invalid")
 
 
 def test_a_file_that_is_no_utf_8_is_refused(refused):

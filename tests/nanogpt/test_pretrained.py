@@ -33,7 +33,7 @@ def tokenizer(tmp_path) -> CharTokenizer:
 
 
 def hugging_face(directory: Path, seed: int = 0, vocab_size: int = 13) -> torch.nn.Module:
-    """A GPT-2 of transformers in that directory, its weights large enough for every part to matter."""
+    """Writes a GPT-2 of transformers, with weights large enough for every part to matter."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -106,8 +106,8 @@ def test_a_model_of_the_hub_at_a_commit(hub, tokenizer):
     assert (logits(found) - logits(theirs)).abs().max() < 1e-5
 
 
-def test_a_name_that_nobody_knows_is_told_in_one_line(tokenizer):
-    with pytest.raises(ValueError, match=r"nobody/nothing is neither a directory here nor a GPT-2 that the hub gives"):
+def test_an_unknown_name_is_reported_in_one_line(tokenizer):
+    with pytest.raises(ValueError, match=r"nobody/nothing is neither a directory nor a GPT-2 on the hub"):
         load_initial("hf:nobody/nothing", NOTHING, tokenizer)
 
 
@@ -139,7 +139,7 @@ def test_one_of_ours(tmp_path, tokenizer, published):
 def test_one_of_ours_with_another_tokenizer_is_refused_with_the_remedy(tmp_path, published):
     other = CharTokenizer("\n ABCDEFGHIJ", end_of_text=True)
     with pytest.raises(
-        ValueError, match=r"another tokenizer than the tokens; set tokenize.tokenizer to file:.*ours/tok"
+        ValueError, match=r"another tokenizer than data/tokens; set tokenize.tokenizer to file:.*ours/tok"
     ):
         load_initial(f"model:{tmp_path / 'ours'}", NOTHING, other)
 
@@ -147,11 +147,11 @@ def test_one_of_ours_with_another_tokenizer_is_refused_with_the_remedy(tmp_path,
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"n_layer": 3}, "model.n_layer = 3 is not that of train.init_from = hf:.*, 2; set it to 2 or null"),
-        ({"bias": False}, "model.bias = False is not that"),
-        ({"activation": "gelu"}, "model.activation = gelu is not that .* gelu_tanh; set it to gelu_tanh or null"),
-        ({"block_size": 9}, "model.block_size = 9 is not that"),
-        ({"vocab_multiple": 64}, "model.vocab_multiple = 64 is not that"),
+        ({"n_layer": 3}, "model.n_layer = 3, but train.init_from = hf:.* has 2; set it to 2 or null"),
+        ({"bias": False}, "model.bias = False, but train"),
+        ({"activation": "gelu"}, "model.activation = gelu, but .* has gelu_tanh; set it to gelu_tanh or null"),
+        ({"block_size": 9}, "model.block_size = 9, but"),
+        ({"vocab_multiple": 64}, "model.vocab_multiple = 64, but"),
     ],
 )
 def test_what_params_say_of_the_model_must_be_the_sources(tmp_path, tokenizer, given, told):
@@ -179,7 +179,7 @@ def test_rotary_positions_are_cropped_by_the_config_alone(published):
 
 def test_another_vocabulary_is_refused(tmp_path, tokenizer):
     hugging_face(tmp_path / "gpt2", vocab_size=14)
-    with pytest.raises(ValueError, match=r"has a vocabulary of 14, the tokens one of 13; set tokenize.tokenizer"):
+    with pytest.raises(ValueError, match=r"has a vocabulary of 14, but data/tokens one of 13; set tokenize.tokenizer"):
         load_initial(f"hf:{tmp_path / 'gpt2'}", NOTHING, tokenizer)
 
 
@@ -189,7 +189,9 @@ def test_the_remedy_for_rows_that_are_no_tokens_of_gpt2_makes_a_model_that_is_ta
     source = f"hf:{tmp_path / 'gpt2'}"
     config = GPT2Config(n_layer=1, n_head=1, n_embd=2, n_positions=8, vocab_size=50400)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ValueError, match=r"a vocabulary of 50,400, the tokens one of 50,257; cut the rows") as error:
+    with pytest.raises(
+        ValueError, match=r"a vocabulary of 50,400, but data/tokens one of 50,257; remove the rows"
+    ) as error:
         load_initial(source, NOTHING, Gpt2Tokenizer())
     command = re.search("`(.*)`", str(error.value))
     assert command
@@ -220,15 +222,15 @@ def test_the_hash_sees_every_bit(published):
 
 
 @pytest.mark.parametrize(("name", "count"), zip(GPT2_REVISIONS, [size[-1] for size in tiny.GPT2_SIZES], strict=True))
-def test_what_gpt2_will_be_is_known_before_its_weights_are_there(name, count):
+def test_what_gpt2_will_be_is_computed_without_its_weights(name, count):
     config = planned_config(name, params(dropout=0.0, block_size=512), 50257)
     assert sum(sizing.parameters(config).values()) == count - 512 * config.n_embd
     assert (config.dropout, config.activation) == (0.0, "gelu_tanh")
 
 
-def test_a_plan_reads_what_lies_here(tmp_path, tokenizer, published):
+def test_a_plan_reads_local_files(tmp_path, tokenizer, published):
     hugging_face(tmp_path / "gpt2")
     for source in (f"hf:{tmp_path / 'gpt2'}", f"model:{tmp_path / 'ours'}"):
         assert planned_config(source, NOTHING, 13) == load_initial(source, NOTHING, tokenizer).config
-    with pytest.raises(ValueError, match=r"model.n_head = 3 is not that of"):
+    with pytest.raises(ValueError, match=r"model.n_head = 3, but train"):
         planned_config("gpt2-xl", params(n_head=3), 50257)

@@ -57,7 +57,7 @@ def test_saving_twice_gives_the_same_bytes_and_loading_changes_none(tmp_path):
     assert tiny.contents(tmp_path / "c") == before
 
 
-def test_publishing_again_replaces_the_model_whole(directory):
+def test_publishing_again_replaces_the_model_completely(directory):
     (directory / "stray").write_text("of an older version")
     other = publish(directory, tiny.gpt(seed=5))
     assert set(tiny.contents(directory)) == set(FILES)
@@ -93,7 +93,7 @@ def test_each_setting_reaches_the_sampling(directory, setting):
 
 
 def scripted(monkeypatch, directory, rows):
-    """The published model, saying `rows` of tokens, one list a position."""
+    """The published model, which generates `rows` of tokens, one list per position."""
     asked = []
 
     def fake(model, prompt, samples, max_new_tokens, sampling):
@@ -137,7 +137,7 @@ def test_a_stream_is_the_continuation_in_pieces(directory, seed, stop_at_end):
     assert all(pieces)
 
 
-def test_a_character_of_several_tokens_is_streamed_when_it_is_whole(monkeypatch, tmp_path):
+def test_a_character_of_several_tokens_is_streamed_when_it_is_complete(monkeypatch, tmp_path):
     tokenizer = train_bpe(["ab é"], 300, end_of_text=True)
     tokenizer.save(tmp_path / "tokenizer.json")
     publish(tmp_path / "model", tiny.gpt(vocab_size=tokenizer.vocab_size), tmp_path / "tokenizer.json")
@@ -205,13 +205,13 @@ def test_a_truncated_file(directory, name, size):
     data = (directory / name).read_bytes()
     # model.json ends with a line feed, which carries nothing.
     (directory / name).write_bytes(data[: size if size >= 0 else -3])
-    refused(directory, name, "damaged|not what model.json says")
+    refused(directory, name, "damaged|sha256 in model.json")
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "tokenizer.json"])
 def test_a_flipped_bit(directory, name):
     tiny.flip_bit(directory / name)
-    refused(directory, name, "not what model.json says")
+    refused(directory, name, "sha256 in model.json")
 
 
 def test_no_flipped_bit_of_model_json_goes_unnoticed(directory):
@@ -247,7 +247,7 @@ def test_a_model_json_without_one_of_its_parts(directory, key):
         {**tiny.SHAPE, "n_layers": 2},
     ],
 )
-def test_a_config_that_is_none(directory, config):
+def test_an_invalid_config(directory, config):
     tiny.edit_json(directory / "model.json", config=config)
     refused(directory, "model.json", "damaged")
 
@@ -256,25 +256,25 @@ def test_a_config_that_is_none(directory, config):
 def test_weights_of_another_size(directory, change):
     config = json.loads((directory / "model.json").read_bytes())["config"]
     tiny.edit_json(directory / "model.json", config={**config, **change})
-    refused(directory, "weights.safetensors", "does not fit")
+    refused(directory, "weights.safetensors", "does not match")
 
 
 def test_a_foreign_tokenizer(directory, tmp_path):
     tiny.char_tokenizer(directory / "tokenizer.json", end_of_text=False)
-    refused(directory, "tokenizer.json", "not what model.json says: damaged or mixed up")
+    refused(directory, "tokenizer.json", "sha256 in model.json")
 
 
 def test_a_foreign_tokenizer_that_was_made_to_look_right(directory):
     tiny.char_tokenizer(directory / "tokenizer.json", end_of_text=False)
     tiny.edit_json(directory / "model.json", tokenizer_sha256=sha256_file(directory / "tokenizer.json"))
-    refused(directory, "tokenizer.json", "has 12 tokens, the model 13")
+    refused(directory, "tokenizer.json", "has 12 tokens, but the model has 13")
 
 
 def test_files_of_two_models(tmp_path):
     publish(tmp_path / "a")
     publish(tmp_path / "b", tiny.gpt(seed=3, std=0.5, bias=False))
     shutil.copy(tmp_path / "b" / "weights.safetensors", tmp_path / "a" / "weights.safetensors")
-    refused(tmp_path / "a", "weights.safetensors", "damaged or mixed up")
+    refused(tmp_path / "a", "weights.safetensors", "damaged or from another model")
 
 
 def test_info_may_hold_what_a_failed_training_measured(tmp_path):

@@ -91,7 +91,7 @@ def test_nanogpt_s_figure_differs_by_norms_and_biases_alone():
 
 
 def saved_bytes(model, batch, dtype):
-    """Bytes of all storages that autograd saves, but the parameters' own."""
+    """Bytes of all storages that autograd saves, except those of parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -207,7 +207,7 @@ def test_the_peak_with_a_loss_in_chunks(monkeypatch):
     assert predicted < 0.6 * plain
 
 
-def test_a_checkpoint_has_the_size_that_was_told(tmp_path):
+def test_a_checkpoint_has_the_size_that_was_predicted(tmp_path):
     model = GPT(WIDE)
     optimizer = make_optimizer(model, train_params(), "cpu", "float32")
     tokens = torch.zeros(2, WIDE.block_size, dtype=torch.long)

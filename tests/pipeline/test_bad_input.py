@@ -35,7 +35,7 @@ def clone(seed, copy_of) -> Clone:
             {"train.learning_rat": 1.0},
             "train.learning_rat = 1.0 is not a known parameter; did you mean train.learning_",
         ),
-        ({"train.learning_rate": "abc"}, "train.learning_rate = 'abc' is refused: .*number"),
+        ({"train.learning_rate": "abc"}, "train.learning_rate = 'abc' is invalid: .*number"),
         ({"model.n_embd": 33}, "model.n_embd = 33 is not divisible by model.n_head = 2; set model.n_embd to 32"),
     ],
 )
@@ -47,7 +47,7 @@ def test_a_wrong_param_is_refused_before_the_first_stage(seed, clone, values, ex
 
 def test_a_param_that_dvc_does_not_track_is_refused_too(clone):
     clone.set_params(**{"runtime.device": "cuda"})
-    refused(clone, "python -m stages.train", "train", "runtime.device = cuda cannot be portable; set it to cpu")
+    refused(clone, "python -m stages.train", "train", "runtime.device = cuda is not portable; set it to cpu")
     clone.set_params(**{"numerics.determinism": "machine"})
     refused(clone, "python -m stages.train", "train", "runtime.device = cuda, but torch .* sees 0 CUDA devices")
 
@@ -58,7 +58,7 @@ def test_a_variable_of_mlflow_that_has_no_effect_is_refused(clone):
 
 def test_set_param_with_a_wrong_value_changes_neither_model_nor_mlflow(seed, clone):
     output = clone.run("dvc exp run -S train.learning_rate=abc", check=None)
-    assert "Error: train: params.yaml: train.learning_rate = 'abc' is refused" in output
+    assert "Error: train: params.yaml: train.learning_rate = 'abc' is invalid" in output
     assert "Traceback" not in output
     assert len(clone.runs()) == len(clone.attempts()) == 1
     output = clone.run("dvc exp run -S train.learning_rat=1", check=None)
@@ -71,17 +71,17 @@ def test_set_param_with_a_wrong_value_changes_neither_model_nor_mlflow(seed, clo
 
 def test_a_block_longer_than_the_data_is_refused_before_training(clone):
     clone.set_params(**{"model.block_size": 5000})
-    refused(clone, "dvc repro", "train", "model.block_size = 5000 needs at least 5001 tokens, and the val split has")
+    refused(clone, "dvc repro", "train", "model.block_size = 5000 needs at least 5001 tokens, but the val split has")
     assert len(clone.runs()) == len(clone.attempts()) == 1
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "download.source = file:inputs/texts/mine.txt holds no text"),
+        (b"", "download.source = file:inputs/texts/mine.txt contains no text"),
         (
             TALE.encode() + b"caf\xe9",
-            f"inputs/texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; by its bytes it may be cp1252",
+            f"inputs/texts/mine.txt: byte 0xe9 at position {len(TALE) + 3} is not UTF-8; it may be cp1252",
         ),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_training_that_diverges_says_where_and_is_not_resumed(seed, clone):
     assert newest.progress.step < step
     records = Path(clone.attempts()[-1] / "journal.jsonl").read_bytes()
 
-    again = refused(clone, "dvc repro", "train", f"this very training diverged at step {step} before")
+    again = refused(clone, "dvc repro", "train", f"this training has diverged before, at step {step}")
     assert "change train.learning_rate" in again
     assert (clone.attempts()[-1] / "journal.jsonl").read_bytes() == records
     assert len(clone.runs()) == 2

@@ -77,7 +77,7 @@ def test_a_training_goes_on_after_whatever_ended_it(seed, untrained):
     os.killpg(first.process.pid, signal.SIGINT)  # Ctrl-C in a terminal reaches dvc and the trainer
     first.let_go()
     output = first.output()
-    stopped = re.search(r"stopped at step (\d+) \(Ctrl-C\), all is saved; `dvc repro` goes on from there", output)
+    stopped = re.search(r"stopped at step (\d+) \(Ctrl-C\), everything is saved; `dvc repro` resumes it", output)
     assert stopped, output
     assert "Traceback" not in output
     assert untrained.steps() == list(range(1, int(stopped[1]) + 1))
@@ -86,7 +86,7 @@ def test_a_training_goes_on_after_whatever_ended_it(seed, untrained):
     second = PausedTraining(untrained, "step", 12)
     os.kill(second.trainer, signal.SIGTERM)
     second.let_go()
-    assert re.search(r"stopped at step \d+ \(SIGTERM\), all is saved", second.output())
+    assert re.search(r"stopped at step \d+ \(SIGTERM\), everything is saved", second.output())
     assert [run.info.status for run in untrained.runs()] == ["KILLED"]
 
     third = PausedTraining(untrained, "step", 17)
@@ -96,7 +96,7 @@ def test_a_training_goes_on_after_whatever_ended_it(seed, untrained):
     wait_until(lambda: "warning: dvc is gone" in log.read_text(), "the warning", untrained)
     third.let_go()
     wait_until(lambda: untrained.processes() == [], "the end of the orphan", untrained)
-    assert re.search(r"stopped at step \d+ \(SIGTERM\), all is saved", log.read_text())
+    assert re.search(r"stopped at step \d+ \(SIGTERM\), everything is saved", log.read_text())
     assert [run.info.status for run in untrained.runs()] == ["KILLED"]
 
     fourth = PausedTraining(untrained, "speed", 25)  # the journal holds more steps than the newest checkpoint

@@ -46,7 +46,7 @@ def run_tagged(clone: Clone, **tags: str) -> Any:
     return run
 
 
-def told(clone: Clone, argument: str) -> dict[str, Any]:
+def described(clone: Clone, argument: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(clone.tool("lineage", "--json", argument))
     return found
 
@@ -57,7 +57,7 @@ def follow(clone: Clone, argument: str) -> Path:
     `make setup` finds an environment that is there already, and would install one otherwise.
     """
     output = clone.run(f"python -m tools lineage {shlex.quote(argument)}")
-    block = re.search(r"^the commands that bring it back:\n((?:    .*\n)+)", output, re.MULTILINE)
+    block = re.search(r"^the commands that make it again:\n((?:    .*\n)+)", output, re.MULTILINE)
     assert block, output
     commands = [line.strip() for line in block[1].splitlines()]
     place = commands.index("make setup")
@@ -72,7 +72,7 @@ def follow(clone: Clone, argument: str) -> Path:
 
 def test_the_run_of_a_commit_is_made_again(clone: Clone, seed: Clone) -> None:
     (trained,) = seed.runs()
-    found = told(clone, trained.info.run_id)
+    found = described(clone, trained.info.run_id)
     tags = trained.data.tags
     assert found["run"]["id"] == trained.info.run_id
     assert len(found["run"]["source"]) == 2
@@ -91,8 +91,8 @@ def test_the_run_of_a_commit_is_made_again(clone: Clone, seed: Clone) -> None:
 
 def test_a_model_directory_is_the_same_as_its_run_and_comes_from_the_cache(clone: Clone, seed: Clone) -> None:
     (trained,) = seed.runs()
-    found = told(clone, "model")
-    assert found == told(clone, trained.info.run_id) == told(clone, seed.lock()["train"]["outs"][1]["md5"])
+    found = described(clone, "model")
+    assert found == described(clone, trained.info.run_id) == described(clone, seed.lock()["train"]["outs"][1]["md5"])
     clone.run(found["from_cache"])
     assert directory_md5(clone.path / found["from_cache"].split()[-1]) == found["model"]["md5"]
     assert clone.run("git status --porcelain") == ""
@@ -100,7 +100,7 @@ def test_a_model_directory_is_the_same_as_its_run_and_comes_from_the_cache(clone
 
 def test_an_experiment_is_made_again_in_a_clone_that_had_not_got_it(clone: Clone) -> None:
     run = run_tagged(clone, dvc_experiment="elsewhere")
-    found = told(clone, run.info.run_id)
+    found = described(clone, run.info.run_id)
     assert found["run"]["dvc.experiment"] == "elsewhere"
     assert found["run"]["git.commit"] == clone.run("git rev-parse main").strip()
     assert found["commit"]["kind"] == "experiment"
@@ -113,15 +113,15 @@ def test_an_experiment_is_made_again_in_a_clone_that_had_not_got_it(clone: Clone
     assert "elsewhere" in Clone(model.parent).run("dvc exp list --all-commits")
 
 
-@pytest.mark.parametrize("told_by", ["journal", "mlflow"])
-def test_a_run_that_no_commit_holds_is_made_again_from_its_changes(clone: Clone, told_by: str) -> None:
+@pytest.mark.parametrize("source", ["journal", "mlflow"])
+def test_a_run_that_no_commit_holds_is_made_again_from_its_changes(clone: Clone, source: str) -> None:
     baseline = clone.run("git rev-parse main").strip()
     run = run_tagged(clone, git_dirty="true", dvc_experiment="none")
-    if told_by == "mlflow":
+    if source == "mlflow":
         shutil.rmtree(clone.path / ".runs")
     else:
         (clone.path / "mlflow.db").rename(clone.path / "mlflow.db-gone")
-    found = told(clone, run.data.tags["model.sha256"][:12])
+    found = described(clone, run.data.tags["model.sha256"][:12])
     assert found["commit"] is None
     assert (found["run"]["git.commit"], found["run"]["git.dirty"]) == (baseline, "true")
     assert found["environment"]["torch"]
@@ -141,7 +141,7 @@ def test_an_earlier_training_comes_back_from_the_cache_without_a_run_of_its_own_
     assert clone.lock()["train"]["outs"] != seed.lock()["train"]["outs"]
     assert len(clone.runs()) == 2
     other = directory_md5(clone.path / "model")
-    assert told(clone, "model")["run"]["id"] == clone.runs()[1].info.run_id
+    assert described(clone, "model")["run"]["id"] == clone.runs()[1].info.run_id
 
     clone.set_params(**{"train.seed": 1337})
     output = clone.repro()
@@ -150,5 +150,5 @@ def test_an_earlier_training_comes_back_from_the_cache_without_a_run_of_its_own_
     assert clone.read("dvc.lock") == seed.read("dvc.lock")
     assert clone.outs() == seed.outs()
     assert len(clone.runs()) == 2
-    assert told(clone, "model")["run"]["id"] == trained.info.run_id
-    assert told(clone, other)["params"]["train.seed"] == "2"
+    assert described(clone, "model")["run"]["id"] == trained.info.run_id
+    assert described(clone, other)["params"]["train.seed"] == "2"

@@ -23,7 +23,7 @@ def test_two_processes_are_one_run_which_goes_on_after_one_of_them_was_told_to_e
     os.kill(other, signal.SIGTERM)
     paused.let_go()
     output = paused.output()
-    assert re.search(r"stopped at step \d+ \(SIGTERM\), all is saved", output)
+    assert re.search(r"stopped at step \d+ \(SIGTERM\), everything is saved", output)
     assert "exited with 143" in output
     assert "Traceback" not in output
 

@@ -61,8 +61,8 @@ def test_a_step_that_comes_out_otherwise_is_told_with_the_first_that_did(trained
     # The loop's step 4 is the journal's step 5; its loss is computed before the rate is used.
     clone.write("nanogpt/train.py", source.replace("lr = lr_at(", "lr = 1e-9 * (step >= 4) + lr_at("))
     output = clone.run("python -m tools replay --step 7 --no-text", check=1)
-    assert "the code of train is not what it was in this run" in output
-    assert re.search(r"NOT as in the journal: lr of step 5 is the first that differs", output), output
+    assert "the code of the train stage has changed since this run" in output
+    assert re.search(r"DIFFERS from the journal, first in lr of step 5", output), output
 
 
 def test_what_cannot_be_replayed_is_refused(trained, copy_of):
@@ -72,6 +72,6 @@ def test_what_cannot_be_replayed_is_refused(trained, copy_of):
     clone.set_params(**{"tokenize.vocab_size": 290})
     clone.repro("tokenize")
     output = clone.run("python -m tools replay --step 3", check=1)
-    assert "data/tokens is not what this run was trained on" in output
+    assert "data/tokens does not have the tokens of this run" in output
     clone.run("rm -r .runs")
     assert "holds no run" in clone.run("python -m tools replay --step 3", check=1)

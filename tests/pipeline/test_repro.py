@@ -78,7 +78,7 @@ def test_a_comment_costs_no_training_step_but_force_and_a_constant_do(seed, copy
     clone.append("nanogpt/model.py", "\n# A comment.\n")
     output = clone.repro("train")
     assert ran(output) == ["train"]
-    assert "train: changed, but not in what they compute: nanogpt/model.py" in output
+    assert "train: changed without effect on the result: nanogpt/model.py" in output
     assert "this training is finished already" in output
     assert len(clone.attempts()) == 1
     assert clone.outs() == seed.outs()

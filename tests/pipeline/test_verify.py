@@ -119,7 +119,7 @@ def test_a_change_that_changes_nothing_is_identical(golden, copy_of):
     assert [finding["verdict"] for finding in report["findings"]] == ["identical"]
     output, report = verify(clone, "--layer lock", check=1)  # but dvc.lock is of other code
     assert "nanogpt/schedule.py modified" in json.dumps(report["findings"])
-    assert "`dvc repro` and commit dvc.lock with the change" in output
+    assert "run `dvc repro`, and commit dvc.lock with the change" in output
 
 
 def elsewhere(clone: Clone) -> None:

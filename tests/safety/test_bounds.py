@@ -152,7 +152,7 @@ def test_a_context_that_is_out_of_proportion_is_refused(tmp_path: Path) -> None:
     tiny.char_tokenizer(tmp_path / "tokenizer.json")
     save_model(tmp_path / "model", gpt.config, tiny.weights(gpt), tmp_path / "tokenizer.json", {})
     [line] = read(load_model, tmp_path / "model")
-    assert "its context is absurdly long for its size" in line
+    assert "its context is too long for its size" in line
 
 
 # --- tokenizer.json ---------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_an_error_is_one_line_and_changes_no_file(project: Project):
     (folder / "inputs/texts/a.txt.gz").write_bytes(gzip.compress(b"good text")[:-4])
     result = run()
     assert result.exit_code == 1
-    assert result.output.startswith("Error: download: inputs/texts/a.txt.gz is no whole gzip file")
+    assert result.output.startswith("Error: download: inputs/texts/a.txt.gz is not a complete gzip file")
     assert result.output.count("\n") == 1
     assert contents(folder / "data/raw") == first
     assert [path.name for path in (folder / "data").iterdir()] == ["raw"]
@@ -76,7 +76,7 @@ def test_without_network_nothing_is_left_and_the_remedy_is_printed(project: Proj
     assert result.exit_code == 1
     assert "127.0.0.1:1/input.txt could not be reached" in result.output
     assert (
-        "sources that need no network: grammar, file:<path>, bin:<folder>; or put the right file as tinyshakespeare.txt"
+        "sources that need no network are grammar, file:<path> and bin:<folder>; or put the right file into a folder as"
         in result.output
     )
     assert result.output.count("\n") == 1

@@ -15,7 +15,7 @@ from tracking.run import Run
 
 @pytest.fixture
 def root(tmp_path, empty_database, monkeypatch):
-    """A repository with two seeds of two settings, of which `fast` is better, in MLflow too; verify passes."""
+    """A repository with two settings of two seeds, also in MLflow; `fast` is better, and verify passes."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -57,7 +57,7 @@ def test_a_champion_is_beaten_only_by_a_verdict(root):
     refused = run("champion", "slow-*", code=1).stderr
     assert re.search(r"against fast-1, \+0.0999 \[.*\]: worse. --force registers it anyway", refused)
     refused = run("champion", "*-1", code=1).stderr
-    assert "that is 2 settings: muon_learning_rate=0.02; muon_learning_rate=0.04; name one" in refused
+    assert "that is 2 settings: muon_learning_rate=0.02; muon_learning_rate=0.04; choose one" in refused
     name, version = current(root)
     assert (name, version.tags.keys()) == ("fast-1", {"model.sha256"})
     assert re.fullmatch(r"models:/m-[0-9a-f]{32}", version.source)  # no path, which a moved repository would break

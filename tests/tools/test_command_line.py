@@ -1,4 +1,4 @@
-"""`python -m tools`: what it lists, what it imports for that, and what it makes of an error."""
+"""`python -m tools`: its list of commands, its imports, and its handling of errors."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def module_of(name: str) -> str:
 
 
 def imported(*arguments: str) -> set[str]:
-    """The modules that the command line has imported when it ends."""
+    """The modules that the command line has imported at its end."""
     command = [sys.executable, "-c", IMPORTED, *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
@@ -45,7 +45,7 @@ def run(*arguments: str) -> Result:
 
 @pytest.fixture
 def size(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Result]:
-    """Runs the command `size`, whose first step raises the given error."""
+    """Runs the command `size`; its first step raises the given error."""
 
     def run_with(error: BaseException) -> Result:
         def load_params() -> None:
@@ -97,7 +97,7 @@ def test_every_mention_of_a_command_names_one_that_exists() -> None:
 
 
 def test_a_process_has_the_same_name_exit_code_and_line(tmp_path: Path) -> None:
-    """For all of the tests here: what CliRunner sees is what a shell sees."""
+    """Checks for all tests here that CliRunner sees the same as a shell."""
     command = [sys.executable, "-m", "tools", "size"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -157,7 +157,7 @@ def test_a_commands_own_exit_code_stays(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert run("verify", "--layer", "lock", "--out", str(tmp_path)).exit_code == 2
 
 
-def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word(
+def test_a_closed_pipe_ends_a_command_silently(
     size: Callable[[BaseException], Result],
 ) -> None:
     result = size(BrokenPipeError(32, "Broken pipe"))
@@ -172,19 +172,19 @@ def test_a_module_that_is_run_by_itself_names_its_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "remedy"),
     [
         *((f"stages/{name}.py", f"python -m stages.{name}") for name in STAGES),
         ("tools", "python -m tools"),
         ("tools/__main__.py", "python -m tools"),
     ],
 )
-def test_what_is_started_as_a_file_says_how_to_start_it(path: str, told: str, tmp_path: Path) -> None:
+def test_what_is_started_as_a_file_says_how_to_start_it(path: str, remedy: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for place in (REPOSITORY, tmp_path):
         command = [sys.executable, str(REPOSITORY / path), "--help"]
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("Error: ")
-        assert done.stderr.endswith(f" with `{told}`, in the root of the repository\n")
+        assert done.stderr.endswith(f" with `{remedy}`, in the root of the repository\n")
         assert len(done.stderr.splitlines()) == 1

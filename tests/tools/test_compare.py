@@ -72,13 +72,13 @@ def test_one_run_and_none(root):
     assert json.loads(compare("--json").stdout) == {"comparisons": [], "left_out": []}
     assert "No finished runs." in compare("--markdown").stdout
     scored_run(root, "only", 2.0)
-    assert compare().stdout.endswith("nothing to compare it with: `dvc exp run -S KEY=VALUE` adds one\n")
+    assert compare().stdout.endswith("there is only one setting; `dvc exp run -S KEY=VALUE` adds another one\n")
 
 
 def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "a", 2.0)
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
-    assert compare().stdout.endswith(" 2  +1.0000  cannot tell: one seed cannot\n")
+    assert compare().stdout.endswith(" 2  +1.0000  cannot tell from one seed\n")
 
 
 def test_what_is_left_out_goes_to_stderr(root):
@@ -97,7 +97,7 @@ def test_only_the_experiment_of_params_yaml_unless_runs_are_named(root):
     (root / "params.yaml").write_text(text.replace("test/one experiment", "another"))
     assert "no finished runs" in compare().stdout
     assert compare("slow-*", "fast-1").stdout.startswith("4 runs of 2 settings")
-    assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-1].endswith("cannot tell: one seed cannot")
+    assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-1].endswith("cannot tell from one seed")
     assert "no finished run is 'slaw-1'" in compare("slaw-1", code=1).stderr
 
 

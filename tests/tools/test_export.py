@@ -1,4 +1,4 @@
-"""What the export writes is loaded by transformers, offline, and is the same model with the same tokens."""
+"""transformers loads the exported files offline, as the same model with the same tokens."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def published(folder: Path, tokenizer: Tokenizer = LETTERS, **changes) -> Path:
 
 
 def auto(tokenizer: Tokenizer, folder: Path):
-    """What AutoTokenizer makes of the exported files alone."""
+    """The tokenizer that AutoTokenizer loads from the exported files."""
     from transformers import AutoTokenizer
 
     for name, text in tokenizer_files(tokenizer, 32).items():
@@ -117,7 +117,7 @@ def test_any_trained_tokenizer_gives_the_same_ids(tmp_path_factory, texts, text)
 
 
 def test_a_token_that_no_merge_reaches_is_still_a_word(tmp_path):
-    """tiktoken joins whatever makes the earliest token, and takes a word that is a token as it is."""
+    """tiktoken joins the parts that make the earliest token, and a word that is a token becomes that token."""
     a, b, c = b"abc"
     tokenizer = TrainedTokenizer([(a, b), (b, c), (a, 257), (258, c), (c, 258)], True)
     exported = auto(tokenizer, tmp_path)
@@ -135,7 +135,7 @@ def test_gpt2s_files_are_gpt2s_own(gpt2_files):
     assert json.loads(files["vocab.json"]) == json.loads(own["vocab.json"])
 
 
-def test_without_gpt2s_files_the_export_tells_the_remedy(tmp_path, monkeypatch):
+def test_without_gpt2s_files_the_export_names_the_remedy(tmp_path, monkeypatch):
     import tiktoken
 
     model = published(tmp_path, Gpt2Tokenizer(), n_embd=2)
@@ -144,14 +144,14 @@ def test_without_gpt2s_files_the_export_tells_the_remedy(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", absent)
-    with pytest.raises(ValueError, match="set TIKTOKEN_CACHE_DIR to a folder that holds it"):
+    with pytest.raises(ValueError, match="set TIKTOKEN_CACHE_DIR to a folder that contains it"):
         export(model, "huggingface", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["bpe", "char", "gpt2"])
 def test_the_end_of_text_is_one_token(request, name):
-    """In transformers its text is the token, as everywhere there; asked to split it, it reads as ours does."""
+    """In transformers the text of a special token is that token; with split_special_tokens it is ordinary text."""
     tokenizer, exported = request.getfixturevalue(name)
     assert (exported.eos_token, exported.eos_token_id) == (END_OF_TEXT, tokenizer.end_of_text)
     assert exported.bos_token_id == tokenizer.end_of_text
@@ -235,7 +235,7 @@ def test_the_weights_carry_the_one_mark_that_transformers_needs(tmp_path):
 
 
 def test_nanogpts_sampler_finds_weights_and_characters(tmp_path, monkeypatch):
-    """As sample.py: weights from ckpt.pt, characters from data/<dataset>/meta.pkl, which the card's command makes."""
+    """Like sample.py, loads ckpt.pt and data/<dataset>/meta.pkl, which the command in the card makes."""
     tokenizer = CharTokenizer("\n \"'abcdé", True)
     model = published(tmp_path, tokenizer, bias=False)
     export(model, "nanogpt", tmp_path / "out")
@@ -268,7 +268,7 @@ def test_of_tokens_that_the_sampler_does_not_know_the_command_warns(here, bpe):
     result = run("--format", "nanogpt", "out")
     assert result.exit_code == 0
     assert "warning: nanoGPT's sample.py cannot read or write this model's tokens (bpe)" in result.stderr
-    assert "means nothing to this model" in Path("out/README.md").read_text()
+    assert "cannot read or write the tokens of this model" in Path("out/README.md").read_text()
     assert load_nanogpt(Path("out/ckpt.pt"))[0].vocab_size == bpe[0].vocab_size
 
 
@@ -279,7 +279,7 @@ def run(*arguments):
     return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
-def test_the_card_tells_what_the_model_is_and_where_from(here):
+def test_the_card_says_what_the_model_is_and_where_from(here):
     model = published(here)
     result = run("--format", "huggingface", "out")
     assert result.exit_code == 0, result.output
@@ -294,15 +294,15 @@ def test_the_card_tells_what_the_model_is_and_where_from(here):
     ):
         assert line in card
     assert "evaluation" not in card
-    assert "| commit | unknown: no dvc.lock in git's history holds this model |" in card
+    assert "| commit | unknown: no dvc.lock in git's history contains this model |" in card
 
 
-def test_metrics_of_another_model_are_not_told(here):
+def test_metrics_of_another_model_are_not_reported(here):
     model = published(here)
     metrics = here / "metrics" / "evaluate.json"
     metrics.parent.mkdir()
     metrics.write_text('{"perplexity": 4.5}')
-    for md5, data, told in (
+    for md5, data, shown in (
         (directory_md5(model), metrics.read_bytes(), True),
         ("0" * 32 + ".dir", metrics.read_bytes(), False),
         (directory_md5(model), b"{}", False),
@@ -313,7 +313,7 @@ def test_metrics_of_another_model_are_not_told(here):
             YAML().dump({"stages": {"evaluate": stage}}, file)
         out = here / f"out-{md5[:4]}-{len(data)}"
         assert run("--format", "huggingface", out).exit_code == 0
-        assert ("| evaluation: perplexity | 4.5 |" in (out / "README.md").read_text()) is told
+        assert ("| evaluation: perplexity | 4.5 |" in (out / "README.md").read_text()) is shown
 
 
 def test_nothing_is_overwritten(here):
@@ -324,7 +324,7 @@ def test_nothing_is_overwritten(here):
     for path in (out, out / "mine"):
         result = run("--format", "huggingface", path)
         assert result.exit_code == 1
-        assert "exists and is not an empty directory; remove it, or name another one" in result.output
+        assert "exists and is not an empty directory; remove it, or choose another one" in result.output
     assert tiny.contents(out) == {"mine": sha256_file(out / "mine")}
     (out / "mine").unlink()
     assert run("--format", "nanogpt", out).exit_code == 0
@@ -335,13 +335,13 @@ def test_what_nanogpt_cannot_express_is_refused_and_nothing_is_left(here):
     before = tiny.contents(here)
     result = run("--format", "nanogpt", "out")
     assert result.exit_code == 1
-    assert "nanoGPT has no model.activation = gelu_tanh" in result.output
+    assert "nanoGPT does not support model.activation = gelu_tanh" in result.output
     assert "Traceback" not in result.output
     assert tiny.contents(here) == before
     assert run("--format", "huggingface", "out").exit_code == 0
 
 
-def test_a_model_that_is_not_there_is_told(here):
+def test_a_model_that_is_not_there_is_reported(here):
     result = run("--format", "huggingface", "out")
     assert result.exit_code == 1
     assert "is missing; `dvc checkout` or `dvc repro` brings it back" in result.output

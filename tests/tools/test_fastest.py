@@ -36,13 +36,13 @@ def off(project: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[Any, ...], Timed | str]:
-    """What each candidate's process would tell: filled by a test. The limits it was given come to be under "limits"."""
+    """What each candidate's process reports, filled by a test; the limits it was given are under "limits"."""
     table: dict[Any, Any] = {"limits": []}
 
     def stand_in(settings: dict[str, Any], params: Any, seconds: float, limit: float) -> Row:
         table["limits"].append(limit)
-        told = table.get(tuple(settings.values()), Timed(1.0, 0.0, False))
-        return Row(settings, told) if isinstance(told, Timed) else Row(settings, None, told)
+        timed = table.get(tuple(settings.values()), Timed(1.0, 0.0, False))
+        return Row(settings, timed) if isinstance(timed, Timed) else Row(settings, None, timed)
 
     monkeypatch.setattr(fastest, "in_a_process", stand_in)
     monkeypatch.setattr(fastest, "is_emulated", lambda dtype: False)
@@ -93,7 +93,7 @@ def test_what_is_far_behind_is_not_compiled_and_not_chosen(off: Path, times: dic
     result = run("--json", "out.json")
     assert "numerics.dtype: float32" in result.output.splitlines()[-1]
     rows = {tuple(row["settings"].values()): row for row in json.loads(Path("out.json").read_text())}
-    assert rows["bfloat16", True, "fused"]["note"] == "left out: eager it is far behind"
+    assert rows["bfloat16", True, "fused"]["note"] == "skipped: far behind without compilation"
     assert rows["bfloat16", True, "plain"]["timed"]
     assert "far behind" in next(row for row in result.output.splitlines() if row.startswith("bfloat16"))
 
@@ -106,9 +106,9 @@ def test_a_dtype_without_instructions_is_not_tried_on_a_cpu(
     monkeypatch.setattr(fastest, "is_emulated", lambda dtype: dtype == "bfloat16")
     output = run().output.splitlines()
     assert len(times["limits"]) == 12 - left_out
-    told = [line for line in output if line.endswith("left out: this CPU has no instructions for it")]
-    assert len(told) == left_out
-    assert all(line.startswith("bfloat16") for line in told)
+    skipped = [line for line in output if line.endswith("skipped: this CPU has no instructions for it")]
+    assert len(skipped) == left_out
+    assert all(line.startswith("bfloat16") for line in skipped)
 
 
 def test_the_limit_follows_from_the_fastest_step_so_far(off: Path, times: dict[Any, Any]) -> None:
@@ -117,7 +117,7 @@ def test_the_limit_follows_from_the_fastest_step_so_far(off: Path, times: dict[A
     assert times["limits"] == [float("inf"), 3.0] + [1.5] * 10
 
 
-def test_a_candidate_that_fails_is_told_and_the_others_go_on(off: Path, times: dict[Any, Any]) -> None:
+def test_a_candidate_that_fails_is_reported_and_the_others_go_on(off: Path, times: dict[Any, Any]) -> None:
     times["float32", True, "fused"] = "failed: no C++ compiler"
     result = run("--write")
     assert result.exit_code == 0, result.output
@@ -152,7 +152,7 @@ def test_the_fastest_is_written_and_comments_stay(
     assert [line.partition("#")[2] for line in after] == [line.partition("#")[2] for line in before]
     assert "  numerics.dtype: float32 -> bfloat16" in result.output.splitlines()
     assert load_params().numerics.dtype == "bfloat16"
-    assert run("--write").output.splitlines()[-1] == "params.yaml has it already"
+    assert run("--write").output.splitlines()[-1] == "params.yaml has these values already"
 
 
 def test_without_write_nothing_is_written(off: Path, times: dict[Any, Any]) -> None:
@@ -166,7 +166,7 @@ def test_portable_is_not_written_over(project: Callable[..., Path], times: dict[
     project(**TINY)
     result = run("--write")
     assert result.exit_code == 1
-    assert result.output.startswith("Error: fastest: numerics.determinism = portable keeps")
+    assert result.output.startswith("Error: fastest: numerics.determinism = portable needs")
     assert len(result.output.splitlines()) == 1
     assert times["limits"] == []
     assert run().exit_code == 0
@@ -183,7 +183,7 @@ def test_a_process_of_its_own_takes_steps_of_the_model(off: Path, monkeypatch: p
     assert (row.timed.compiling, row.timed.given_up) == (0.0, False)
 
 
-def test_one_that_comes_to_no_end_is_killed_with_all_it_started(off: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_does_not_end_is_killed_with_all_it_started(off: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     popen, pids = subprocess.Popen, []
     endless = (
         "import subprocess, time; p = subprocess.Popen(['sleep', '1000']); print(p.pid, flush=True); time.sleep(1000)"
@@ -196,7 +196,7 @@ def test_one_that_comes_to_no_end_is_killed_with_all_it_started(off: Path, monke
 
     monkeypatch.setattr(subprocess, "Popen", started)
     row = in_a_process({}, load_params(), 0.1, 1.0)
-    assert (row.timed, row.note) == (None, "no figure in 0.1 s (--seconds)")
+    assert (row.timed, row.note) == (None, "not finished in 0.1 s (--seconds)")
     for _ in range(1000):
         if not alive(pids[0]):
             break
@@ -205,7 +205,7 @@ def test_one_that_comes_to_no_end_is_killed_with_all_it_started(off: Path, monke
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs: init may not have buried it yet."""
+    """Whether the process runs, and is not a zombie."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -213,7 +213,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_one_that_fails_tells_its_last_line(off: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_fails_shows_its_last_line(off: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     popen = subprocess.Popen
     failing = "raise SystemExit('a traceback\\nno C++ compiler')"
     monkeypatch.setattr(
@@ -248,8 +248,8 @@ def test_it_gives_up_at_the_first_step_that_is_too_slow(
     assert fastest.measure(load_params(), limit) == expected
 
 
-def test_characters_that_were_not_counted_are_some(project: Callable[..., Path]) -> None:
+def test_characters_that_were_not_counted_are_assumed(project: Callable[..., Path]) -> None:
     project(**{"tokenize.tokenizer": "char"})
-    assert fastest.vocabulary_or_so(load_params().tokenize) == CHARACTERS
+    assert fastest.approximate_vocabulary(load_params().tokenize) == CHARACTERS
     project(**{"tokenize.tokenizer": "gpt2"})
-    assert fastest.vocabulary_or_so(load_params().tokenize) == 50_257
+    assert fastest.approximate_vocabulary(load_params().tokenize) == 50_257

@@ -18,7 +18,7 @@ from tracking.run import Run
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with an object in DVC's cache that nothing uses."""
+    """A repository with an unused object in DVC's cache."""
     root = tmp_path_factory.mktemp("committed")
     (root / "unused").write_text("unused")
     commands = ("git init -q", "dvc init -q", "git -c user.name=a -c user.email=b commit -qm 1", "dvc add -q unused")
@@ -30,7 +30,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def repository(committed: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it with an old finished run that MLflow holds."""
+    """A copy of it with an old finished run that was sent to MLflow."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(committed, tmp_path, dirs_exist_ok=True)
@@ -43,7 +43,7 @@ def repository(committed: Path, empty_database: Path, tmp_path: Path, monkeypatc
 
 
 def confirmed(attempt: Path) -> dict[str, object]:
-    """What the replica notes when MLflow has everything."""
+    """The replica's notes when MLflow has everything."""
     end = json.loads((attempt / "journal.jsonl").read_text().splitlines()[-1])
     uri = store_name(resolve_uri(Path.cwd()), Path.cwd())
     return {"uri": uri, "run_id": "1", "finished": [end["status"], end["t"], 1]}
@@ -87,7 +87,7 @@ def test_a_run_that_is_young_or_held_or_not_in_mlflow_is_kept(repository: Path, 
 
 
 def deleted_run(repository: Path, name: str, location: str | None = None) -> str:
-    """A finished run that was deleted in MLflow; `location`: where its experiment's artifacts lie. Returns its id."""
+    """Makes a finished run and deletes it in MLflow; `location`: of its experiment's artifacts. Returns its id."""
     attempt = finished_attempt(repository, name)
     info = json.loads((attempt / "run.json").read_text()) | {"experiment": f"experiment {name}"}
     (attempt / "run.json").write_text(json.dumps(info))
@@ -130,7 +130,7 @@ def test_artifacts_outside_of_the_repository_are_left_alone_and_the_rest_is_free
     before = files(outside)
     assert before
     output = run("--days", "100000", answer="y\n")
-    assert f"left alone: artifacts of deleted runs outside of the repository ({outside.as_uri()}" in output
+    assert f"skipped: artifacts of deleted runs outside of the repository ({outside.as_uri()}" in output
     assert "freed" in output
     assert files(outside) == before
     assert not files(repository / "mlartifacts")
@@ -145,7 +145,7 @@ def test_a_linked_folder_of_artifacts_leads_outside(repository: Path, outside: P
     shutil.move(folder, outside / "moved")
     folder.symlink_to(outside / "moved")
     before = files(outside)
-    assert "left alone" in run("--days", "100000", answer="y\n")
+    assert "skipped" in run("--days", "100000", answer="y\n")
     assert files(outside) == before
 
 
@@ -155,7 +155,7 @@ def test_a_linked_run_directory_is_left_alone(repository: Path, outside: Path) -
     directory.symlink_to(outside / "run")
     before = files(outside)
     output = run(answer="y\n")
-    assert f"left alone: {directory.relative_to(repository)} is a link" in output
+    assert f"skipped: {directory.relative_to(repository)} is a link" in output
     assert "freed" in output  # DVC's object
     assert files(outside) == before
     assert directory.is_symlink()

@@ -1,4 +1,4 @@
-"""The set-up takes the build of torch that fits the machine, and says so; stubs stand for pip and uv."""
+"""The set-up installs the build of torch that fits the machine; stubs replace pip and uv."""
 
 import os
 import re
@@ -59,7 +59,7 @@ def test_if_pip_has_no_cpu_build_uv_gets_it(install):
 
 
 @without_gpu
-def test_if_nobody_has_it_gigabytes_are_announced_before_they_are_taken(install):
+def test_if_no_index_has_it_gigabytes_are_announced_before_they_are_taken(install):
     code, output, calls = install(failing="*cpu")
     assert (code, calls) == (0, [f"{OFFERED}+cpu", *UV, "sleep 10", REST])
     assert "gigabytes with CUDA, follows in 10 seconds" in output

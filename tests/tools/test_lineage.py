@@ -68,7 +68,7 @@ def commit(message: str) -> str:
 
 
 def write_lock(model: str, other: str = md5("e")) -> None:
-    """dvc.lock as if the pipeline had just run: `model` is train's, `other` an out of evaluate."""
+    """Writes dvc.lock as if the pipeline had just run: `model` is an out of train, `other` of evaluate."""
     params = YAML(typ="safe").load(Path("params.yaml").read_text())
     raw, tokens = {"path": "data/raw", "md5": md5("d")}, {"path": "data/tokens", "md5": md5("c")}
     lock = {
@@ -95,7 +95,7 @@ def commit_result(model: str, message: str = "Result") -> str:
 
 
 def train(name: str, prefix: str, status: str = "FINISHED", started: int = 1, **tags: str) -> Path:
-    """A run that made the model whose hashes begin so."""
+    """Makes a run whose model has hashes that begin with `prefix`."""
     known = {"git.commit": git("rev-parse", "HEAD"), "git.dirty": "false", "dvc.experiment": "none"}
     attempt = make_attempt(Path.cwd(), name, tags=known | {"code.sha256": "c0de"} | tags, started=started)
     result = {"model_sha256": sha256(prefix), "model_md5": md5(prefix)} if status == "FINISHED" else {}
@@ -109,7 +109,7 @@ def lineage(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["lineage", *arguments], catch_exceptions=False)
 
 
-def told(*arguments: str) -> dict[str, Any]:
+def described(*arguments: str) -> dict[str, Any]:
     done = lineage(*arguments, "--json")
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
@@ -133,7 +133,7 @@ def test_a_hash_or_its_beginning_or_a_name_leads_to_run_and_commit(repository: P
     train("the run", A, **{"dvc.experiment": "wide"})
     train("another", B)
     kept = commit_result(md5(A))
-    found = told(argument)
+    found = described(argument)
     assert found["model"] == {"sha256": sha256(A), "md5": md5(A)}
     assert (found["run"]["name"], found["run"]["git.commit"]) == ("the run", trained_at)
     assert found["run"]["source"] == [f"journal {Path('.runs/the run/attempt-1')}"]
@@ -146,11 +146,11 @@ def test_a_hash_or_its_beginning_or_a_name_leads_to_run_and_commit(repository: P
 
 @pytest.mark.parametrize("argument", ["model", "./model", "model/"])
 def test_before_any_run_it_says_what_makes_the_model(repository: Path, argument: str) -> None:
-    assert fails(argument).endswith("it holds no model.json; `dvc repro train` makes it\n")
+    assert fails(argument).endswith("it has no model.json; `dvc repro train` makes it\n")
     write_lock(md5(A))
-    assert fails(argument).endswith("it holds no model.json; `dvc repro train` makes it\n")  # nor is it in the cache
+    assert fails(argument).endswith("it has no model.json; `dvc repro train` makes it\n")  # nor is it in the cache
     cache_path(repository, md5(A)).mkdir(parents=True)
-    assert fails(argument).endswith("it holds no model.json; `dvc checkout model` brings it back\n")
+    assert fails(argument).endswith("it has no model.json; `dvc checkout model` restores it\n")
 
 
 def test_an_experiment_whose_stages_all_came_from_the_cache_leads_to_the_run_that_trained(repository: Path) -> None:
@@ -160,7 +160,7 @@ def test_an_experiment_whose_stages_all_came_from_the_cache_leads_to_the_run_tha
     again = commit("dvc: commit experiment")
     git("update-ref", f"refs/exps/{kept[:2]}/{kept[2:]}/again", again)
     git("reset", "--quiet", "--hard", kept)
-    found = told("again")
+    found = described("again")
     assert found["run"]["name"] == "the run"
     assert (found["model"]["md5"], found["commit"]["id"]) == (md5(A), kept)
 
@@ -173,11 +173,11 @@ def test_a_model_directory_leads_to_its_run(repository: Path) -> None:
     with Journal(attempt / "journal.jsonl") as journal:
         end(journal, "FINISHED", 1, model_sha256=sha256_tree(model), model_md5=directory_md5(model))
     for argument in ("model", str(model), "./model/"):
-        assert told(argument)["run"]["name"] == "made"
+        assert described(argument)["run"]["name"] == "made"
     (model / "weights.safetensors").write_text("others")
-    assert re.search(r"no run and no commit knows this model .*`dvc status model`", fails("model"))
+    assert re.search(r"no run and no commit has this model .*`dvc status model`", fails("model"))
     (model / "model.json").unlink()
-    assert "model is no model directory: it holds no model.json" in fails("model")
+    assert "model is not a model directory: it has no model.json" in fails("model")
 
 
 def test_a_beginning_that_several_models_share_is_refused_with_their_hashes(repository: Path) -> None:
@@ -187,10 +187,10 @@ def test_a_beginning_that_several_models_share_is_refused_with_their_hashes(repo
     assert sha256(A + "1") in message
     assert sha256(A + "2") in message
     assert "give more of the hash" in message
-    assert told(A + "2")["run"]["name"] == "two"
+    assert described(A + "2")["run"]["name"] == "two"
 
 
-def test_what_nothing_knows_is_told_with_what_was_searched(repository: Path) -> None:
+def test_an_unknown_argument_is_reported_with_what_was_searched(repository: Path) -> None:
     message = fails("0123456789")
     for place in ("run ids", "journals", "dvc.lock in all of git's history", "model/", "git fetch", "mlflow.db"):
         assert place in message
@@ -205,7 +205,7 @@ def test_a_name_that_several_runs_have_is_refused(repository: Path) -> None:
     assert re.search(r"2 runs are named 'same': \.runs/one/attempt-1, \.runs/two/attempt-1; give", fails("same"))
 
 
-def test_it_wants_to_be_started_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_must_be_started_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     assert "start this in the root of the repository" in fails(A)
 
@@ -216,8 +216,8 @@ def test_it_wants_to_be_started_in_the_repository(tmp_path: Path, monkeypatch: p
 def test_a_hash_elsewhere_in_dvc_lock_is_no_model(repository: Path) -> None:
     write_lock(md5(A), other=md5(B))
     commit("Result")
-    assert "nothing is known" in fails(md5(B))
-    assert told(md5(A))["commit"]["kind"] == "commit"
+    assert "no run, model or experiment is called" in fails(md5(B))
+    assert described(md5(A))["commit"]["kind"] == "commit"
 
 
 def test_a_commit_is_preferred_to_an_experiment_and_the_oldest_commit_to_later_ones(repository: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_commit_is_preferred_to_an_experiment_and_the_oldest_commit_to_later_o
     name = f"refs/exps/{'1' * 2}/{'2' * 38}/tried"
     git("update-ref", name, experiment)
     git("reset", "--quiet", "--hard", "HEAD~1")
-    found = told(md5(A))
+    found = described(md5(A))
     assert found["commit"] == {"id": experiment, "kind": "experiment", "name": f"{experiment[:7]} experiment tried"}
     assert f"git fetch --quiet origin {name}:{name}" in found["commands"]
 
@@ -233,11 +233,11 @@ def test_a_commit_is_preferred_to_an_experiment_and_the_oldest_commit_to_later_o
     first = commit_result(md5(A))
     commit_result(md5(B), "Another")
     again = commit_result(md5(A), "Back")
-    found = told(md5(A))
+    found = described(md5(A))
     assert found["commit"]["id"] == first
     assert found["also"] == [f"{again[:7]} main", f"{experiment[:7]} experiment tried"]
     assert not [command for command in found["commands"] if "fetch" in command]
-    assert told(md5(B))["also"] == []
+    assert described(md5(B))["also"] == []
 
 
 def test_a_model_that_only_a_merge_holds_is_found(repository: Path) -> None:
@@ -260,15 +260,15 @@ def test_a_model_that_only_a_merge_holds_is_found(repository: Path) -> None:
         (lambda: Path("inputs/texts/a.txt").write_text("C\n"), "inputs/texts"),
     ],
 )
-def test_a_commit_whose_dvc_lock_was_made_by_something_else_is_not_believed(
+def test_a_commit_whose_dvc_lock_was_made_by_something_else_is_not_trusted(
     repository: Path, change: Callable[[], object], named: str
 ) -> None:
     write_lock(md5(A))
     change()
     stale = commit("A result with another input")
-    found = told(md5(A))
+    found = described(md5(A))
     assert found["commit"]["id"] == stale
-    assert f"the commit has other {named} than its dvc.lock: expect another model" in found["notes"]
+    assert f"in this commit, {named} does not match dvc.lock: expect another model" in found["notes"]
 
     git("reset", "--quiet", "--hard", "HEAD~1")
     fits = commit_result(md5(A), "The true one")
@@ -280,7 +280,7 @@ def test_a_commit_that_no_clone_brings_is_fetched_by_its_hash(repository: Path, 
     lost = commit_result(md5(A), "Taken back")
     git("reset", "--quiet", "--hard", "HEAD~1")
     train("run", A, **{"git.commit": lost})
-    found = told(sha256(A))
+    found = described(sha256(A))
     assert found["commit"] is None
     commands = found["commands"]
     assert f"git fetch --quiet origin {lost}" in commands
@@ -293,14 +293,16 @@ def test_a_commit_that_no_clone_brings_is_fetched_by_its_hash(repository: Path, 
 def test_a_commit_that_is_not_here_leaves_no_way_back(repository: Path) -> None:
     train("run", A, **{"git.commit": "f" * 40})
     done = lineage(sha256(A))
-    assert "no way back is known" in done.output
-    assert "unknown: no dvc.lock in git's history holds the model, and the run's commit (ffffffffffff)" in done.output
+    assert "no way to make it again is known" in done.output
+    assert (
+        "unknown: no dvc.lock in git's history contains the model, and the run's commit (ffffffffffff)" in done.output
+    )
 
 
-def test_a_dvc_lock_that_is_not_committed_yet_tells_the_data(repository: Path) -> None:
+def test_a_dvc_lock_that_is_not_committed_yet_shows_the_data(repository: Path) -> None:
     write_lock(md5(A))
     train("run", A)
-    found = told(md5(A))
+    found = described(md5(A))
     assert found["commit"] is None
     assert found["data"] == {"md5": md5("d")}
     assert f"git checkout --quiet {git('rev-parse', 'HEAD')}" in found["commands"]
@@ -313,14 +315,14 @@ def test_the_clean_run_is_preferred_then_the_oldest_and_the_others_are_named(rep
     train("dirty", A, started=1, **{"git.dirty": "true"})
     train("later", A, started=3)
     train("first", A, started=2)
-    found = told(sha256(A))
+    found = described(sha256(A))
     assert found["run"]["name"] == "first"
     assert sorted(found["twins"]) == [".runs/dirty/attempt-1", ".runs/later/attempt-1"]
 
 
 def test_a_run_that_failed_has_no_model_but_a_lineage(repository: Path) -> None:
     train("failed", A, status="FAILED")
-    found = told("failed")
+    found = described("failed")
     assert found["model"] == {"sha256": "none: the run is FAILED", "md5": "none: the run is FAILED"}
     assert found["commands"][-1] == "dvc repro train"
 
@@ -329,32 +331,34 @@ def test_a_run_that_has_not_finished_says_so(repository: Path) -> None:
     attempt = make_attempt(repository, "young", tags={"git.commit": "none"})
     with Journal(attempt / "journal.jsonl") as journal:
         start(journal)
-    assert told("young")["model"]["sha256"] == "none: the run is not finished"
+    assert described("young")["model"]["sha256"] == "none: the run is not finished"
 
 
-def test_without_a_run_dvc_lock_tells_what_it_knows(repository: Path) -> None:
+def test_without_a_run_dvc_lock_shows_what_it_has(repository: Path) -> None:
     commit_result(md5(A))
     done = lineage(md5(A))
     assert "run            unknown: neither MLflow nor .runs has a run of this model" in done.output
-    assert "sha256 unknown: no run tells it" in done.output
+    assert "sha256 unknown: no run recorded it" in done.output
     assert "train: seed=1" in done.output
-    assert "environment    unknown: no run's record of it" in done.output
+    assert "environment    unknown: no run recorded it" in done.output
 
 
 def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(repository: Path) -> None:
     attempt = train("dirty", A, **{"git.dirty": "true"})
-    assert "unknown: there were uncommitted changes, and their uncommitted.diff is nowhere" in told("dirty")["notes"]
+    assert (
+        "unknown: there were uncommitted changes, but their uncommitted.diff is missing" in described("dirty")["notes"]
+    )
     diff = attempt / "artifacts" / "uncommitted.diff"
     diff.write_text("diff --git a/code.py b/code.py\n--- a/code.py\n+++ b/code.py\n@@ -1 +1 @@\n-1\n+2\n")
-    found = told("dirty")
+    found = described("dirty")
     assert f"git apply '{diff}'" in found["commands"] or f"git apply {diff}" in found["commands"]
-    assert any("files that git did not track then are kept nowhere" in note for note in found["notes"])
+    assert any("files that git did not track were not recorded" in note for note in found["notes"])
     diff.write_text(diff.read_text() + "\n[cut: 2,000,000 characters in all]\n")
-    assert told("dirty")["commands"] == []
+    assert described("dirty")["commands"] == []
     diff.write_text("# not kept, because it is not part of the experiment: .dvc/config\n")
-    assert not any("git apply" in command for command in told("dirty")["commands"])
+    assert not any("git apply" in command for command in described("dirty")["commands"])
     diff.write_text("Binary files a/x and b/x differ\n")
-    assert any("binary files had changed" in note for note in told("dirty")["notes"])
+    assert any("binary files had changed" in note for note in described("dirty")["notes"])
 
 
 @pytest.mark.parametrize(
@@ -362,11 +366,11 @@ def test_uncommitted_changes_are_applied_and_what_is_not_whole_is_refused(reposi
     [
         (
             {"download.source": "file:inputs/texts/a.txt"},
-            "download.source is file:inputs/texts/a.txt: the text must be there again",
+            "download.source is file:inputs/texts/a.txt: the text must be available",
         ),
-        ({"download.source": "shakespeare"}, "download.source is shakespeare: the text must be there again"),
-        ({"numerics.determinism": "off"}, "numerics.determinism is off, which promises no bits"),
-        ({"numerics.determinism": "machine"}, "the same bits only on the same kind of machine"),
+        ({"download.source": "shakespeare"}, "download.source is shakespeare: the text must be available"),
+        ({"numerics.determinism": "off"}, "numerics.determinism is off, which does not promise the same bits"),
+        ({"numerics.determinism": "machine"}, "which needs the same kind of machine"),
     ],
 )
 def test_what_the_commands_cannot_promise_is_noted(repository: Path, params: dict[str, str], note: str) -> None:
@@ -374,17 +378,17 @@ def test_what_the_commands_cannot_promise_is_noted(repository: Path, params: dic
     path = repository / ".runs/run/attempt-1/run.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"params": {"download.source": "grammar"} | params}))
-    assert [line for line in told("run")["notes"] if note in line]
+    assert [line for line in described("run")["notes"] if note in line]
     commit_result(md5(A))
     of_git = params.get("download.source", "").startswith("file:")  # its hash is in dvc.lock, and was compared
-    assert bool([line for line in told("run")["notes"] if note in line]) is not of_git
+    assert bool([line for line in described("run")["notes"] if note in line]) is not of_git
 
 
-def test_another_environment_is_told_line_by_line(repository: Path) -> None:
+def test_another_environment_is_reported_line_by_line(repository: Path) -> None:
     train("run", A)
     output = lineage("run").output
     assert re.search(r"^environment +python 3\.11\n +python 3\.11 -> 3\.\d+\.\d+\S* here\n", output, re.MULTILINE)
-    assert "the same bits are promised in the environment of constraints.txt only" in output
+    assert "the same bits are promised only in the environment of constraints.txt" in output
 
 
 def test_a_damaged_run_is_passed_over_with_a_warning(repository: Path) -> None:
@@ -406,7 +410,7 @@ def test_a_dead_server_costs_a_warning(repository: Path, monkeypatch: pytest.Mon
     assert len(done.stderr.splitlines()) == 1
     assert re.search(r"cannot be reached .*; only the journals in .*\.runs were searched", done.stderr)
     assert "secret" not in done.output
-    assert "told by journal .runs/run/attempt-1" in done.stdout
+    assert "found in journal .runs/run/attempt-1" in done.stdout
 
 
 def test_no_database_is_made_by_looking(repository: Path) -> None:
@@ -415,22 +419,22 @@ def test_no_database_is_made_by_looking(repository: Path) -> None:
     assert not (repository / "mlflow.db").exists()
 
 
-def test_mlflow_tells_of_a_run_whose_journal_is_gone(repository: Path, empty_database: Path) -> None:
+def test_mlflow_has_a_run_whose_journal_is_gone(repository: Path, empty_database: Path) -> None:
     shutil.copy(empty_database, repository)
     attempt = train("run", A, **{"git.dirty": "true"})
     (attempt / "artifacts" / "uncommitted.diff").write_text("diff\n")
     replica = Replica(Run(attempt), resolve_uri(repository))
     replica.finish()
-    both = told(replica.run_id)
+    both = described(replica.run_id)
     assert both["run"]["source"] == [f"MLflow at sqlite:///{repository}/mlflow.db", "journal .runs/run/attempt-1"]
     (repository / ".runs").rename(repository / "lost")
     for argument in (replica.run_id, sha256(A)[:8], md5(A), "run"):
-        found = told(argument)
+        found = described(argument)
         assert found["run"] | {"source": []} == both["run"] | {"source": []}
         assert found["environment"] == {"python": "3.11"}
         assert found["params"] == both["params"]
         assert any("--artifact-path uncommitted.diff" in command for command in found["commands"])
-    assert "nothing is known" in fails("0" * 32)
+    assert "no run, model or experiment is called" in fails("0" * 32)
 
 
 def test_a_run_that_only_scored_a_pulled_model_leads_to_its_commit(repository: Path, empty_database: Path) -> None:
@@ -441,7 +445,7 @@ def test_a_run_that_only_scored_a_pulled_model_leads_to_its_commit(repository: P
     report = write_report(repository, model=sha256_tree(Path("model")))
     run_id = deliver_report(report, resolve_uri(repository), repository)
     for argument in (run_id, "model"):
-        found = told(argument)
+        found = described(argument)
         assert (found["run"]["id"], found["commit"]["id"]) == (run_id, kept)
         assert found["model"]["md5"] == directory_md5(Path("model"))
     assert "trained at     unknown: the model was pulled" in lineage(run_id).output

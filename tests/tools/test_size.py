@@ -26,7 +26,7 @@ META = {
 
 @pytest.fixture(autouse=True)
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with params.yaml alone, of a training whose figures are told here."""
+    """A folder with only params.yaml, of a training whose figures are known."""
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     change(train__max_iters=700, train__batch_size=8, model__block_size=128)
@@ -73,7 +73,7 @@ def test_without_tokens_it_is_what_the_tokenizer_will_have() -> None:
     assert figures()["model"]["vocab_size"] == 50_257
 
 
-def test_tokens_of_another_tokenizer_tell_nothing() -> None:
+def test_tokens_of_another_tokenizer_are_ignored() -> None:
     tokenized()
     change(tokenize__tokenizer="gpt2")
     found = figures()
@@ -103,7 +103,7 @@ def test_characters_that_were_not_counted_are_asked_for() -> None:
     assert figures("--vocab-size", "65")["model"]["vocab_size"] == 65
 
 
-def test_damaged_tokens_are_told_in_one_line() -> None:
+def test_damaged_tokens_are_reported_in_one_line() -> None:
     tokenized(vocab_size="many")
     result = run()
     assert result.exit_code == 1
@@ -124,7 +124,7 @@ def test_gpt2_as_nanogpt_trains_it() -> None:
     assert found["tokens"]["total"] == 600_000 * 491_520
     assert found["tokens"]["chinchilla"] == 20 * 124_439_808
     assert found["setup"] == {"device": "cuda", "dtype": "bfloat16", "batch_size": 12, "micro_steps": 40}
-    # 8 x A100 at 312 TFLOP/s: nanoGPT's README tells some four days, at what is then an MFU of about 0.4
+    # 8 x A100 at 312 TFLOP/s: nanoGPT's README says some four days, which is an MFU of about 0.4
     assert found["time"]["seconds"] == pytest.approx(600_000 * 491_520 * 855_166_464 / (0.4 * 2496e12))
     assert found["bytes"]["checkpoint"] == 12 * 124_439_808
 
@@ -143,16 +143,16 @@ def test_the_lines_say_what_the_json_says() -> None:
     assert re.search(rf"^peak +{found['bytes']['peak'] / 1e6:,.1f} ", text, re.MULTILINE)
     assert "2.00 times the train split" in text
     assert "rule of thumb" in text
-    assert f"{1e3 * found['time']['seconds_per_step']:,.4g} ms a step (as told), MFU 0.500 of 0.1 TFLOP/s" in text
+    assert f"{1e3 * found['time']['seconds_per_step']:,.4g} ms a step (from --mfu), MFU 0.500 of 0.1 TFLOP/s" in text
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_known_is_not_told_but_how_to_get_it() -> None:
+def test_unknown_times_come_with_the_way_to_get_them() -> None:
     found = figures()["time"]
     assert (found["seconds"], found["peak_flops"], found["mfu"]) == (None, None, None)
-    assert "time        not known: --measure takes some steps here" in run().output
+    assert "time        unknown: --measure times some steps here" in run().output
 
 
 def test_a_share_of_an_unknown_peak_is_no_time() -> None:
@@ -172,4 +172,4 @@ def test_a_measured_run_needs_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     found = figures("--measure")["time"]
     expected = {"measured": True, "peak_flops": None, "mfu": None, "seconds_per_step": 0.5, "seconds": 350.0}
     assert found == expected
-    assert time_line(found).startswith("5.8 minutes for all steps")
+    assert time_line(found).startswith("6 min for all steps")

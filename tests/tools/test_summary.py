@@ -36,27 +36,27 @@ def summary() -> str:
     return CliRunner().invoke(main, ["summary"], catch_exceptions=False).output
 
 
-def test_it_tells_the_loss_the_excess_and_where_to_look(repository: Path) -> None:
+def test_it_shows_the_loss_the_excess_and_where_to_look(repository: Path) -> None:
     output = summary()
     for text in ("1.5000", "best possible  1.0000, so the excess is 0.5000", "samples/samples.md", "make ui"):
         assert text in output
 
 
-def test_a_lock_as_committed_is_told(repository: Path) -> None:
+def test_a_lock_as_committed_is_reported(repository: Path) -> None:
     assert "dvc.lock is the committed one" in summary()
 
 
-def test_other_bits_from_the_same_code_and_params_are_told_as_such(repository: Path) -> None:
+def test_other_bits_from_the_same_code_and_params_are_reported_as_such(repository: Path) -> None:
     (repository / "dvc.lock").write_text(lock("b"))
     assert "dvc.lock DIFFERS from the committed one though code and params are the same" in summary()
 
 
-def test_the_same_bits_of_other_code_are_told_as_such(repository: Path) -> None:
+def test_the_same_bits_of_other_code_are_reported_as_such(repository: Path) -> None:
     (repository / "dvc.lock").write_text(lock("a", code="c1"))
     assert "this result is bit for bit the committed one: commit it" in summary()
 
 
-def test_a_file_that_only_lies_here_is_named_before_a_commit_that_no_clone_could_confirm(repository: Path) -> None:
+def test_an_untracked_file_is_named_before_a_commit_that_no_clone_could_confirm(repository: Path) -> None:
     (repository / "texts").mkdir()
     (repository / "texts/kept.txt").touch()
     git("add", "texts")
@@ -66,8 +66,8 @@ def test_a_file_that_only_lies_here_is_named_before_a_commit_that_no_clone_could
     changed = lock("a", code="c1").replace("a.py", "texts")
     (repository / "dvc.lock").write_text(changed)
     assert summary().splitlines()[-1] == (
-        "dvc.lock counts texts/left over.txt, which git does not track and a clone would lack: commit it too, or move "
-        "it away and `dvc repro`"
+        "dvc.lock depends on texts/left over.txt, which git does not track, so a clone lacks it: commit it too, or "
+        "move it away and run `dvc repro`"
     )
     (repository / "texts/left over.txt").unlink()
     assert "commit it" in summary()
@@ -79,7 +79,7 @@ def test_other_params_explain_another_lock(repository: Path) -> None:
     assert "dvc.lock is new, as code or params differ" in summary()
 
 
-def test_a_lock_that_was_never_committed_is_told(repository: Path) -> None:
+def test_a_lock_that_was_never_committed_is_reported(repository: Path) -> None:
     git("rm", "-q", "--cached", "dvc.lock")
     git("commit", "-qm", "2")
     assert "dvc.lock is not committed yet" in summary()
@@ -89,4 +89,5 @@ def test_without_a_result_one_line_says_what_is_missing_and_what_makes_it(reposi
     (repository / "metrics/evaluate.json").unlink()
     result = CliRunner().invoke(main, ["summary"])
     assert result.exit_code == 1
-    assert result.output == "Error: summary: metrics/evaluate.json is missing; `dvc repro` or `dvc checkout` makes it\n"
+    remedy = "`dvc checkout` restores it, or `dvc repro` makes it"
+    assert result.output == f"Error: summary: metrics/evaluate.json is missing; {remedy}\n"

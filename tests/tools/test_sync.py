@@ -112,7 +112,7 @@ ANSWERS = {
 
 @contextmanager
 def answering(answer: Callable[[bytes], str]) -> Iterator[str]:
-    """The address of a server that answers every request so."""
+    """The address of a server that gives this answer to every request."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -127,7 +127,7 @@ def answering(answer: Callable[[bytes], str]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("answer", "meaning"), ANSWERS.items())
-def test_what_answers_and_is_no_mlflow_or_asks_for_credentials_is_told_as_such(
+def test_what_answers_but_is_not_mlflow_or_asks_for_credentials_is_reported_as_such(
     answer: str, meaning: str, tmp_path: Path
 ) -> None:
     with answering(lambda request: answer) as address, pytest.raises(TrackingError, match=meaning) as error:
@@ -164,7 +164,7 @@ def test_a_killed_run_is_marked_and_a_living_one_is_not(repository: Path) -> Non
     with RunLock(attempt.parent):  # its trainer lives
         assert "run 'run' is still training; MLflow has it up to now" in sync().output
         assert only_run(repository)["info"][1] == "RUNNING"
-    assert "run 'run' was killed, and is marked so in MLflow" in sync(str(attempt)).output
+    assert "run 'run' was killed, and is marked as killed in MLflow" in sync(str(attempt)).output
     assert only_run(repository)["info"][1] == "KILLED"
     with Run(attempt).sending_lock():
         assert f"process {os.getpid()} is sending it" in sync().output
@@ -213,7 +213,7 @@ def test_a_trainer_that_is_killed_leaves_a_run_that_is_killed(repository: Path) 
     said: list[str] = []
     assert follow(Run(attempt), resolve_uri(repository), trainer.pid, 60, said.append)
     killer.join()
-    assert "was killed, and is marked so in MLflow" in said[-1]
+    assert "was killed, and is marked as killed in MLflow" in said[-1]
     assert only_run(repository)["info"][1] == "KILLED"
 
 
@@ -246,7 +246,7 @@ def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypat
     assert only_run(repository)["info"][1] == "FINISHED"
 
 
-def test_the_wait_for_a_dead_server_is_bounded_and_told(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_a_dead_server_is_bounded_and_reported(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = finished_attempt(repository)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -263,7 +263,7 @@ def test_the_wait_for_a_dead_server_is_bounded_and_told(repository: Path, monkey
     assert process.returncode == -signal.SIGTERM
 
 
-def test_a_follower_that_was_killed_is_told_as_such(tmp_path: Path) -> None:
+def test_a_follower_that_was_killed_is_reported_as_such(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     process.kill()
     (tmp_path / "tracking.log").touch()
@@ -271,7 +271,7 @@ def test_a_follower_that_was_killed_is_told_as_such(tmp_path: Path) -> None:
     assert "(the process that fills it was killed by SIGKILL); `python -m tools sync` sends it later" in line
 
 
-def test_a_trainer_is_known_by_more_than_its_pid() -> None:
+def test_a_trainer_is_identified_by_more_than_its_pid() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     trainer = Trainer(process.pid)
     assert trainer.is_alive()

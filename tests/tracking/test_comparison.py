@@ -175,7 +175,7 @@ def test_a_commit_names_the_model_in_its_lock_rather_than_the_runs_started_at_it
     held, begun = (next(result for result in both if result.name == name) for name in ("held", "begun"))
     lock = f"stages: {{train: {{outs: [{{path: model, md5: {held.tags['model.md5']}}}]}}}}"
     monkeypatch.setattr(dvc_files, "git_or_none", lambda root, _, path: lock if path.startswith("here:") else None)
-    monkeypatch.setattr(comparison, "git_or_none", lambda root, *arguments: "b" * 40)
+    monkeypatch.setattr(comparison, "resolve_commit", lambda root, revision: "b" * 40)
     assert select(both, "here", tmp_path) == [held]
     assert select(both, "elsewhere", tmp_path) == [begun]
 

@@ -187,7 +187,7 @@ def test_a_reader_gets_complete_lines_and_continues_where_it_was(path: Path) -> 
     with Journal(path) as journal:
         journal.append("step", step=2, loss=0.5)
         assert [r["step"] for r, _ in read_records(path, position)] == [2]
-    with pytest.raises(JournalDamaged, match="not those read before"):
+    with pytest.raises(JournalDamaged, match="have changed since they were read"):
         list(read_records(path, {"bytes": position["bytes"], "crc": "00000000"}))
 
 

@@ -124,7 +124,7 @@ def test_a_stopped_training_resumes_with_the_next_batch_on_any_number_of_process
     assert "train: warning: the process that launched it is gone" in stage.output
     stage.set(processes=1).run(143, DO="0 30 SIGTERM")
     assert "train: resuming at step 21 of 50" in stage.output
-    assert "train: stopped at step 31 (SIGTERM), all is saved" in stage.output
+    assert "train: stopped at step 31 (SIGTERM), everything is saved" in stage.output
     stage.set(processes=2).run()
     assert "train: resuming at step 31 of 50" in stage.output
     assert stage.output.count("train: step 50: val loss") == stage.output.count("-> model") == 1

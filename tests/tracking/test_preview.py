@@ -32,7 +32,7 @@ def test_prompts_that_can_be_continued_pass(check, tmp_path: Path):
 
 @pytest.mark.parametrize("key", ["tracking.prompts", "sample.prompts"])
 def test_a_prompt_with_an_unknown_character_is_rejected(check, key: str):
-    message = rf"{key} = 'cab' cannot be continued: character 'c' \(U\+0063\) at position 0 .* leave it out"
+    message = rf"{key} = 'cab' cannot be continued: character 'c' \(U\+0063\) at position 0 .* remove it"
     with pytest.raises(ValueError, match=message):
         check(**{key: ["ab", "cab"]})
 

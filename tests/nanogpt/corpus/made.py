@@ -1,4 +1,4 @@
-"""Raw text and token files that tests of the corpus make, and how they say that something is refused."""
+"""Makes raw text and token files for the tests of the corpus, and checks errors."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ TOKENS = np.arange(1000) % 7
 
 
 def refuses(message: str, error: type[Exception] = ValueError) -> Any:
-    """The block raises that error, with a message in which the pattern is found."""
+    """Checks that the block raises the error, with a message that matches the pattern."""
     return pytest.raises(error, match=message)
 
 
@@ -31,7 +31,7 @@ def download_params(**changes: Any) -> DownloadParams:
 def write_raw(
     raw: Path, documents: Iterable[str | Iterable[str]], source: str = "file:a.txt", max_gigabytes: float = 1.0
 ) -> CorpusInfo:
-    """data/raw of these documents, each a text or its pieces."""
+    """Writes data/raw from the documents, each a text or its pieces."""
     writer = Writer(raw, max_gigabytes, lambda done: None)
     for document in documents:
         writer.add([document] if isinstance(document, str) else document)
@@ -39,7 +39,7 @@ def write_raw(
 
 
 def write_pair(folder: Path, train: Iterable[int], val: Iterable[int], characters: str = "") -> Path:
-    """A folder as nanoGPT's prepare.py leaves it, with a meta.pkl if there are characters; its source is data/raw."""
+    """Writes a folder as nanoGPT's prepare.py does, with meta.pkl if there are characters; returns its data/raw."""
     folder.mkdir()
     for name, ids in (("train.bin", train), ("val.bin", val)):
         np.array(list(ids), dtype=np.uint16).tofile(folder / name)
@@ -49,7 +49,7 @@ def write_pair(folder: Path, train: Iterable[int], val: Iterable[int], character
 
 
 def copy_pair(folder: Path) -> Path:
-    """data/raw of the token files in that folder."""
+    """Copies the token files of the folder to data/raw."""
     raw = folder.with_name(f"{folder.name}-raw")
     shutil.rmtree(raw, ignore_errors=True)
     write_corpus(download_params(source=f"bin:{folder}"), raw)
@@ -63,7 +63,7 @@ def vocabulary(characters: str, **changes: Any) -> dict[str, Any]:
 
 
 def write_tokens(directory: Path, tokens: Any = TOKENS, dtype: str = "uint16", **changes: Any) -> Path:
-    """A directory of tokens with a true meta.json, or one that is changed."""
+    """Writes a directory of tokens with a valid or a changed meta.json."""
     directory.mkdir(exist_ok=True)
     data = np.asarray(tokens).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
     split = {"tokens": len(tokens), "bytes": len(tokens), "documents": 1, "first_context": None}

@@ -1,4 +1,4 @@
-"""Byte-pair training: its time is linear in the longest word, and ordinary text is trained on as it is."""
+"""The time of byte-pair training is linear in the longest word, and ordinary text is used unchanged."""
 
 import random
 import time
@@ -32,7 +32,7 @@ def test_a_word_without_end_is_trained_on_in_seconds(text: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_ordinary_words_are_trained_on_whole(monkeypatch: pytest.MonkeyPatch):
+def test_ordinary_words_are_not_cut(monkeypatch: pytest.MonkeyPatch):
     texts = [ORDINARY * 3, f"{'ab' * 512} {'12' * 512}", ""]
     warnings: list[str] = []
     merges = train_bpe(texts, 330, False, warnings.append).merges

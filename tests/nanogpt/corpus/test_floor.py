@@ -24,7 +24,7 @@ def bpe_tokenizer():
 
 
 def encoded(tokenizer, texts=TEXTS):
-    """The texts as a split: after each one its end-of-text token."""
+    """The tokens of the texts, each followed by the end-of-text token."""
     parts = ([*tokenizer.encode(text), tokenizer.end_of_text] for text in texts)
     return np.array([*itertools.chain.from_iterable(parts)], dtype=tokenizer.dtype)
 
@@ -70,7 +70,7 @@ def test_what_is_no_story_is_refused(spoil):
         floor_nats(spoil(encoded(tokenizer), tokenizer.end_of_text), tokenizer)
 
 
-def test_a_model_at_the_floor_or_a_little_below_it_is_believed():
+def test_a_model_at_the_floor_or_a_little_below_it_is_accepted():
     for nats in (2000.0, 1000.0, 1000.0 - LEAKAGE_NATS):
         check_leakage(nats, 1000.0)
 

@@ -51,7 +51,7 @@ def enumerate_documents(lexicon: Lexicon) -> Iterator[tuple[str, Fraction]]:
             weights.append((options[index][0], sum(weight for weight, _, _ in options)))  # noqa: B023
             return index
 
-        text, nats = grammar.tell(lexicon, choose)
+        text, nats = grammar.derive(lexicon, choose)
         chosen, totals = zip(*weights, strict=True)
         probability = Fraction(math.prod(chosen), math.prod(totals))
         assert math.isclose(nats, math.log(probability), rel_tol=1e-6)
@@ -78,14 +78,14 @@ def assert_prefix_free(options: Options) -> None:
 
 @functools.cache
 def document(index: int) -> tuple[str, float]:
-    """As grammar.document(SEED, index), at none of whose choices one option begins another."""
+    """Like grammar.document(SEED, index); checks that no option of a choice is a prefix of another."""
     choose = grammar.sampler(SEED, index)
 
     def checked(options: Options) -> int:
         assert_prefix_free(options)
         return choose(options)
 
-    return grammar.tell(FULL, checked)
+    return grammar.derive(FULL, checked)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_a_document_depends_on_its_seed_and_index_only(corpus: list[tuple[str, f
 
 
 def test_the_corpus_is_pinned() -> None:
-    """A change of the language or the generator changes everyone's corpus: if it is meant, pin the new hash."""
+    """A change of the language or the generator changes the corpus of all users; if intended, pin the new hash."""
     digest = hashlib.sha256("\0".join(grammar.documents(SEED, 200)).encode()).hexdigest()
     assert digest == "bccfac313fd682a24131b65bcbf161d1e3afc65c8808ebed3bf76066c7608323"
 
@@ -198,7 +198,7 @@ def test_shape_of_the_corpus(corpus: list[tuple[str, float]]) -> None:
 
 
 def test_the_documents_agree_with_themselves(corpus: list[tuple[str, float]]) -> None:
-    """Follows owners, counts and places by regular expressions that know nothing of the grammar."""
+    """Tracks owners, counts and places with regular expressions, independently of the grammar."""
     checked: Counter[str] = Counter()
     for text, _ in corpus:
         opening, *lines = text.split("\n")

@@ -47,7 +47,7 @@ def params(tokenizer: str, **changes: Any) -> TokenizeParams:
 def run(
     tmp_path: Path, documents: list[str], section: TokenizeParams, processes: int = 1, name: str = "tokens"
 ) -> tuple[Meta, Tokenizer, dict[str, list[int]]]:
-    """Prepares the documents and opens what was written, with all its checks."""
+    """Prepares the documents and loads the result, with all checks."""
     raw = tmp_path / "raw"
     if not raw.exists():
         write_raw(raw, documents)
@@ -119,7 +119,7 @@ def test_the_number_of_processes_leaves_no_trace(
 
 
 def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
-    """Memory stays flat: the text is read no further ahead than the encoded pieces are written."""
+    """Memory use is constant: reading stays only a few pieces ahead of writing."""
     monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
     for module in (raw_module, prepare_module):
         monkeypatch.setattr(module, "PIECE", 500)
@@ -206,11 +206,11 @@ def test_bpe_learns_from_the_training_split_alone(tmp_path: Path):
     assert not any("z" in token for token in learnt)
 
 
-def test_a_small_corpus_that_yields_fewer_tokens_is_told(tmp_path: Path):
+def test_a_small_corpus_that_yields_fewer_tokens_is_reported(tmp_path: Path):
     warnings: list[str] = []
     raw = raw_of(tmp_path / "raw", ["ab ab ab ab ab ab ab ab ab ab"])
     meta = prepare(raw, tmp_path / "tokens", params("bpe"), 1, warn=warnings.append)
-    assert warnings == [f"the text yields {meta.vocab_size} tokens, not tokenize.vocab_size = 320"]
+    assert warnings == [f"the vocabulary has {meta.vocab_size} tokens, not tokenize.vocab_size = 320"]
 
 
 def test_a_large_vocabulary_takes_four_bytes_each(tmp_path: Path):
@@ -224,9 +224,9 @@ def test_a_large_vocabulary_takes_four_bytes_each(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_that_cannot_be_held_out_can_be_joined(tmp_path: Path, gpt2_files: Path, kind: Kind):
-    """The remedy of the refusal."""
+    """The remedy in the error."""
     documents = [TEXT, "Hi.\n\n"]
-    with refuses(r"tokenize\.val_fraction = 0\.1 cannot be held out of 2 documents.* join them into one file"):
+    with refuses(r"tokenize\.val_fraction = 0\.1 is not possible with 2 documents.* join them into one file"):
         run(tmp_path, documents, params(kind))
     meta, _, _ = run(tmp_path / "joined", ["".join(documents)], params(kind))
     assert 0.09 < meta.val.bytes / (meta.train.bytes + meta.val.bytes) < 0.11
@@ -237,7 +237,7 @@ def test_documents_that_cannot_be_held_out_can_be_joined(tmp_path: Path, gpt2_fi
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset in the hub's layout: several parquet files of one split."""
+    """A dataset with the hub's layout: several parquet files of one split."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -251,7 +251,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nanogpts_files(hub: Path, val_fraction: float, seed: int) -> dict[str, bytes]:
-    """nanoGPT's steps, by the libraries that it takes for them."""
+    """nanoGPT's steps, with the libraries that it uses."""
     import datasets
     import tiktoken
 
@@ -290,19 +290,19 @@ def test_openwebtexts_files_are_nanogpts(
 @pytest.mark.parametrize("kind", ["char", "gpt2"])
 @pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
 def test_token_files_are_taken_as_they_are(tmp_path: Path, gpt2_files: Path, kind: Kind, documents: list[str]):
-    """What is known of them is what we would know had we made them of the text."""
+    """Their counts are the same as for token files made from the text."""
     if kind == "char":
         documents = ["".join(documents)]
     meta, tokenizer, splits = run(tmp_path, documents, params(kind), name="ours")
     characters = tokenizer.characters if isinstance(tokenizer, CharTokenizer) else ""
     raw = write_pair(tmp_path / "pair", splits["train"], splits["val"], characters)
-    told: list[int] = []
-    found = prepare(raw, tmp_path / "theirs", params(kind), 1, told.append)
+    progress: list[int] = []
+    found = prepare(raw, tmp_path / "theirs", params(kind), 1, progress.append)
     assert found == meta.model_copy(update={"corpus": meta.corpus.model_copy(update={"source": "bin:pair"})})
     ours, theirs = files(tmp_path / "ours"), files(tmp_path / "theirs")
     assert ours.pop("meta.json") != theirs.pop("meta.json")
     assert theirs == ours
-    assert told[-1] == meta.train.bytes + meta.val.bytes
+    assert progress[-1] == meta.train.bytes + meta.val.bytes
     for name in ("train.bin", "val.bin"):
         assert theirs[name] == (tmp_path / "pair" / name).read_bytes()
     load_split(tmp_path / "theirs", "val")
@@ -334,8 +334,8 @@ def test_a_character_that_an_existing_tokenizer_lacks_is_named(tmp_path: Path):
     run(tmp_path, ["abcabc"], params("char"), name="first")
     raw = raw_of(tmp_path / "other", ["abc" * 50_000 + "ü" + "abc" * 50_000])  # more than is encoded at once
     message = (
-        r"other/text\.txt, text at byte 0: character 'ü' \(U\+00FC\) at position 150000 is not among the 3 "
-        r"characters known; leave it out, or set tokenize\.tokenizer to gpt2 or bpe"
+        r"other/text\.txt, text at byte 0: character 'ü' \(U\+00FC\) at position 150000 is not one of the 3 "
+        r"characters of the vocabulary; remove it, or set tokenize\.tokenizer to gpt2 or bpe"
     )
     with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
@@ -345,7 +345,7 @@ def test_documents_need_an_existing_tokenizer_with_an_end_of_text(tmp_path: Path
     run(tmp_path, ["abcabc"], params("char"), name="first")
     raw = raw_of(tmp_path / "other", ["ab", "c"])
     message = (
-        r"tokenize\.tokenizer = file:.* has no end-of-text token to put between the documents .*; name another one"
+        r"tokenize\.tokenizer = file:.* has no end-of-text token to put between the documents .*; choose another one"
     )
     with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/first/tokenizer.json"), 1)
@@ -356,7 +356,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str | N
     if content:
         (tmp_path / "tokenizer.json").write_text(content)
     raw = raw_of(tmp_path / "raw", ["ab"])
-    message = r"tokenizer\.json (cannot be read|is damaged) \(.*\); name another in tokenize\.tokenizer$"
+    message = r"tokenizer\.json (cannot be read|is damaged) \(.*\); choose another file in tokenize\.tokenizer$"
     with refuses(message):
         prepare(raw, tmp_path / "tokens", params(f"file:{tmp_path}/tokenizer.json"), 1)
 
@@ -388,7 +388,7 @@ def test_a_worker_that_dies_is_explained(tmp_path: Path, gpt2_files: Path, monke
     monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
     monkeypatch.setattr(prepare_module, "_start_worker", die)
     raw = raw_of(tmp_path / "raw", [TEXT])
-    with refuses(r"a tokenizer process died, perhaps for want of memory; lower runtime\.processes"):
+    with refuses(r"a tokenizer process died, perhaps for lack of memory; lower runtime\.processes"):
         prepare(raw, tmp_path / "tokens", params("gpt2"), 2)
 
 
@@ -397,7 +397,7 @@ def die() -> None:
 
 
 def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, gpt2_files: Path):
-    """It reads for ever, and is killed when its workers are there."""
+    """It reads endlessly, and is killed when its workers have started."""
     raw_of(tmp_path / "raw", ["a few words " * 10_000])
     program = tmp_path / "program.py"
     program.write_text(

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from nanogpt.corpus import raw_text as raw_module
 from nanogpt.corpus.raw_text import (
     DocumentIndex,
+    check_size,
     lines,
     load_info,
     read_documents,
@@ -99,9 +101,9 @@ def test_a_line_without_end_is_refused():
         while True:
             yield b"x" * 1000
 
-    found = lines(endless(), 100_000)
+    found = lines(endless(), partial(check_size, 1e-4, "a line"))
     assert next(found) == b"short\n"
-    with refuses(r"a line is longer than 100,000 bytes"):
+    with refuses(r"a line is larger than download\.max_gigabytes = 0\.0001; raise it"):
         next(found)
 
 
@@ -121,11 +123,11 @@ def test_an_inventory_that_is_not_of_these_files_is_refused(tmp_path: Path, chan
     path = tmp_path / "raw/corpus.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     for read in (read_documents, DocumentIndex):
-        with refuses(r"says 3 documents and the files hold 2|its files are not those of \d doc", Damaged):
+        with refuses(r"says 3 documents, but the files hold 2|its files are not those of \d doc", Damaged):
             list(read(tmp_path / "raw"))
 
 
-def test_text_is_read_in_pieces_that_keep_characters_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_text_is_read_in_pieces_that_do_not_split_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(raw_module, "PIECE", 5)
     write_raw(tmp_path / "raw", [["ab🙂" * 20]])
     pieces = list(read_text(tmp_path / "raw"))
@@ -135,7 +137,7 @@ def test_text_is_read_in_pieces_that_keep_characters_whole(tmp_path: Path, monke
 
 @pytest.mark.parametrize("documents", [[], [[]], [[""]], [[""], [""]]])
 def test_a_corpus_without_text_is_refused(tmp_path: Path, documents: list[list[str]]):
-    with refuses(r"download\.source = file:a\.txt holds no text; name a source that does"):
+    with refuses(r"download\.source = file:a\.txt contains no text; choose another source"):
         write_raw(tmp_path / "raw", documents, source="file:a.txt")
 
 
@@ -172,7 +174,7 @@ def test_a_single_flipped_letter_is_found(tmp_path: Path):
     write_raw(tmp_path / "raw", ["some", "text"])
     path = tmp_path / "raw/documents-00000.jsonl"
     path.write_bytes(path.read_bytes().replace(b"some", b"same"))
-    with refuses(r"documents-00000\.jsonl has sha256 \w+ and corpus\.json says", Damaged):
+    with refuses(r"documents-00000\.jsonl has sha256 \w+, but corpus\.json says", Damaged):
         list(read_documents(tmp_path / "raw"))
 
 

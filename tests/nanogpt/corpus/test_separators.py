@@ -1,7 +1,10 @@
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanogpt.corpus.raw_text import check_size
 from nanogpt.corpus.separators import documents_between, watched
 from tests.nanogpt.corpus.made import refuses
 
@@ -13,7 +16,7 @@ def cut(text: str, size: int) -> list[str]:
 @given(st.text("ab<>|\n ", max_size=60), st.sampled_from(["<|>", "<", "\n\n", "a<|>b"]), st.integers(1, 9))
 def test_the_documents_do_not_depend_on_the_pieces(text: str, separator: str, size: int):
     expected = [part.strip("\r\n") for part in text.split(separator) if part.strip()]
-    assert list(documents_between(cut(text, size), separator, 1e9, "")) == expected
+    assert list(documents_between(cut(text, size), separator, lambda size: None)) == expected
 
 
 def test_a_document_without_end_is_refused():
@@ -21,8 +24,8 @@ def test_a_document_without_end_is_refused():
         while True:
             yield "x" * 1000
 
-    with refuses("the file is too large"):
-        next(documents_between(endless(), "<|endoftext|>", 100_000, "the file is too large"))
+    with refuses("a document is larger than"):
+        next(documents_between(endless(), "<|endoftext|>", partial(check_size, 1e-4, "a document")))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,7 @@ def test_a_document_without_end_is_refused():
     ],
 )
 @pytest.mark.parametrize("size", [1, 5, 100])
-def test_the_first_known_mark_is_found_once(text: str, mark: str | None, size: int):
+def test_the_first_common_separator_is_found_once(text: str, mark: str | None, size: int):
     found: list[str] = []
     assert list(watched(cut(text, size), found.append)) == cut(text, size)
     assert found == ([mark] if mark else [])

@@ -27,7 +27,7 @@ CONTENT = ("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 5
 
 @pytest.fixture
 def download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """`download(source, **params)`: what that source writes, read back; the working directory is a new one."""
+    """`download(source, **params)` returns the documents of the source; the working directory is new."""
     monkeypatch.chdir(tmp_path)
 
     def run(source: str, warn: Callable[[str], None] = lambda line: None, **changes: Any) -> list[str]:
@@ -83,7 +83,7 @@ STORIES = ["One day, a cat.\n\nIt sat.", "Two dogs.", "Three birds."]
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("mark", ["\n<|endoftext|>\n", "\r\n<|endoftext|>\r\n\r\n", "<|endoftext|>"])
 def test_a_mark_between_documents_is_warned_of_and_cut_at(download: Callable[..., list[str]], suffix: str, mark: str):
-    """What the warning advises is done."""
+    """The remedy in the warning works."""
     data = (mark.join(STORIES) + mark).encode()
     Path(f"a.txt{suffix}").write_bytes(gzip.compress(data) if suffix else data)
     Path("b.txt").write_text("<|endoftext|>another", newline="")
@@ -106,7 +106,9 @@ def test_a_separator_that_is_nowhere_is_warned_of(download: Callable[..., list[s
 
 def test_a_document_between_separators_is_bounded(download: Callable[..., list[str]]):
     Path("a.txt").write_text("x" * 3_000_000)
-    message = r"a\.txt is larger than download\.max_gigabytes = 0\.001 in a single document; raise it, or correct"
+    message = (
+        r"a document of a\.txt \(download\.separator = '<eos>'\) is larger than download\.max_gigabytes = 0\.001; raise"
+    )
     with refuses(message):
         download("file:a.txt", separator="<eos>", max_gigabytes=0.001)
 
@@ -150,15 +152,15 @@ def test_an_unknown_kind_of_file_is_named(download: Callable[..., list[str]]):
     assert download("file:*.txt") == ["text"]
 
 
-EMPTY = r"download\.source = file:a\.\w+ holds no text; name a source that does"
+EMPTY = r"download\.source = file:a\.\w+ contains no text; choose another source"
 ZIPPED = gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)
 LINES = [
     (b'{"text": "a"', r":2 is not valid JSON"),
     (b"[" * 100_000, r":2 is not valid JSON"),
-    (b'"text"', r':2 is no JSON object such as {"text": "..."}'),
-    (b"null", r":2 is no JSON object"),
+    (b'"text"', r':2 is not a JSON object such as {"text": "..."}'),
+    (b"null", r":2 is not a JSON object"),
     (b'{"body": 1, "id": 2}', r":2 has no column text; set download\.text_column to one of: body, id"),
-    (b'{"text": null}', r":2: column text holds None, no text"),
+    (b'{"text": null}', r":2: column text is not text \(None\)"),
     (b'{"text": "a\\ud83d"}', r":2 has half a character \(U\+D83D\) at position 1 of its text"),
     (b'{"text": "\xff"}', r": byte 0xff at position 24 is not UTF-8"),
 ]
@@ -176,11 +178,15 @@ LINES = [
             )
             for n in (0, 2**18 - 1, 2**18, 300_000)
         ),
-        ("a.txt", b"abc\xe4\xb8", "byte 0xe4 at position 3 is not UTF-8: the file ends within a character; make"),
+        (
+            "a.txt",
+            b"abc\xe4\xb8",
+            "byte 0xe4 at position 3 is not UTF-8: the file ends within a character; make",
+        ),
         ("a.txt.gz", gzip.compress(b"abc\xff", mtime=0), r"a\.txt\.gz: byte 0xff at position 3 \(decompressed\)"),
         *(("a.jsonl", b'{"text": "a"}\n' + line + b"\n", rf"a\.jsonl{message}") for line, message in LINES),
-        *((f"a.{kind}.gz", ZIPPED[:-9], rf"a\.{kind}\.gz is no whole gzip file") for kind in ("txt", "jsonl")),
-        *((f"a.{kind}.gz", b"text", rf"a\.{kind}\.gz is no whole gzip file") for kind in ("txt", "jsonl")),
+        *((f"a.{kind}.gz", ZIPPED[:-9], rf"a\.{kind}\.gz is not a complete gzip file") for kind in ("txt", "jsonl")),
+        *((f"a.{kind}.gz", b"text", rf"a\.{kind}\.gz is not a complete gzip file") for kind in ("txt", "jsonl")),
         ("a.parquet", b"PAR1 nonsense PAR1", r"a\.parquet cannot be read as parquet"),
     ],
 )
@@ -195,7 +201,7 @@ def test_a_parquet_file_without_the_text_is_named(download: Callable[..., list[s
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), "b.parquet")
     with refuses(r"b\.parquet has no column text; set download\.text_column to one of: body, id"):
         download("file:b.parquet")
-    with refuses(r"b\.parquet, row 1: column id holds 1, no text"):
+    with refuses(r"b\.parquet, row 1: column id is not text \(1\)"):
         download("file:b.parquet", text_column="id")
 
 
@@ -260,7 +266,7 @@ def test_a_failing_server_is_asked_again(server: Server, tmp_path: Path):
     assert server.requests == 4
 
 
-CHANGED = r"input\.txt has sha256 \w{64} and not \w{64}: it was changed; put the right file as text\.txt"
+CHANGED = r"input\.txt has sha256 \w{64} and not \w{64}: it was changed; put the right file into a folder as text\.txt"
 LARGER = r"is larger than the 3,050 bytes expected: it was changed; .*NANOGPT_MIRROR"
 TRUNCATED = r"could not be reached in 4 attempts \(only 70 of 3,050 bytes came\); sources that need no"
 ABSENT = r"input\.txt answers 404 Not Found; put the right file"
@@ -285,7 +291,7 @@ def test_what_is_not_the_file_is_refused(server: Server, tmp_path: Path, answer,
 
 def test_no_network_names_what_needs_none(server: Server, tmp_path: Path):
     url = "http://user:secret@127.0.0.1:1/input.txt?token=secret"
-    with refuses(r"could not be reached in 4 attempts .*; sources that need no network: gra") as error:
+    with refuses(r"could not be reached in 4 attempts .*; sources that need no network are gra") as error:
         fetch(Remote(url, "text.txt", "0" * 64, 1), tmp_path / "text")
     assert "grammar, file:<path>" in str(error.value)
     assert "127.0.0.1:1/input.txt" in str(error.value)
@@ -317,15 +323,15 @@ def test_a_wrong_file_in_a_mirror_is_passed_over(server: Server, tmp_path: Path,
     warnings: list[str] = []
     fetch(server.remote(), tmp_path / "got", warnings.append)
     assert (tmp_path / "got").read_bytes() == CONTENT
-    assert [f"{tmp_path}/text.txt has not the sha256 of text.txt" in line for line in warnings] == [True]
+    assert [f"{tmp_path}/text.txt does not have the sha256 of text.txt" in line for line in warnings] == [True]
 
 
-def test_a_mirror_that_is_no_folder_is_told(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_mirror_that_is_no_folder_is_reported(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NANOGPT_MIRROR", "nowhere")
     server.answers = [(200, CONTENT, len(CONTENT))]
     warnings: list[str] = []
     fetch(server.remote(), tmp_path / "got", warnings.append)
-    assert warnings == ["NANOGPT_MIRROR = nowhere is no folder, so it is not used"]
+    assert warnings == ["NANOGPT_MIRROR = nowhere is not a folder; it is ignored"]
 
 
 def test_shakespeare_from_a_mirror(
@@ -353,15 +359,15 @@ def test_token_files_are_kept_as_they_are(tmp_path: Path, pair: Path, vocabulary
     names = ["train.bin", "val.bin", *(["meta.pkl"] if vocabulary else [])]
     if not vocabulary:
         (pair / "meta.pkl").unlink()
-    told: list[int] = []
-    info = write_corpus(download_params(source=f"bin:{pair}"), tmp_path / "raw", told.append)
+    progress: list[int] = []
+    info = write_corpus(download_params(source=f"bin:{pair}"), tmp_path / "raw", progress.append)
     assert load_info(tmp_path / "raw") == info
     assert (info.kind, info.source, list(info.files)) == ("tokens", "bin:pair", names)
     for name in names:
         assert (tmp_path / "raw" / name).read_bytes() == (pair / name).read_bytes()
         assert info.files[name] == hashlib.sha256((pair / name).read_bytes()).hexdigest()
     assert {path.name for path in (tmp_path / "raw").iterdir()} == {*names, "corpus.json"}
-    assert told[-1] == 700_010 + 5 * vocabulary
+    assert progress[-1] == 700_010 + 5 * vocabulary
 
 
 @pytest.mark.parametrize("missing", ["train.bin", "val.bin"])
@@ -375,7 +381,7 @@ def test_a_folder_without_one_of_the_token_files_is_refused(tmp_path: Path, pair
 
 
 def test_token_files_larger_than_allowed_are_refused(tmp_path: Path, pair: Path):
-    with refuses(r"are larger than download\.max_gigabytes = 0\.0005; raise it"):
+    with refuses(r"is larger than download\.max_gigabytes = 0\.0005; raise it"):
         write_corpus(download_params(source=f"bin:{pair}", max_gigabytes=5e-4), tmp_path / "raw")
     assert sum(path.stat().st_size for path in (tmp_path / "raw").iterdir()) <= 500_000
 
@@ -425,7 +431,7 @@ def test_a_dataset_is_streamed(download: Callable[..., list[str]], dataset: Path
 def test_a_dataset_without_the_column_names_those_it_has(download: Callable[..., list[str]], dataset: Path):
     with refuses(r"row 1 has no column body; set download\.text_column to one of: id, text"):
         download(f"hf:{dataset}", text_column="body")
-    with refuses(r"row 1: column id holds 0, no text"):
+    with refuses(r"row 1: column id is not text \(0\)"):
         download(f"hf:{dataset}", text_column="id")
 
 
@@ -437,7 +443,7 @@ def test_a_dataset_without_the_split_names_those_it_has(download: Callable[..., 
 def test_a_dataset_that_cannot_be_reached(download: Callable[..., list[str]]):
     # The tests run with HF_HUB_OFFLINE (tests/conftest.py), which the library treats as no network.
     warnings: list[str] = []
-    with refuses(r"hf:someone/something could not be reached \(.*\); sources that need no network: grammar, file"):
+    with refuses(r"hf:someone/something could not be reached \(.*\); sources that need no network are grammar, file"):
         download("hf:someone/something", warnings.append)
     assert [line.startswith("download.revision is null") for line in warnings] == [True]
 

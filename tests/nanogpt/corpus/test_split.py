@@ -1,4 +1,4 @@
-"""Which documents are held out, by number and by size."""
+"""The documents that are held out, by number and by size."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_what_is_held_out_depends_on_the_seed_alone():
 
 
 def test_the_split_is_pinned():
-    """Another numpy must not change what commits of the past trained on."""
+    """Another version of numpy must not change the split of earlier commits."""
     train, val = shuffled(60, 0.1, 2357)
     assert val.tolist() == [46, 12, 40, 53, 28, 1]
     assert train[:6].tolist() == [33, 24, 11, 31, 57, 8]
@@ -38,7 +38,7 @@ def test_the_split_is_pinned():
 
 
 def split(sizes: list[int], val_fraction: float = 0.1, seed: int = 2357) -> tuple[list[int], float, list[str]]:
-    """What is held out, its share of the text, and the warnings."""
+    """The documents held out, their share of the text, and the warnings."""
     warnings: list[str] = []
     train, val = split_documents(np.array(sizes), val_fraction, seed, warnings.append)
     assert sorted([*train, *val]) == list(range(len(sizes)))
@@ -49,7 +49,7 @@ def split(sizes: list[int], val_fraction: float = 0.1, seed: int = 2357) -> tupl
 
 @pytest.mark.parametrize("val_fraction", [0.0005, 0.1, 0.5, 0.9])
 def test_where_the_rule_holds_out_about_that_share_of_the_text_it_stands(val_fraction: float):
-    """As with OpenWebText, whose documents are many."""
+    """A case of many documents, like OpenWebText."""
     sizes = np.random.default_rng(1).lognormal(7, 1, 30_000).astype(int).tolist()
     val, share, warnings = split(sizes, val_fraction)
     assert val == shuffled(len(sizes), val_fraction, 2357)[1].tolist()
@@ -59,7 +59,7 @@ def test_where_the_rule_holds_out_about_that_share_of_the_text_it_stands(val_fra
 
 @pytest.mark.parametrize("large", range(20))
 def test_a_document_that_is_most_of_the_text_is_trained_on(large: int):
-    """By number it would be held out in two of 20 places."""
+    """By number it would be held out in 2 of 20 positions."""
     sizes = [100] * 20
     sizes[large] = 10_000
     val, share, warnings = split(sizes)
@@ -76,8 +76,9 @@ def test_a_share_that_is_far_from_what_was_asked_for_is_warned_of(sizes: list[in
     _, found, warnings = split(sizes, val_fraction)
     assert found == pytest.approx(share)
     assert warnings == [
-        f"{share:.1%} of the text is held out, not tokenize.val_fraction = {val_fraction}, since documents are not cut "
-        f"and there are {len(sizes)}; use more documents, or join them into one file, which is cut at any place"
+        f"{share:.1%} of the text is held out, not tokenize.val_fraction = {val_fraction}, because there "
+        f"are {len(sizes)} documents, which stay whole; use more documents, or join them into one file, which may be "
+        "cut anywhere"
     ]
 
 
@@ -85,7 +86,7 @@ def test_a_share_that_is_far_from_what_was_asked_for_is_warned_of(sizes: list[in
 @pytest.mark.parametrize("val_fraction", [0.1, 0.9])
 def test_a_split_of_next_to_nothing_is_refused(sizes: list[int], val_fraction: float):
     with refuses(
-        rf"tokenize\.val_fraction = {val_fraction} cannot be held out of 2 documents, which are not cut: the near"
+        rf"tokenize\.val_fraction = {val_fraction} is not possible with 2 documents, which stay whole: the near"
     ):
         split(sizes, val_fraction)
 

@@ -26,7 +26,7 @@ def test_a_split_is_opened_as_it_was_written(tmp_path: Path, dtype: str, name: S
 def test_a_cut_file_is_refused_by_its_size(tmp_path: Path):
     path = write_tokens(tmp_path / "tokens") / "val.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with refuses(r"tokens/val\.bin has 1,998 bytes and meta\.json says 2,000$", Damaged):
+    with refuses(r"tokens/val\.bin has 1,998 bytes, but meta\.json says 2,000$", Damaged):
         load_split(tmp_path / "tokens", "val")
     load_split(tmp_path / "tokens", "train")
 
@@ -36,13 +36,13 @@ def test_a_flipped_bit_is_refused_by_its_hash(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[777] ^= 1
     path.write_bytes(data)
-    with refuses(r"train\.bin has sha256 \w+ and meta\.json says \w+$", Damaged):
+    with refuses(r"train\.bin has sha256 \w+, but meta\.json says \w+$", Damaged):
         load_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize("tokens", [[0, 7, 1], [65535], [6] * 600_000 + [7]])
 def test_a_token_that_is_not_of_the_vocabulary_is_refused(tmp_path: Path, tokens: list[int]):
-    with refuses(r"val\.bin has token [\d,]+ and meta\.json a vocabulary of 7$", Damaged):
+    with refuses(r"val\.bin has token [\d,]+, but meta\.json says that the vocabulary has 7$", Damaged):
         load_split(write_tokens(tmp_path, tokens), "val")
 
 

@@ -139,7 +139,7 @@ def test_characters_are_numbered_in_code_point_order(text: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("abx", r"character 'x' \(U\+0078\) at position 2 is not among the 3 characters known; leave"),
+        ("abx", r"character 'x' \(U\+0078\) at position 2 is not one of the 3 characters of the vocabulary; remove"),
         ("aé", r"character 'é' \(U\+00E9\) at position 1"),
         ("ü🙂", r"character '🙂' \(U\+1F642\) at position 1"),
     ],
@@ -201,7 +201,7 @@ def test_cuts_lie_before_white_space(text: str, cut: int, trained: TrainedTokeni
 
 
 def test_a_long_word_does_not_make_the_rest_one_part(trained: TrainedTokenizer, monkeypatch: pytest.MonkeyPatch):
-    """Memory: what is encoded at once is larger only where it must be."""
+    """Parts are longer only where they must be, which bounds memory."""
     monkeypatch.setattr("nanogpt.corpus.tokenizer._PART", 10)
     text = "some words " * 5 + "x" * 75 + " some words" * 30
     parts = list(trained.parts(text))
@@ -231,7 +231,7 @@ def test_any_text_comes_back_from_bytes(text: str, trained: TrainedTokenizer):
 
 
 def test_the_library_that_trains_would_encode_alike(trained: TrainedTokenizer, shakespeare: Path):
-    """tiktoken merges by token, the library by merge; on real text that is the same."""
+    """tiktoken merges by token, the library by merge; on real text the result is the same."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, pre_tokenizers
 
@@ -308,20 +308,23 @@ def test_gpt2_is_loaded_only_when_it_encodes(tmp_path: Path):
     [
         (b"", "is damaged"),
         (b'{"name"', "is damaged"),
-        (b"[]", "no JSON object"),
+        (b"[]", "it is not a JSON object"),
         (b"\xff", "is damaged"),
         (b"[" * 100_000, "is damaged"),
         (b"{}", "vocab_size"),
-        (b'{"vocab_size": 99999999999, "name": "char"}', "vocab_size is no possible number"),
-        (b'{"vocab_size": 2, "name": "words", "end_of_text": null}', "tokenizer 'words' is not known"),
+        (b'{"vocab_size": 99999999999, "name": "char"}', "vocab_size is not a valid number"),
+        (b'{"vocab_size": 2, "name": "words", "end_of_text": null}', "tokenizer 'words' is unknown"),
         (b'{"characters": "ba", "end_of_text": null, "name": "char", "vocab_size": 2}\n', "sorted and distinct"),
-        (b'{"characters": "ab", "end_of_text": null, "name": "char", "vocab_size": 3}\n', "its parts disagree"),
-        (b'{"characters": "ab", "end_of_text": null, "name": "char", "vocab_size": 2}', "its parts disagree"),
+        (b'{"characters": "ab", "end_of_text": null, "name": "char", "vocab_size": 3}\n', "its entries contradict"),
+        (b'{"characters": "ab", "end_of_text": null, "name": "char", "vocab_size": 2}', "its entries contradict"),
         (b'{"characters": 5, "end_of_text": null, "name": "char", "vocab_size": 2}', "is damaged"),
-        (b'{"end_of_text": null, "merges": [[97]], "name": "bpe", "vocab_size": 257}\n', r"\[97\] is no merge"),
-        (b'{"end_of_text": null, "merges": [[97, 256]], "name": "bpe", "vocab_size": 257}\n', "before the tokens"),
+        (b'{"end_of_text": null, "merges": [[97]], "name": "bpe", "vocab_size": 257}\n', r"\[97\] is not a merge"),
+        (
+            b'{"end_of_text": null, "merges": [[97, 256]], "name": "bpe", "vocab_size": 257}\n',
+            "uses a token that a later merge makes",
+        ),
         (b'{"end_of_text": null, "merges": [[97, 98], [97, 98]], "name": "bpe", "vocab_size": 258}\n', "the same"),
-        (b'{"end_of_text": 5, "name": "gpt2", "vocab_size": 50257}\n', "its parts disagree"),
+        (b'{"end_of_text": 5, "name": "gpt2", "vocab_size": 50257}\n', "its entries contradict"),
     ],
 )
 def test_a_damaged_file_is_named(content: bytes, problem: str, tmp_path: Path):
@@ -341,12 +344,12 @@ def test_a_token_of_absurd_length_is_refused(tmp_path: Path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
-def test_a_missing_file_and_a_foreign_one_are_told_apart(tmp_path: Path):
+def test_a_missing_file_and_a_foreign_one_are_distinguished(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     with refuses(r"tokenizer\.json cannot be read \(No such file or directory\)", Damaged):
         load_tokenizer(path)
     CharTokenizer("ab", False).save(path)
-    with refuses("is another tokenizer", Damaged):
+    with refuses("is not the expected tokenizer", Damaged):
         load_tokenizer(path, "0" * 64)
 
 
@@ -355,5 +358,5 @@ def test_a_file_of_hugging_faces_tokenizers_is_named_as_what_it_is(tmp_path: Pat
     from tokenizers import models
 
     Theirs(models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(Damaged, match=r"is of Hugging Face's tokenizers, and only a tokenizer\.json that the tokenize"):
+    with pytest.raises(Damaged, match=r"is a Hugging Face tokenizer, but only one that the tokenize stage"):
         load_tokenizer(tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""The table of words against tiktoken itself, on all that a cut, a key or a row could get wrong."""
+"""Compares the table of words with tiktoken, in all cases where a cut, a key or a row could be wrong."""
 
 import itertools
 import random
@@ -70,7 +70,7 @@ def test_the_tokens_are_tiktokens(texts: list[str], encodings: dict[str, tiktoke
 
 
 @pytest.mark.parametrize("slots", [2, 16, 2**19])
-def test_a_table_that_is_full_or_shared_by_many_words_tells_the_same(
+def test_a_table_that_is_full_or_shared_by_many_words_gives_the_same_tokens(
     encoding: tiktoken.Encoding, dtype: Dtype, monkeypatch: pytest.MonkeyPatch, slots: int
 ):
     monkeypatch.setattr(words, "_SLOTS", slots)
@@ -80,7 +80,7 @@ def test_a_table_that_is_full_or_shared_by_many_words_tells_the_same(
 
 
 def test_every_two_and_three_characters(encoding: tiktoken.Encoding, dtype: Dtype):
-    """All cuts between all kinds, one table for all, each text by itself."""
+    """All cuts between all kinds, each text separately, with one table."""
     table = WordTable(encoding, END_OF_TEXT, dtype)
     pairs = [a + b for a in CHARACTERS for b in CHARACTERS]
     check(table, encoding, pairs)
@@ -98,7 +98,7 @@ def test_every_byte_of_ascii_has_a_kind_that_fits_the_pattern():
     assert not any(words._kinds()[0][128:])
 
 
-def test_known_words_do_not_go_through_tiktoken(
+def test_words_in_the_table_do_not_go_through_tiktoken(
     encoding: tiktoken.Encoding, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
 ):
     table = WordTable(encoding, END_OF_TEXT, dtype)
