@@ -48,3 +48,9 @@ def test_errors_are_quoted_as_the_code_prints_them() -> None:
     texts = re.sub(r"\"\s*f?\"", "", code)  # a text that goes on in the next line
     assert len(pieces) > 20
     assert [piece for piece in pieces if piece not in texts] == []
+
+
+def test_the_architecture_names_every_module_of_the_core() -> None:
+    text = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    modules = [path.name for folder in ("nanogpt", "stages") for path in (REPOSITORY / folder).rglob("[a-z]*.py")]
+    assert [name for name in modules if f"`{name}`" not in text and f"/{name}`" not in text] == []

@@ -151,9 +151,3 @@ def test_the_tests_that_the_readme_names_are_what_ci_runs() -> None:
 def test_the_reference_names_every_tag_of_a_run(seed: Clone) -> None:
     tags = {tag for run in seed.runs() for tag in run.data.tags if not tag.startswith(("mlflow.", *STAGES_WITH_TAGS))}
     assert tags - TAG_NOTES.keys() == set()
-
-
-def test_the_architecture_names_every_module_of_the_core() -> None:
-    text = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
-    modules = [path.name for folder in ("nanogpt", "stages") for path in (REPOSITORY / folder).rglob("[a-z]*.py")]
-    assert [name for name in modules if f"`{name}`" not in text and f"/{name}`" not in text] == []
