@@ -11,7 +11,6 @@ import click
 from benchmarks import train_step
 from benchmarks.common import benchmark, call, row, with_params
 from nanogpt.params import Params, with_values
-from tools.size import known_meta, vocabulary
 
 MODES = ("off", "machine", "portable")
 
@@ -20,13 +19,14 @@ MODES = ("off", "machine", "portable")
 @with_params()
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=40, show_default=True, help="Timed steps of a round.")
-def main(params: Params, rounds: int, steps: int) -> dict[str, Any]:
+@click.option("--vocab-size", type=click.IntRange(1, 2**21), default=1024, show_default=True, help="Of random tokens.")
+def main(params: Params, rounds: int, steps: int, vocab_size: int) -> dict[str, Any]:
     """Times training steps of params.yaml's model under each mode."""
     found: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(rounds):
         for mode in MODES:
             values = with_values(params, {"numerics.determinism": mode}).model_dump(mode="json")
-            found[mode].append(call(step_ms, values=values, steps=steps)[0])
+            found[mode].append(call(step_ms, values=values, steps=steps, vocab_size=vocab_size)[0])
     medians = {mode: statistics.median(times) for mode, times in found.items()}
     click.echo(row("", "ms per step", "of off"))
     for mode, median in medians.items():
@@ -34,11 +34,9 @@ def main(params: Params, rounds: int, steps: int) -> dict[str, Any]:
     return {"ms_per_step": medians, "rounds": found}
 
 
-def step_ms(values: dict[str, Any], steps: int) -> float:
+def step_ms(values: dict[str, Any], steps: int, vocab_size: int) -> float:
     """Milliseconds of the median step, in this process."""
-    params = Params.model_validate(values)
-    vocab_size = vocabulary(params.tokenize, known_meta(params.tokenize))
-    figures = train_step.measure(params, vocab_size, None, steps, None, None)
+    figures = train_step.measure(Params.model_validate(values), vocab_size, None, steps, None, None)
     ms: float = figures["ms_per_step"]
     return ms
 

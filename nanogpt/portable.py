@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.library import Library, get_kernel
 
 PART = 1024  # length of a chain, oneDNN's choice for AVX2
-LARGE_PRODUCT = 2**21  # multiplications from which on a call for each group costs less than copying the operands
+LARGE_PRODUCT = 2**19  # multiplications from which on a call for each group costs less than copying the operands
 QUERIES = 128  # that attention takes at once; the keys behind them are left out
 SCORES = 2**19  # of attention that exist at once: 2 MiB, so that they stay in the cache
 GRAIN = 32768  # elements for each of the threads among which torch divides elementwise work and sums

@@ -44,9 +44,10 @@ LEVELS = [
         "distributed",
         "gpt_config",
         "loss",
+        "portable",
         "schedule",
     },
-    {"params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
+    {"known_answers", "params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
     {
         "corpus.bpe_training",
         "corpus.huggingface_tokenizer",
@@ -78,7 +79,19 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "generate",
         "huggingface",
     ),
-    *("loss", "model", "nanogpt_checkpoint", "optimizer", "pretrained", "recipe", "saved_model", "sizing", "timing"),
+    *(
+        "known_answers",
+        "loss",
+        "model",
+        "nanogpt_checkpoint",
+        "optimizer",
+        "portable",
+        "pretrained",
+        "recipe",
+        "saved_model",
+        "sizing",
+        "timing",
+    ),
     *("startup", "train", "train_state", "weights"),
 }
 LONGER_FUNCTIONS = {("train.py", "train"): 80}  # the loop, top to bottom in one place

@@ -59,6 +59,8 @@ def test_every_step_is_a_make_target(path):
     for job in load(path)["jobs"]:
         for command in commands(job, path):
             words = command.removesuffix(SUMMARY).split()
+            if command == "sudo apt-get update && sudo apt-get install --yes qemu-user":  # make asks for no password
+                continue
             assert words[0] == "make"
             assert words[1] in targets, command
 

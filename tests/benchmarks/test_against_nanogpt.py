@@ -165,7 +165,8 @@ def test_medians_of_candidates_that_take_turns(checkout: Path, params: Params, m
 
     monkeypatch.setattr(against_nanogpt, "measure_nanogpt", lambda *_: measured("nanogpt"))
     monkeypatch.setattr(against_nanogpt, "call", call)
-    options = ("--rounds", "3", "--determinism", "off,machine", "-S", "numerics.dtype=bfloat16", "--json", "out.json")
+    short = ("-S", "numerics.dtype=bfloat16", "-S", "numerics.determinism=off")
+    options = ("--rounds", "3", "--determinism", "off,machine", *short, "--json", "out.json")
     result = invoke(checkout, *options)
     assert result.exit_code == 0, result.output
     assert turns == ["nanogpt", "off", "machine"] * 3
