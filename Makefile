@@ -67,7 +67,7 @@ verify-steps: $(READY)  ## a minute: the first training steps against golden/
 verify-base: $(READY)  ## minutes: the first training steps of another commit and of this one (BASE=origin/main)
 	@python -m tools verify --layer base --base $(BASE) --out $(REPORTS)/base
 
-verify-cpus: $(READY)  ## ten minutes: the first training steps under emulated CPUs of Intel and AMD (needs qemu-user)
+verify-cpus: $(READY)  ## seven minutes: the first training steps under emulated CPUs of Intel and AMD (needs qemu-user)
 	@python -m tools verify --layer cpus --out $(REPORTS)/cpus
 
 report:  ## what the checks have found, as Markdown

@@ -94,3 +94,63 @@ def test_a_change_of_dvc_lock_declares_the_difference(commit, monkeypatch):
 )
 def test_the_changes_that_dvc_status_reports_are_named(changes, stale):
     assert verification._stale(changes) == stale
+
+
+def test_known_answers_that_differ_are_named(commit, monkeypatch):
+    root = commit(first_steps("portable") | {"kernels": {"attention": "a", "exp": "b"}})
+    found = first_steps("portable") | {"kernels": {"attention": "c", "exp": "b"}}
+    monkeypatch.setattr(verification, "_first_steps", lambda clone, say: found)
+    finding = verification.check_steps(root, print).findings[-1]
+    assert (finding.artifact, finding.found, finding.verdict) == ("known answers", "attention", "DIVERGED")
+
+
+@pytest.fixture
+def emulated(commit, monkeypatch):
+    """`emulated(determinism, {CPU: steps, or the error})`: the verdicts under emulated CPUs."""
+
+    def verdicts(determinism: str, results: dict[str, Any]) -> list[tuple[str, str]]:
+        here = first_steps(determinism) | {"kernels": {"exp": "b"}}
+
+        def train(clone: Any, *python: str) -> dict[str, Any]:
+            result = results.get(python[2], here)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(verification.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(verification, "_first_steps", lambda clone, say: here)
+        monkeypatch.setattr(verification, "_train_first_steps", train)
+        report = verification.check_cpus(commit(first_steps(determinism)), print)
+        return [(finding.stage, finding.verdict) for finding in report.findings]
+
+    return verdicts
+
+
+REFUSED = {cpu: verification.CouldNotRun("needs a CPU with AVX2 and FMA") for cpu in verification.UNABLE_CPUS}
+
+
+def test_equal_steps_under_every_emulated_cpu_are_identical(emulated):
+    cpus = [*verification.CPUS, *verification.UNABLE_CPUS]
+    assert emulated("portable", REFUSED) == [(cpu, "identical") for cpu in cpus]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "result"),
+    [
+        ("Haswell", first_steps("portable", apart=1e-6) | {"kernels": {"exp": "b"}}),
+        ("EPYC", first_steps("portable") | {"kernels": {"exp": "c"}}),
+        ("SandyBridge", verification.CouldNotRun("killed by signal 4")),
+        ("SandyBridge", first_steps("portable")),  # trained, though it cannot have the same bits
+    ],
+)
+def test_another_result_under_an_emulated_cpu_diverges(emulated, cpu, result):
+    found = emulated("portable", REFUSED | {cpu: result})
+    assert [name for name, verdict in found if verdict == "DIVERGED"] == [cpu]
+
+
+def test_other_cpus_need_the_emulator_and_portable(emulated, monkeypatch, tmp_path):
+    with pytest.raises(verification.CouldNotRun, match=r"only numerics\.determinism = portable"):
+        emulated("machine", REFUSED)
+    monkeypatch.setattr(verification.shutil, "which", lambda name: None)
+    with pytest.raises(verification.CouldNotRun, match=r"qemu-x86_64 is not installed; .* apt-get install qemu-user"):
+        verification.check_cpus(tmp_path, print)
