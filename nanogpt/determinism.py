@@ -43,8 +43,8 @@ class Numerics:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def of_the_bits(self) -> dict[str, Any]:
-        """What the bits depend on: not on the number of threads where the mode is portable."""
+    def identity(self) -> dict[str, Any]:
+        """What the bits depend on; under portable, the number of threads is not part of it."""
         return {name: value for name, value in asdict(self).items() if name != "threads" or not self.is_portable}
 
     @property

@@ -1,6 +1,6 @@
-"""Known answers of the kernels that `portable` rests on: computed at the start of a process, compared with ANSWERS.
+"""Known answers of the kernels that `portable` relies on, computed at the start of a process and compared with ANSWERS.
 
-So a CPU, or a build of torch, that computes anything else is found before it trains, whatever its vendor promises.
+A CPU or a build of torch that computes anything else is rejected before it trains, whatever its vendor promises.
 The answers are the same natively and under emulated CPUs of Intel and AMD (`make verify-cpus`).
 """
 
@@ -40,12 +40,12 @@ ANSWERS = {
 
 
 def check() -> None:
-    """Raises ValueError that names the kernels whose answers differ here."""
+    """Raises ValueError, with the names of the kernels whose answers differ here."""
     if different := [name for name, answer in answers().items() if ANSWERS.get(name) != answer]:
         raise ValueError(
             f"numerics.determinism = portable: this CPU with torch {torch.__version__} computes {', '.join(different)} "
-            "to other bits than the machines it was proved on; set it to machine, or install the torch that "
-            "constraints.txt names"
+            "to other bits than the machines on which it was tested; set it to machine, or install the version of "
+            "torch in constraints.txt"
         )
 
 
@@ -55,14 +55,14 @@ def answers() -> dict[str, str]:
 
 
 def numbers(*shape: int, seed: int = 1) -> Tensor:
-    """Numbers in [-1, 1), float32, of integer arithmetic alone: no kernel under test takes part in them."""
+    """float32 numbers in [-1, 1) by integer arithmetic, so that no kernel under test takes part."""
     count = math.prod(shape)
     integers = (torch.arange(1, count + 1, dtype=torch.int64) * 2_654_435_761 * seed) % 2**24
     return (integers.to(torch.float32) / 2**23 - 1).view(shape)
 
 
 def kernels() -> dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]:
-    """What is computed, by name. Sizes are such that threads share the work, and that vectors do not fill them."""
+    """The computations by name. Sizes are large enough to be split among threads, and no multiples of a vector."""
     x, y, positive = numbers(203, 197) * 4, numbers(203, 197, seed=3), numbers(203, 197).abs() + 0.01
     scale, aten = numbers(197, seed=5), torch.ops.aten
     square = numbers(2, 130, 130)

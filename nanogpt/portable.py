@@ -3,7 +3,7 @@
 torch multiplies matrices by a library that takes another path on each CPU, and a few of its kernels divide their work
 among threads so that the number of threads shows in the last bits. `install` replaces those kernels in torch's
 dispatcher, for the whole process: layers, gradients, optimizers, evaluation and generation all go through this module,
-and the model stays as it is.
+and the model stays as it is. The signatures are those of the operators that they replace.
 
 The definition of a product. For a (M, K) and b (N, K), out[m, n] is the sum over k of a[m, k] * b[n, k], added up as
 acc = fma(a[m, k], b[n, k], acc) from acc = 0, for k = 0, 1, ..., each step rounded to float32. After every PART values
@@ -27,11 +27,12 @@ from torch.library import Library, get_kernel
 
 PART = 1024  # length of a chain, oneDNN's choice for AVX2
 LARGE_PRODUCT = 2**19  # multiplications from which on a call for each group costs less than copying the operands
-QUERIES = 128  # that attention takes at once; the keys behind them are left out
-SCORES = 2**19  # of attention that exist at once: 2 MiB, so that they stay in the cache
-GRAIN = 32768  # elements for each of the threads among which torch divides elementwise work and sums
-UNDIVIDED = 16384  # elements up to which it divides nothing, GELU included
-LANES = 16  # floats that torch's AVX2 loops take at once; what is left over goes one by one
+QUERIES = 128  # queries per block of attention; keys after the block are skipped
+SCORES = 2**19  # attention scores held at once: 2 MiB, so that they stay in the cache
+GRAIN = 32768  # elements per thread when torch splits elementwise work and sums
+UNDIVIDED = 16384  # elements up to which torch splits nothing, GELU included
+LANES = 16  # floats per iteration of torch's AVX2 loops; leftover elements are computed one at a time
+# Other forms of a product, and the square root, whose bits in MKL differ between CPUs.
 UNDEFINED = (
     "mm.out",
     "addmm.out",
@@ -67,9 +68,11 @@ def _installed() -> Library:
         "_scaled_dot_product_flash_attention_for_cpu": attention,
         "_scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
         "_softmax_backward_data": softmax_backward,
-        "native_layer_norm_backward": functools.partial(layer_norm_backward, _torchs("native_layer_norm_backward")),
-        "gelu": functools.partial(gelu, _torchs("gelu.out")),
-        "gelu_backward": functools.partial(gelu_backward, _torchs("gelu_backward.grad_input")),
+        "native_layer_norm_backward": functools.partial(
+            layer_norm_backward, _torch_kernel("native_layer_norm_backward")
+        ),
+        "gelu": functools.partial(gelu, _torch_kernel("gelu.out")),
+        "gelu_backward": functools.partial(gelu_backward, _torch_kernel("gelu_backward.grad_input")),
         "sum": total,
         "mean": mean,
     }
@@ -81,7 +84,7 @@ def _installed() -> Library:
     return library
 
 
-def _torchs(name: str) -> Kernel:
+def _torch_kernel(name: str) -> Kernel:
     """torch's own kernel for the CPU."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     return functools.partial(get_kernel(f"aten::{name}", "CPU").call_boxed, keys)
@@ -144,12 +147,12 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """beta * bias + alpha * a @ b."""
-    return product(a, b.t()).mul_(alpha).add_(bias, alpha=beta)
+    return _scaled_(product(a, b.t()), alpha).add_(bias, alpha=beta)
 
 
 def addmm_(result: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """result = beta * result + alpha * a @ b, in place."""
-    return result.mul_(beta).add_(product(a, b.t()), alpha=alpha)
+    return _scaled_(result, beta).add_(product(a, b.t()), alpha=alpha)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -161,7 +164,11 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """beta * bias + alpha * a @ b of each group."""
-    return bmm(a, b).mul_(alpha).add_(bias, alpha=beta)
+    return _scaled_(bmm(a, b), alpha).add_(bias, alpha=beta)
+
+
+def _scaled_(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x.mul_(factor)
 
 
 # Attention
@@ -223,7 +230,7 @@ def attention_backward(
     """
     B, H, T, D = q.shape
     S = k.size(2)
-    dot = (grad * out).sum(-1).view(B * H, T)
+    dot = (grad * out).sum(-1).reshape(B * H, T)
     log_sum = log_sum.reshape(B * H, T)
     q, k, v, grad = _by_position(q) * _log2_scale(D, scale), _by_position(k), _by_position(v), _by_position(grad)
     q_channels, k_channels, grad_channels = _transposed(q), _transposed(k), _transposed(grad)  # (G, D, T)
@@ -341,10 +348,10 @@ def mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _by_vectors(kernel: Kernel, *operands: Tensor, result: Tensor) -> None:
-    """kernel(*operands, result) for an elementwise kernel and contiguous tensors, so that all elements are vectors'.
+    """Calls kernel(*operands, result), elementwise on contiguous tensors, with every element computed in a vector.
 
-    torch divides such work evenly among threads, and computes what fills no vector at the end of a share one by one,
-    often to other bits. Here each share is whole vectors, and the last elements of all are padded.
+    torch splits such work evenly among threads, and computes the elements left over at the end of each share one at a
+    time, often to different bits. Here each share consists of whole vectors, and the remaining elements are padded.
     """
     flat = [x.view(-1) for x in (*operands, result)]
     end = flat[0].numel() // LANES * LANES
@@ -357,7 +364,7 @@ def _by_vectors(kernel: Kernel, *operands: Tensor, result: Tensor) -> None:
 
 
 def _shares(flat: Tensor) -> tuple[Tensor, ...]:
-    """Whole vectors, cut where torch then gives each thread whole vectors or does not divide the work."""
+    """Cuts whole vectors into pieces of which torch gives each thread whole vectors, or that it does not split."""
     threads = torch.get_num_threads()
     if threads == 1 or flat.numel() <= UNDIVIDED:
         return (flat,)

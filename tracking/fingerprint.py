@@ -92,7 +92,7 @@ def identify(recipe: "Recipe") -> dict[str, str]:
     inputs = {"tokens": sha256_tree(recipe.data.directory), "initial": recipe.initial.sha256}
     code = code_hash(Path.cwd(), "stages.train")
     hashes = {
-        "fingerprint": fingerprint(_params_of(recipe), inputs, code, recipe.numerics.of_the_bits()),
+        "fingerprint": fingerprint(_params_of(recipe), inputs, code, recipe.numerics.identity()),
         "tokens.sha256": inputs["tokens"],
         "code.sha256": code,
     }

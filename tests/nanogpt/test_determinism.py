@@ -122,9 +122,9 @@ def test_without_a_number_there_is_a_thread_for_each_core_that_the_process_may_u
 
 def test_the_number_of_threads_is_no_part_of_what_the_bits_of_portable_depend_on(keeps_threads):
     resolved = determinism.pin(settings("off", threads=1), "cpu")
-    assert resolved.of_the_bits() == resolved.as_dict()
+    assert resolved.identity() == resolved.as_dict()
     two, three = (dataclasses.replace(resolved, determinism="portable", threads=threads) for threads in (2, 3))
-    assert two.of_the_bits() == three.of_the_bits()
+    assert two.identity() == three.identity()
     assert two.as_dict() != three.as_dict()
 
 

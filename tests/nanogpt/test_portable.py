@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from nanogpt import known_answers, portable
 PINNED = {"GOMP_SPINCOUNT": "0", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
 
 PRODUCTS = """
-import json, random, sys
+import json, random
 import numpy as np, torch
 from nanogpt import portable
 portable.install()
@@ -32,7 +31,8 @@ def definition(a, b):  # float64 holds each product exactly; its sum is rounded 
 def share(found, expected):
     return float((found.numpy() == expected).mean())
 
-draw, found = random.Random(int(sys.argv[1])), []
+draw, found = random.Random(1), []
+torch.manual_seed(1)
 for case in range(20):
     M, N = draw.choice([1, 2, 3, 8, 17, 64, 100]), draw.choice([1, 2, 7, 8, 33, 65, 128])
     K, G = draw.choice([1, 3, 16, 96, 200, 1000, 1024, 1025, 2100]), draw.choice([1, 2, 5])
@@ -107,7 +107,7 @@ def run(script, *arguments):
 
 def test_products_are_their_definition_for_any_shape_order_and_number_of_threads():
     """Whatever the way a product is asked for: its numbers are those of the chain written out."""
-    different = [case for case in run(PRODUCTS, str(random.Random(0).random())[2:]) if case[1] < 0.9999]
+    different = [case for case in run(PRODUCTS) if case[1] < 0.9999]
     assert not different
 
 
