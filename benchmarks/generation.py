@@ -1,7 +1,7 @@
-"""Tokens per second of generation: ours with the KV cache, ours without, and nanoGPT's beside them.
+"""Tokens per second of generation: ours with and without the KV cache, and nanoGPT's.
 
-The candidates take turns in one process, so that a noisy machine is unfair to none, and the best turn of each counts.
-All compute in float32, but for nanoGPT's on a GPU: there its sample.py computes in bfloat16.
+The candidates take turns in one process, so that load on the machine affects all of them; the best turn counts.
+All compute in float32, except nanoGPT's sample.py on a GPU, which computes in bfloat16.
 """
 
 import time
@@ -49,7 +49,7 @@ def main(nanogpt: Path | None, rounds: int, threads: int, device: str, shapes: t
 
 
 def turns(candidates: dict[str, Generate], batch: int, beyond: bool, rounds: int) -> dict[str, float]:
-    """Tokens per second of each candidate's best turn."""
+    """Returns the tokens per second of each candidate's best turn."""
     best = dict.fromkeys(candidates, 0.0)
     for _ in range(rounds):
         for name, generate in candidates.items():
@@ -107,7 +107,7 @@ def make_candidates(shape: dict[str, Any], nanogpt: Path | None, device: str) ->
 
 
 def lengths(start: int, end: int) -> range:
-    """Every STRIDE-th length in start + 1 ... end, their mean that of all."""
+    """Returns every STRIDE-th length from start + 1 to end, with the mean of all lengths."""
     return range(start + STRIDE // 2, end + 1, STRIDE)
 
 
