@@ -13,6 +13,7 @@ from tracking.errors import errors_in_one_line, warn
 
 # The first line of each command's docstring (a test compares them), so that --help imports no command.
 COMMANDS = {
+    "bisect": "Finds the first commit after GOOD whose first training steps have other bits.",
     "champion": "Makes the best model of EXPERIMENT the champion.",
     "compare": "Shows which setting is best, by how much, and whether that is noise.",
     "deps": "Writes each stage's deps into dvc.yaml, from its imports.",
