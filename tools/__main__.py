@@ -26,6 +26,7 @@ COMMANDS = {
     "preset": "Writes params.yaml for a preset, or lists the presets.",
     "reference": "Writes docs/reference.md from params.yaml, the commands and MLflow's names.",
     "replay": "Recomputes one training step and compares it with the journal.",
+    "report": "Writes a report of experiments for a paper or a colleague.",
     "serve": "Serves the champion until Ctrl-C.",
     "size": "Shows what the training that params.yaml describes will cost.",
     "summary": "Summarises the newest result and compares dvc.lock with HEAD's.",
