@@ -1,5 +1,6 @@
 """Writes a comparison as one HTML file without external resources: tables, loss curves, samples and runs."""
 
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -68,6 +69,11 @@ class Section:
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     svg: str = ""
+
+    @property
+    def address(self) -> str:
+        """The picture as an address; inside an img its styles and the page's do not mix."""
+        return f"data:image/svg+xml;base64,{b64encode(self.svg.encode()).decode()}"
 
 
 def page(

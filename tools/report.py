@@ -17,7 +17,6 @@ from tools.compare import (
     count,
     gather,
     markdown_table,
-    number_of,
     run_dict,
     title,
 )
@@ -28,8 +27,11 @@ from tracking.console import repository
 from tracking.run import Run
 from tracking.run_name import SEED
 
-LATEX = {ord(c): f"\\{c}" for c in "&%$#_{}"} | {ord(c): f"${c}$" for c in "<>"}
-LATEX |= {ord("±"): r"$\pm$", ord("~"): r"\~{}", ord("^"): r"\^{}", ord("\\"): r"\textbackslash{}"}
+LATEX = (
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {c: f"${c}$" for c in "<>"}
+    | {"±": r"$\pm$", "~": r"\~{}", "^": r"\^{}", "\\": r"\textbackslash{}"}
+)
 
 
 @command()
@@ -134,13 +136,15 @@ class Part:
         shared = [key for key in first.params if all(each.params.get(key) == first.params[key] for each in others)]
         return [(key, first.params[key]) for key in sorted(shared) if key != SEED]
 
-    def beside(self) -> list[tuple[str, str, str]]:
-        """For each setting and reference: whether it is the same setting, and where its mean lies."""
-        return [
-            (setting.label or "all runs", str(known), known.position(setting.values(self.found.score)))
-            for known in self.references
-            for setting in self.found.settings
-        ]
+    def beside(self) -> tuple[list[str], list[list[str]]]:
+        """The head and a row for each setting and reference: where its mean lies, and how the two differ."""
+        rows = []
+        for known in self.references:
+            for setting in self.found.settings:
+                position = known.position(setting.values(self.found.score))
+                differs = ", ".join(known.differs(setting)) or "nothing"
+                rows.append([setting.label or "all runs", str(known), position, differs])
+        return ["setting", "reference", "difference", "differs in"], rows
 
     def runs(self) -> tuple[list[str], list[list[str]]]:
         """The head and a row for each run: its loss, and where that comes from."""
@@ -157,9 +161,7 @@ class Part:
         """What the page shows below compare's tables."""
         sections = [Section("What was run", (), self.facts()), Section("Size and time", *self.costs())]
         if self.references:
-            head = ("setting", "reference", "difference")
-            drawn = svg[svg.index("<svg") :]
-            sections.append(Section("Beside the references", head, self.beside(), drawn))
+            sections.append(Section("Beside the references", *self.beside(), svg))
         return [*sections, Section("Parameters that all settings share", (), self.params())]
 
 
@@ -214,14 +216,18 @@ def write(out: Path, parts: Sequence[Part], left_out: Sequence[str], again: str)
         sections.append(part.sections(svg))
         content["comparisons"][number - 1] |= {
             "facts": dict(part.facts()),
-            "costs": [dict(zip(part.costs()[0], row, strict=True)) for row in part.costs()[1]],
+            "costs": _records(*part.costs()),
             "params": dict(part.params()),
-            "references": [{"setting": a, "reference": b, "difference": c} for a, b, c in part.beside()],
+            "references": _records(*part.beside()),
         }
     write_text(out / "report.md", "\n\n".join(pages) + "\n")
     write_text(out / "table.tex", "\n\n".join(latex(part.found) for part in parts) + "\n")
     write_text(out / "report.html", page([part.found for part in parts], left_out, "Report", sections))
     write_json(out / "report.json", {"made_by": again, **content})
+
+
+def _records(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def markdown(part: Part, figure: str) -> str:
@@ -230,7 +236,7 @@ def markdown(part: Part, figure: str) -> str:
     if figure:
         blocks.append(f"![Validation loss over tokens; mean and standard deviation over seeds]({figure}.svg)")
         blocks.append(f"The data of the figure: [{figure}.csv]({figure}.csv).")
-    for section in part.sections("<svg"):
+    for section in part.sections(""):
         blocks += [f"### {section.title}", _table(section.head or ("", ""), section.rows)]
     return "\n\n".join([*blocks, "### Where each number comes from", _table(*part.runs())])
 
@@ -242,8 +248,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def latex(found: Comparison) -> str:
     """A comparison as a table in LaTeX, which needs no package."""
     head, rows = cells_with_verdicts(found)
-    lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in [head, *rows]]
+    lines = [" & ".join(_escaped(cell) for cell in row) + r" \\" for row in [head, *rows]]
     begin = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * (len(head) - 2)}l}}"]
     rules = [r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
-    end = [r"\end{tabular}", rf"\caption{{{title(found).translate(LATEX)}}}", r"\end{table}"]
+    end = [r"\end{tabular}", rf"\caption{{{_escaped(title(found))}}}", r"\end{table}"]
     return "\n".join([*begin, *rules, *end])
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)

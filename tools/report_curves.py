@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from nanogpt.files import write_json
 from tools.compare_page import DRAWN, Place, curve
 from tracking.comparison import Comparison, Setting
+from tracking.run_name import SEED
 from tracking.significance import CONFIDENCE
 
 FOLDER = Path("presets/curves")
@@ -33,6 +34,12 @@ class Reference:
         values = list(self.losses.values())
         spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
         return f"{self.name}: {fmean(values):.4f}{spread} ({len(values)} seeds, commit {self.commit[:12]})"
+
+    def differs(self, setting: Setting) -> list[str]:
+        """The parameters in which a setting differs; those of numerics say how it computes, not what."""
+        params = setting.results[0].params
+        keys = {*self.params, *params} - {SEED}
+        return sorted(k for k in keys if self.params.get(k) != params.get(k) and not k.startswith("numerics."))
 
     def position(self, losses: Sequence[float]) -> str:
         """Whether the mean of some losses lies where 95 of 100 means of as many runs of this setting do."""
@@ -70,7 +77,7 @@ def save_reference(root: Path, setting: Setting, name: str) -> Path:
     first = setting.results[0]
     kept = Reference(
         name,
-        {key: value for key, value in first.params.items() if key != "train.seed"},
+        {key: value for key, value in first.params.items() if key != SEED},
         first.tokens,
         first.evaluated,
         setting.losses("val_loss"),
