@@ -61,7 +61,9 @@ def main(
     results = Results(root, overrides, again, say)
     check = Losses(results, max_seeds) if loss else Bits(results)
     found = search(root, first, last, check, say)
-    options = ["--loss"] * loss + [part for each in assignments for part in ("-S", each)]
+    options = [f"--set-param={each}" for each in assignments]
+    if loss:
+        options += ["--loss", f"--max-seeds={max_seeds}"]
     outcome = as_dict(root, found, check, options)
     click.echo(json.dumps(outcome, indent=1) if as_json else text(outcome, check.what))
     sys.exit(0 if outcome["commit"] else UNDECIDED)

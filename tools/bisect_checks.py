@@ -101,14 +101,13 @@ class Bits:
 
     def difference(self, good: str, commit: str) -> Found | None:
         """{"step", "tensor", "line"} of the first difference; step 0 is before the first one. None if all agree."""
-        expected, found = self.results.first_steps(good), self.results.first_steps(commit)
-        for each in (expected, found):
-            if each["environment"]["numerics.determinism"] == "off":
-                raise ValueError(
-                    "numerics.determinism = off gives other bits each time: add -S numerics.determinism=portable (or "
-                    "machine), or compare losses with --loss"
-                )
-        return first_change(expected, found)
+        expected = self.results.first_steps(good)
+        if expected["environment"]["numerics.determinism"] == "off":
+            raise ValueError(
+                "numerics.determinism = off gives other bits each time: add -S numerics.determinism=portable (or "
+                "machine), or compare losses with --loss"
+            )
+        return first_change(expected, self.results.first_steps(commit))
 
     def same(self, good: str, bad: str) -> str:
         """Why there is nothing to search."""
@@ -159,6 +158,7 @@ class Losses:
 
     def __init__(self, results: Results, max_seeds: int):
         self.results, self.seeds = results, range(1, max_seeds + 1)
+        self._seen: dict[str, Evidence] = {}  # of each commit that differs, against its good end
 
     def differ(self, good: str, bad: str) -> bool:
         pairs: list[float] = []
@@ -167,7 +167,8 @@ class Losses:
             if first["model"] == second["model"]:
                 return False
             pairs.append(_minus(second, first))
-            if evidence(pairs).verdict != "cannot tell":
+            self._seen[bad] = evidence(pairs)
+            if self._seen[bad].verdict != "cannot tell":
                 return True
         return False
 
@@ -178,10 +179,12 @@ class Losses:
         for seed in self.seeds:
             first, last, own = self._scores(seed, good, bad, commit)
             if own["model"] in (first["model"], last["model"]):
+                self._seen[commit] = self._seen[bad]
                 return bool(own["model"] == last["model"])
             from_good.append(_minus(own, first))
             from_bad.append(_minus(own, last))
-            if evidence(from_good).verdict != "cannot tell":
+            self._seen[commit] = evidence(from_good)
+            if self._seen[commit].verdict != "cannot tell":
                 return True
             if evidence(from_bad).verdict != "cannot tell":
                 return False
@@ -190,13 +193,8 @@ class Losses:
         )
 
     def difference(self, good: str, commit: str) -> Found | None:
-        """{"mean", "interval", "pairs", "line"} of the pairs that were run until the decision."""
-        pairs: list[float] = []
-        for seed in self.seeds:
-            pairs.append(_minus(*reversed(self._scores(seed, good, commit))))
-            seen = evidence(pairs)
-            if seen.verdict != "cannot tell":
-                break
+        """{"mean", "interval", "pairs", "line"} of the pairs by which a commit was found to differ."""
+        seen = self._seen[commit]
         return {"mean": seen.mean, "interval": [seen.low, seen.high], "pairs": seen.pairs, "line": _line(seen)}
 
     def same(self, good: str, bad: str) -> str:

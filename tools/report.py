@@ -1,5 +1,6 @@
 """Writes a report of experiments for a paper or a colleague: `python -m tools report EXPERIMENT...`."""
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def main(runs: tuple[str, ...], baseline: str | None, out: Path, as_json: bool, 
         keep_reference(root, comparisons, save_reference)
     finished, _ = journal_results(root)
     parts = [Part(root, found, finished, references(root, found)) for found in comparisons]
-    write(out, parts, left_out, shlex.join(["python", "-m", "tools", "report", *runs]))
+    options = [f"--baseline={baseline}"] if baseline else []
+    write(out, parts, left_out, shlex.join(["python", "-m", "tools", "report", *options, *runs]))
     if as_json:
         click.echo((out / "report.json").read_text(encoding="utf-8"), nl=False)
     for line in left_out:
@@ -95,7 +97,9 @@ class Part:
             + ("; + had uncommitted changes" if dirty else ""),
             "seeds": ", ".join(map(str, sorted({result.seed for result in self.results}))),
             **{f"searched: {key}": values for key, values in self.searched().items()},
-            "chosen": "the setting with the lowest mean of the losses reported here" if self._is_search() else "",
+            "chosen": "the setting with the lowest mean of the losses reported here, so this mean is likely too low"
+            if self._is_search()
+            else "",
             "not reported": f"{count(self.others, 'other finished run')} on this text" if self.others else "",
         }
         return [(item, value) for item, value in found.items() if value]
@@ -193,8 +197,10 @@ def _distinct(values: Iterable[str]) -> str:
 
 
 def keep_reference(root: Path, comparisons: Sequence[Comparison], name: str) -> None:
-    """Raises ValueError unless the runs are one setting."""
+    """Raises ValueError unless the runs are one setting and the name can be that of a file."""
     settings = [setting for found in comparisons for setting in found.settings]
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"--save-reference {name!r} is invalid: use letters, digits, _ and -")
     if len(settings) != 1:
         raise ValueError(f"--save-reference takes the runs of one setting, and these are {len(settings)}")
     click.echo(f"{save_reference(root, settings[0], name).relative_to(root)} is written; commit it", err=True)
@@ -205,6 +211,8 @@ def keep_reference(root: Path, comparisons: Sequence[Comparison], name: str) -> 
 
 def write(out: Path, parts: Sequence[Part], left_out: Sequence[str], again: str) -> None:
     """Writes all files of the report into a folder."""
+    for old in (out / "figures").glob("loss-*"):
+        old.unlink()
     pages, sections, content = [f"# Report\n\nMade by `{again}`."], [], as_dict([p.found for p in parts], left_out)
     for number, part in enumerate(parts, 1):
         rows = curve_rows(part.found, part.references)

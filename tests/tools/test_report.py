@@ -37,7 +37,7 @@ def test_the_report_says_what_was_run_and_where_each_number_comes_from(root: Pat
         "| 0.02 | 3 | 2.0200 ± 0.0265 |",
         "| +0.1000 | [+0.0752, +0.1248] | p=0.0033 | worse |",
         "| searched: muon_learning_rate | 0.02 to 0.04; tried 0.02, 0.04 |",
-        "| chosen | the setting with the lowest mean of the losses reported here |",
+        "| chosen | the setting with the lowest mean of the losses reported here, so this mean is likely too low |",
         "| not reported | 1 other finished run on this text |",
         "| text | grammar; 30 documents, 8,000 bytes to train on; 3 documents, 900 bytes to validate |",
         "| seeds | 1, 2, 3 |",
@@ -115,6 +115,7 @@ def test_a_reference_says_whether_a_loss_is_normal(root: Path) -> None:
         ((), 2, "Missing argument"),
         (("slaw-1",), 1, "no finished run is 'slaw-1'"),
         (("slow-*", "fast-*", "--save-reference", "x"), 1, "takes the runs of one setting, and these are 2"),
+        (("slow-*", "--save-reference", "../x"), 1, "--save-reference '../x' is invalid"),
     ],
 )
 def test_errors_come_before_any_file(root: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
