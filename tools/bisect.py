@@ -11,7 +11,7 @@ import click
 from tools.bisect_checks import Bits, Losses, Results
 from tools.command import command, commit_of
 from tools.verify import git_top
-from tracking.bisection import Bisection, ends, find, summary
+from tracking.bisection import Bisection, Say, ends, find, summary
 from tracking.clean_clone import CouldNotRun
 from tracking.git import git, git_or_none
 from tracking.run_name import SEED
@@ -69,7 +69,7 @@ def main(
     sys.exit(0 if outcome["commit"] else UNDECIDED)
 
 
-def search(root: Path, good: str, bad: str, check: Bits | Losses, say: Any) -> Bisection:
+def search(root: Path, good: str, bad: str, check: Bits | Losses, say: Say) -> Bisection:
     """`find`, after both ends were run. Raises ValueError if one cannot be run, or they do not differ."""
     try:
         if not check.differ(good, bad):
