@@ -58,11 +58,12 @@ class Reference:
 def references(root: Path, found: Comparison) -> list[Reference]:
     """The references whose losses are comparable with a comparison's. Raises ValueError for a damaged file."""
     mine = {(result.tokens, result.evaluated) for setting in found.settings for result in setting.results}
-    known = map(_read, sorted((root / FOLDER).glob("*.json")))
+    known = map(read_reference, sorted((root / FOLDER).glob("*.json")))
     return [each for each in known if mine == {(each.tokens, each.evaluated)}]
 
 
-def _read(path: Path) -> Reference:
+def read_reference(path: Path) -> Reference:
+    """Raises ValueError, with a remedy, for a damaged file."""
     try:
         content = json.loads(path.read_bytes())
         for name in ("losses", "models"):

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.conftest import REPOSITORY
 from tests.runs import scored_run
 from tests.tools.test_compare import Page, two_settings
 from tools.__main__ import main
+from tools.report_curves import read_reference
 
 
 @pytest.fixture
@@ -127,3 +129,9 @@ def test_a_damaged_reference_is_named(root: Path) -> None:
     report("slow-*", "--save-reference", "usual")
     (root / "presets/curves/usual.json").write_text("{}")
     assert "usual.json is damaged" in report("slow-*", code=1).stderr
+
+
+def test_the_references_that_are_committed_are_of_presets() -> None:
+    found = [read_reference(path) for path in (REPOSITORY / "presets/curves").glob("*.json")]
+    assert {each.name for each in found} == {"default", "shakespeare_cpu"}
+    assert all(len(each.losses) >= 3 and each.losses.keys() == each.models.keys() for each in found)
