@@ -28,6 +28,7 @@ from tracking.console import repository
 from tracking.run import Run
 from tracking.run_name import SEED
 
+CHOSEN = "the setting with the lowest mean of the losses reported here, so this mean is likely too low"
 LATEX = (
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {c: f"${c}$" for c in "<>"}
@@ -97,15 +98,10 @@ class Part:
             + ("; + had uncommitted changes" if dirty else ""),
             "seeds": ", ".join(map(str, sorted({result.seed for result in self.results}))),
             **{f"searched: {key}": values for key, values in self.searched().items()},
-            "chosen": "the setting with the lowest mean of the losses reported here, so this mean is likely too low"
-            if self._is_search()
-            else "",
+            "chosen": CHOSEN if self.found.chosen and self.found.others else "",
             "not reported": f"{count(self.others, 'other finished run')} on this text" if self.others else "",
         }
         return [(item, value) for item, value in found.items() if value]
-
-    def _is_search(self) -> bool:
-        return self.found.chosen and len(self.found.settings) > 1
 
     def _evaluated(self) -> str:
         way = self.results[0].evaluated
@@ -182,7 +178,8 @@ def _hardware(start: dict[str, Any]) -> str:
     numerics, machine = start.get("numerics", {}), start.get("environment", {})
     device = numerics.get("device", "cpu")
     if device.startswith("cpu"):
-        return f"{machine.get('cpu', 'unknown CPU')}, {count(numerics.get('threads', 1), 'thread')}"
+        threads = [count(numerics["threads"], "thread")] if "threads" in numerics else []
+        return ", ".join([machine.get("cpu", "unknown CPU"), *threads])
     return f"{start.get('processes', 1)} x {numerics.get('device_name', device)}"
 
 
