@@ -299,8 +299,9 @@ class _TokenWriter:
         self.last: int | None = None
 
     def write(self, encoded: Encoded) -> None:
-        self.digest.update(encoded.ids)
-        self.file.write(encoded.ids)
+        data = encoded.ids.data
+        self.digest.update(data)
+        self.file.write(data)
         self.tokens += len(encoded.ids)
         self.bytes += encoded.bytes
         self.ends += encoded.ends

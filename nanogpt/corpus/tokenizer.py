@@ -219,9 +219,9 @@ class BytePairTokenizer(Tokenizer):
 
     def use_gigatoken(self, warn: Callable[[str], None]) -> None:
         """Makes `encode_all` several times as fast, with the same ids; warns if that is not possible here."""
-        ordinary = self.vocab_size - (self.end_of_text is not None)
+        ordinary = range(self.vocab_size - (self.end_of_text is not None))
         try:
-            self._batch = BatchEncoder(self._encoding, [*map(self._encoding.decode_single_token_bytes, range(ordinary))])
+            self._batch = BatchEncoder(self._encoding, [*map(self._encoding.decode_single_token_bytes, ordinary)])
         except Unusable as error:
             warn(f"{error}; tiktoken makes the same tokens in ten times the time")
 
@@ -242,8 +242,9 @@ class BytePairTokenizer(Tokenizer):
         parts = [[*self.parts(text)] for text in texts]
         ids, borders = self._batch.encode([*itertools.chain(*parts)])
         stored: Ids = ids.astype(self.dtype)
-        ends = borders[np.cumsum([*map(len, parts)], dtype=int)]
-        return np.insert(stored, ends, self.end_of_text) if mark_ends else stored
+        if mark_ends and self.end_of_text is not None:
+            stored = np.insert(stored, borders[np.cumsum([*map(len, parts)], dtype=int)], self.end_of_text)
+        return stored
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(self._checked(ids))

@@ -139,7 +139,7 @@ def test_a_bpe_learns_from_a_part_of_a_large_corpus(
     everything = "".join(documents)
     assert 0.2 < len("".join(learnt)) / (0.9 * len(everything)) < 0.4
     positions = [everything.index(text) / len(everything) for text in learnt if text]
-    assert min(positions) < 0.1
+    assert min(positions) < 0.2
     assert max(positions) > 0.8
 
 
