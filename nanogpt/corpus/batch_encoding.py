@@ -49,7 +49,7 @@ class BatchEncoder:
 
     def __init__(self, encoding: "tiktoken.Encoding", tokens: Sequence[bytes]):
         self._encoding, self._lock, self._left = encoding, threading.Lock(), 0
-        self._ranks = b"".join(b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+        self._ranks = rank_file(tokens)
         vocabulary = b"".join(tokens[:: 1 + sum(map(len, tokens)) // _LARGEST_CHECK]).decode(errors="replace")
         for text in (*_TEXTS, vocabulary):
             if self.encode([text])[0].tolist() != encoding.encode(text, disallowed_special=()):
@@ -74,6 +74,11 @@ class BatchEncoder:
                 self._tokenizer, self._left = _loaded(self._ranks), _LIFETIME
             self._left -= size
             return self._tokenizer
+
+
+def rank_file(tokens: Sequence[bytes]) -> bytes:
+    """The content of a .tiktoken file, the form in which gigatoken takes a vocabulary."""
+    return b"".join(b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
 
 
 def _loaded(ranks: bytes) -> Any:

@@ -217,11 +217,15 @@ class BytePairTokenizer(Tokenizer):
 
     _batch: BatchEncoder | None = None
 
+    def ordinary_tokens(self) -> list[bytes]:
+        """The bytes of all tokens but end of text, in the order of their ids."""
+        ids = range(self.vocab_size - (self.end_of_text is not None))
+        return [*map(self._encoding.decode_single_token_bytes, ids)]
+
     def use_gigatoken(self, warn: Callable[[str], None]) -> None:
         """Makes `encode_all` several times as fast, with the same ids; warns if that is not possible here."""
-        ordinary = range(self.vocab_size - (self.end_of_text is not None))
         try:
-            self._batch = BatchEncoder(self._encoding, [*map(self._encoding.decode_single_token_bytes, ordinary)])
+            self._batch = BatchEncoder(self._encoding, self.ordinary_tokens())
         except Unusable as error:
             warn(f"{error}; tiktoken makes the same tokens in ten times the time")
 
