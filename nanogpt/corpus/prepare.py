@@ -264,16 +264,16 @@ def _encode_all(
     tasks: Iterator[tuple[SplitName, list[Span]]], work: Callable[[list[Span]], Encoded], threads: int
 ) -> Iterator[tuple[SplitName, Encoded]]:
     """Encodes the tasks in so many threads, in order, at most two for each thread at a time."""
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         submitted = ((name, pool.submit(work, spans)) for name, spans in tasks)
         pending: deque[tuple[SplitName, Future[Encoded]]] = deque(itertools.islice(submitted, 2 * threads))
-        try:
-            while pending:
-                name, future = pending.popleft()
-                pending.extend(itertools.islice(submitted, 1))
-                yield name, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while pending:
+            name, future = pending.popleft()
+            pending.extend(itertools.islice(submitted, 1))
+            yield name, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:

@@ -131,11 +131,18 @@ def test_wrong_answers_are_noticed(encoders: list[BatchEncoder], monkeypatch: py
         BatchEncoder(right._encoding, right._tokens)
 
 
-def test_a_vocabulary_that_it_cannot_load_is_left_to_tiktoken(capfd: pytest.CaptureFixture[str]):
-    """Merges that never apply: it expects each token to be made of two that come before it."""
-    tokenizer, warnings = TrainedTokenizer([(97, 98), (98, 99), (97, 257)], end_of_text=False), list[str]()
+def test_merges_that_never_apply():
+    """tiktoken merges ab before bc, so that the merge of a with bc never happens, and abc is made of ab and c."""
+    tokenizer = TrainedTokenizer([(97, 98), (98, 99), (97, 257)], end_of_text=False)
+    check(encoder_of(tokenizer), ["abc", "abcabcbc cab", "bca"])
+
+
+def test_a_vocabulary_that_it_cannot_load_is_left_to_tiktoken():
+    """bc comes first in abcd, so that ab and cd never meet: only tiktoken, which looks for whole words, makes abcd."""
+    tokenizer, warnings = TrainedTokenizer([(98, 99), (97, 98), (99, 100), (257, 258)], end_of_text=False), list[str]()
     tokenizer.use_gigatoken(warnings.append)
-    assert tokenizer.encode_all(["abc"], False).tolist() == tokenizer.encode("abc").tolist()
+    assert warnings == ["gigatoken cannot load the vocabulary; tiktoken makes the same tokens in ten times the time"]
+    assert tokenizer.encode_all(["abcd", "abcde"], False).tolist() == [259, 97, 256, 100, 101]
 
 
 def test_tiktokens_tables_are_older_than_gigatokens(encoders: list[BatchEncoder]):
