@@ -2,7 +2,7 @@
 
 The settings are nanoGPT's, from the presets: GPT-2 (124M) and Shakespeare's characters, with one micro-batch per
 optimizer step. nanoGPT's model runs in the loop of its train.py. Our rows change one setting of the fastest at a time.
-Each candidate is a separate process; one that fails is reported. For generation see benchmarks.generation --device cuda.
+Each candidate is a separate process; one that fails is reported. See also benchmarks.generation --device cuda.
 """
 
 import statistics
