@@ -218,6 +218,14 @@ def with_values(params: Params, values: Mapping[str, Any], source: Path = Path("
     return _validated(sections, source)
 
 
+def check_value(params: Params, key: str, value: Any, source: Path) -> None:
+    """Checks one value by itself, whatever it goes together with. Raises ParamsError, as `with_values` does."""
+    sections = params.model_dump()
+    section, _, name = key.partition(".")
+    sections.setdefault(section, {})[name] = value
+    _parsed(sections, source)
+
+
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Parses assignments such as "train.max_iters=100"; the value is YAML. Raises ParamsError."""
     values = {}
@@ -233,16 +241,20 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def _validated(values: dict[str, Any], path: Path) -> Params:
+    params = _parsed(values, path)
+    check_combinations(params, path)
+    return params
+
+
+def _parsed(values: dict[str, Any], path: Path) -> Params:
     try:
-        params = Params.model_validate(values)
+        return Params.model_validate(values)
     except ValidationError as error:
         # Of several errors, report a misspelt key before the missing one that it causes.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         if first["type"] == "missing":
             raise Damaged(path, f"is incomplete: {_explain(first)}") from error
         raise ParamsError(f"{path}: {_explain(first)}") from error
-    check_combinations(params, path)
-    return params
 
 
 def _check_structure(text: str) -> None:
