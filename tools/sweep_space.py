@@ -218,7 +218,7 @@ def _dimension(path: Path, params: Params, key: str, given: Any) -> Dimension:
     for value in values:
         check_value(params, key, value, path)
     if key.partition(".")[0] not in _SECTIONS:
-        raise SpaceError(f"{path}: {key} changes no training; a sweep takes keys of {', '.join(_SECTIONS)}")
+        raise SpaceError(f"{path}: {key} is no hyperparameter; a sweep takes keys of {', '.join(_SECTIONS)}")
     if key in _SHARED:
         raise SpaceError(f"{path}: {key} cannot differ within a sweep: {_SHARED[key]}; remove the line")
     return dimension

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BATCH = 9  # trials that are chosen from the same knowledge
 ETA = 3  # one of so many trials that reach a rung trains on to the next
-_ATTEMPTS = 50  # of Optuna to find a combination that is new and allowed
+_ATTEMPTS = 20  # of Optuna to find a combination that is new and allowed
 _LARGEST_FILE = 2**26  # bytes of a study
 
 
@@ -67,8 +67,8 @@ class Study:
         return []
 
     def best_at(self, rung: int) -> list[Trial]:
-        """The best third of the trials that have reached a rung, and at least one."""
-        reached = sorted((t for t in self.trials if t.has(rung)), key=lambda t: (t.losses[rung], t.number))
+        """The best third of the trials that have reached a rung, and at least one; without params.yaml, trial 0."""
+        reached = sorted((t for t in self.trials[1:] if t.has(rung)), key=lambda t: (t.losses[rung], t.number))
         chosen = reached[: max(1, len(reached) // ETA)]
         return [trial for trial in chosen if trial.losses[rung] < math.inf]
 
@@ -164,9 +164,14 @@ def restore(study: Study, path: Path, identity: dict[str, Any]) -> None:
     try:
         content = json.loads(read_bytes(path, _LARGEST_FILE))
         differing = [name for name, value in identity.items() if content[name] != json.loads(json.dumps(value))]
-        study.trials = [Trial(**{**each, "losses": dict(each["losses"])}) for each in content["trials"]]
+        study.trials = [_trial(study.space, each) for each in content["trials"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; remove it, and the sweep reads its trials from their runs") from error
     if differing:
         another = f"{path} is a sweep with another {' and '.join(differing)}"
         raise ValueError(f"{another}; give this one another --name, or remove the file")
+
+
+def _trial(space: Space, content: dict[str, Any]) -> Trial:
+    values = {dimension.key: content["values"][dimension.key] for dimension in space.dimensions}
+    return Trial(**{**content, "values": values, "losses": dict(content["losses"])})

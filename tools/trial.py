@@ -280,7 +280,11 @@ def failure(name: str, code: int, log: Path) -> str:
 
 def dvc(root: Path, log: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> int:
     """Runs DVC in the repository with its output in a log; returns the exit code."""
-    command, environment = [sys.executable, "-m", "dvc", *arguments], {**os.environ, **(variables or {})}
+    # Several experiments may start at once.
+    command, environment = (
+        [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
+        {**os.environ, **(variables or {})},
+    )
     with log.open("wb") as output:
         return subprocess.run(
             command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
