@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -274,7 +275,7 @@ def experiment(root: Path, name: str, values: Mapping[str, Any], pause: int | No
 
 def failure(name: str, code: int, log: Path) -> str:
     """Why an experiment failed, in a line, from its log."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line or "failed" in line]
+    lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("error|failed", line, re.I)]
     return f"experiment {name} failed: {lines[0] if lines else f'exit code {code}'} (see {log})"
 
 
