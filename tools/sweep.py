@@ -18,7 +18,7 @@ from tools.command import command
 from tools.compare import as_dict, interval, p_value, table
 from tools.sweep_run import Budget, Sweep
 from tools.sweep_space import load_space
-from tools.sweep_study import ETA, Study, Trial
+from tools.sweep_study import BATCH, ETA, Study, Trial
 from tools.trial import DECISIONS, Failure, Side, obtain
 from tracking.comparison import Comparison, Result, compare
 from tracking.console import repository
@@ -172,13 +172,11 @@ def confirm(sweep: Sweep, best: Trial, seeds: int) -> Comparison:
 
 
 def importance(study: Study) -> dict[str, float]:
-    """The share of each parameter in the variance of the loss; empty where that is unknown."""
+    """The share of each parameter in the variance of the loss over all trials (fANOVA); empty for a few trials."""
     from optuna.importance import get_param_importances
 
-    complete = [trial for trial in study.finished if trial.number]
-    if len(complete) < 4 or len(study.space.dimensions) < 2:
-        return {}
-    return get_param_importances(study.optuna())
+    known = study.optuna()
+    return get_param_importances(known) if len(known.trials) >= BATCH and len(study.space.dimensions) > 1 else {}
 
 
 # --- as text and JSON

@@ -10,8 +10,10 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import read_bytes, write_json
@@ -121,31 +123,35 @@ class Study:
         return next((values for values in self.space.draws(len(tried)) if values not in tried), None)
 
     def optuna(self) -> "optuna.Study":
-        """An Optuna study of these trials, whose sampler continues the same way wherever the sweep was interrupted."""
+        """An Optuna study of the estimates, whose sampler goes on the same way wherever the sweep was interrupted."""
         import optuna
-        from optuna.trial import TrialState, create_trial
+        from optuna.trial import create_trial
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(
-            seed=self.seed * 100_003 + len(self.trials), n_startup_trials=BATCH, multivariate=True
+        seed = self.seed * 100_003 + len(self.trials)
+        study = optuna.create_study(
+            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=BATCH, multivariate=True)
         )
-        study = optuna.create_study(sampler=sampler)
         distributions = {dimension.key: dimension.distribution for dimension in self.space.dimensions}
-        for trial in self.trials:
-            try:
-                params = {d.key: d.encode(trial.values[d.key]) for d in self.space.dimensions}
-            except ValueError:  # params.yaml's values may lie outside of the space
-                continue
-            losses = {rung: loss for rung, loss in trial.losses.items() if loss < math.inf}
-            complete = self.rungs[-1] in losses
-            state = TrialState.COMPLETE if complete else TrialState.PRUNED if losses else TrialState.FAIL
-            value = losses[self.rungs[-1]] if complete else None
-            study.add_trial(
-                create_trial(
-                    state=state, value=value, params=params, distributions=distributions, intermediate_values=losses
-                )
-            )
+        for number, loss in self.estimates().items():
+            values = self.trials[number].values
+            with suppress(ValueError):  # params.yaml's values may lie outside of the space
+                params = {d.key: d.encode(values[d.key]) for d in self.space.dimensions}
+                study.add_trial(create_trial(value=loss, params=params, distributions=distributions))
         return study
+
+    def estimates(self) -> dict[int, float]:
+        """The loss of each trial at the end; of a paused one, less what the others gained from there on average.
+
+        A training that has diverged counts as the worst of the others.
+        """
+        end, found = self.rungs[-1], {}
+        for trial in self.trials:
+            if rung := trial.steps:
+                gains = [other.losses[rung] - other.losses[end] for other in self.finished]
+                found[trial.number] = trial.losses[rung] - fmean(gains or [0.0])
+        worst = max(found.values(), default=0.0)
+        return found | {trial.number: worst for trial in self.trials if math.inf in trial.losses.values()}
 
 
 # --- the file
