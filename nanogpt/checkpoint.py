@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanogpt.files import reason, replacing, sha256_file, sha256_json
-from nanogpt.train_state import Progress, TrainState, put_weights
+from nanogpt.train_state import Progress, TrainState, load_weights
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Checkpoint:
 
     def restore(self, state: TrainState) -> None:
         """Restores the exact state of the training."""
-        state.put(load_file(self.directory / "state.safetensors"), self.scaler, self.progress)
+        state.restore(load_file(self.directory / "state.safetensors"), self.scaler, self.progress)
 
     def load_weights(self, model: nn.Module) -> None:
         """Loads the weights into the model."""
-        put_weights(load_file(self.directory / "state.safetensors"), model)
+        load_weights(load_file(self.directory / "state.safetensors"), model)
 
 
 class Checkpoints:

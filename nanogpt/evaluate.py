@@ -1,4 +1,4 @@
-"""The loss over a split, each token scored once. Draws nothing from any random generator."""
+"""The loss over a split, with each token scored once. Uses no random numbers."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ Tokens = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs stream[begin:end]; the targets that follow the inputs from `scored` on count."""
+    """The inputs stream[begin:end]. Only the targets of the inputs from `scored` on count."""
 
     begin: int
     scored: int
@@ -29,7 +29,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Score:
-    """A negative log-likelihood in nats over a number of tokens."""
+    """The negative log-likelihood of a number of tokens, in nats."""
 
     nats: float
     tokens: int
@@ -44,16 +44,16 @@ class Score:
         return math.exp(self.loss) if self.loss < 700 else math.inf  # above, exp overflows
 
     def bits_per_byte(self, size: int) -> float:
-        """`size`: bytes of the scored text."""
+        """Bits per byte of a text of `size` bytes."""
         return self.nats / math.log(2) / size
 
 
 def windows(targets: int, block_size: int, stride: int) -> list[Window]:
-    """Windows that score each of `targets` tokens once.
+    """Returns windows that score each of `targets` tokens once.
 
-    The first window scores all that it sees; each following one is moved on by `stride` and scores what is new, after
-    a context of block_size - stride tokens. With stride = block_size nothing overlaps, and a window's first tokens pay
-    for their short context.
+    The first window scores all of its tokens. Each further one advances by `stride` and scores the new ones, which have
+    block_size - stride tokens of context. With stride = block_size nothing overlaps, and the first tokens of a window
+    have little context and so a higher loss.
     """
     cut = [Window(0, 0, min(block_size, targets))]
     while (done := cut[-1].end) < targets:
@@ -63,7 +63,7 @@ def windows(targets: int, block_size: int, stride: int) -> list[Window]:
 
 
 def spread(choices: list[Window], number: int) -> list[Window]:
-    """`number` of the windows, evenly spread and always the same ones; all if there are fewer."""
+    """Returns `number` windows, evenly spread and always the same ones, or all of them if there are fewer."""
     if number >= len(choices):
         return choices
     return [choices[i * len(choices) // number] for i in range(number)]
@@ -78,11 +78,11 @@ def score(
     first_context: int | None = None,
     precision: AbstractContextManager[object] | None = None,
 ) -> Score:
-    """Scores the targets of the chosen windows: log-probabilities in float32, their sum in float64.
+    """Scores the chosen windows: log-probabilities in float32, summed in float64.
 
-    The windows are cut from the stream of `first_context`, where there is one, followed by the tokens; so with it the
-    split's first token is scored too, and `windows` is called with len(tokens) targets, without it with one less.
-    `precision` is the context (autocast) of the forward pass. The windows are taken from `chosen` as they are scored.
+    The stream is the tokens, after `first_context` if there is one: then the split's first token is scored too, and
+    there are len(tokens) targets, otherwise one fewer. `precision` is the autocast context of the forward pass.
+    `chosen` may be a generator.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -102,7 +102,7 @@ def score(
 
 
 def loss_curve(evaluations: Iterable[Mapping[str, Any]]) -> str:
-    """A training's evaluations as CSV, a row a step."""
+    """Returns a training's evaluations as CSV, one row per evaluation."""
     text = io.StringIO()
     rows = csv.DictWriter(
         text, ["step", "tokens", "train_loss", "val_loss"], extrasaction="ignore", lineterminator="\n"
@@ -113,7 +113,7 @@ def loss_curve(evaluations: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _batches(chosen: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Neighbours of one shape; the last window of a split is often shorter."""
+    """Yields batches of consecutive windows of the same shape; the last window of a split is often shorter."""
     batch: list[Window] = []
     for window in chosen:
         if batch and (len(batch) == batch_size or _shape(batch[0]) != _shape(window)):
@@ -128,7 +128,7 @@ def _shape(window: Window) -> tuple[int, int]:
 
 
 def _slice(tokens: Tokens, window: Window, first_context: int | None) -> npt.NDArray[np.int64]:
-    """The window's inputs and the one target behind them."""
+    """Returns the window's inputs and the one target after them."""
     if first_context is None:
         return tokens[window.begin : window.end + 1].astype(np.int64)
     if window.begin == 0:

@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and how much of a device's peak they use (MFU)."""
+"""The floating-point operations of training, and the share of a device's peak that they use (MFU)."""
 
 import re
 import time
@@ -9,8 +9,8 @@ import torch
 from nanogpt.determinism import Numerics
 from nanogpt.gpt_config import GPTConfig
 
-# Dense peaks in 10^12 FLOP/s (half of what a vendor gives with sparsity), by a part of the device's name; the first
-# match counts. GeForce: 16-bit products summed in float32, as torch sums them. float32: without TF32, torch's default.
+# Dense peaks in 10^12 FLOP/s (half of what vendors state with sparsity) by a part of the device's name; the first match
+# counts. GeForce: 16-bit products summed in float32, as torch does. float32: without TF32, torch's default.
 _PEAKS = [
     # NVIDIA Blackwell architecture datasheet (per GPU of GB200 NVL72, of HGX B200); HGX B300: NVIDIA's HGX page
     ("GB200", {"bfloat16": 2500.0, "float16": 2500.0, "float32": 80.0}),
@@ -50,15 +50,15 @@ _PEAKS = [
     # AMD's product page of MI300X
     ("MI300X", {"bfloat16": 1307.4, "float16": 1307.4, "float32": 163.4}),
 ]
-# Another or a smaller device than its name begins with: other models, and a slice of a virtual GPU ("A40-12Q").
+# What makes it another device than the name says: other models, and slices of a virtual GPU ("A40-12Q").
 _ANOTHER = r"(?! (Ti|SUPER|D|NVL|Laptop|Max-Q)\b|-\d+[A-Z]\b)"
 
 
 def flops_per_token(config: GPTConfig, parameters: int) -> int:
-    """FLOPs to train on one token, forward and backward: 6N + 12·L·H·Q·T (Chowdhery et al. 2022, PaLM, appendix B).
+    """Returns the FLOPs of training on one token, forward and backward: 6N + 12·L·H·Q·T (PaLM, appendix B).
 
-    N leaves out what is looked up and not multiplied: learned positions, as nanoGPT counts it, embeddings of previous
-    tokens, and the token embedding where it is not the head too.
+    N counts only parameters that are multiplied, not those that are looked up: learned positions (as nanoGPT does),
+    the embeddings of previous tokens, and the token embedding unless it is the head as well.
     """
     tables = config.previous_tokens + (not config.tie_embeddings)
     looked_up = tables * config.padded_vocab_size + (config.block_size if config.position == "learned" else 0)
@@ -67,7 +67,7 @@ def flops_per_token(config: GPTConfig, parameters: int) -> int:
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Peak FLOP/s of a device by its name and dtype; None if it is not known, as for a part of one (MIG)."""
+    """Returns the peak FLOP/s of a device by name and dtype, or None if unknown, as for a part of a GPU (MIG)."""
     for name, peaks in _PEAKS:
         if re.search(rf"\b{name}\b{_ANOTHER}", device_name) and " MIG " not in device_name:
             return peaks[dtype] * 1e12 if dtype in peaks else None
@@ -75,7 +75,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def device_peak(numerics: Numerics) -> float | None:
-    """Peak FLOP/s of a device: a CPU's is measured, a GPU's known by its name or not."""
+    """Returns the peak FLOP/s of a device: measured for a CPU, looked up for a GPU, None if that is unknown."""
     if numerics.device == "cpu":
         return measured_peak_flops(time.perf_counter, getattr(torch, numerics.dtype))
     return peak_flops(numerics.device_name, numerics.dtype)
@@ -84,10 +84,10 @@ def device_peak(numerics: Numerics) -> float | None:
 def measured_peak_flops(
     seconds: Callable[[], float], dtype: torch.dtype, size: int = 1024, budget: float = 0.3
 ) -> float:
-    """FLOP/s of the best of several matrix products on the CPU, for which no table says a peak.
+    """Returns the FLOP/s of the fastest of several matrix products on the CPU, since no table lists CPUs.
 
-    `seconds` is a clock; the products take about `budget` seconds. Under `portable` this is the peak of the pinned
-    instruction set: the share of what these settings can reach.
+    `seconds` is a clock; the products take about `budget` seconds. Under `portable` this measures the kernels of
+    `portable`, so that MFU is the share of what these settings can reach.
     """
     a = torch.ones(size, size, dtype=dtype)
     torch.mm(a, a)
@@ -100,5 +100,5 @@ def measured_peak_flops(
 
 
 def mfu(tokens_per_second: float, flops_per_token: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, a fraction of the peak; None where the peak is not known."""
+    """Returns the model FLOPs utilisation, a fraction of the peak, or None if the peak is unknown."""
     return None if peak is None else tokens_per_second * flops_per_token / peak

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from nanogpt import seeds
 from nanogpt.model import GPT, KVCache, rotation
 
-LARGE = 2**22  # weights, 16 MiB of float32: a larger matrix is not copied for speed
+LARGE = 2**22  # weights, 16 MiB of float32; larger matrices are not copied for speed
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 takes the likeliest; top_k and top_p None keep all."""
+    """How to draw the next token. Temperature 0 takes the likeliest; None for top_k and top_p keeps all tokens."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -32,17 +32,17 @@ class Sampling:
 def generate(
     model: GPT, prompt: list[int], samples: int, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[list[int]]:
-    """Continues one prompt `samples` times at once; yields the next token of each sample, max_new_tokens times.
+    """Continues one prompt `samples` times in a batch. Yields the next token of each sample, max_new_tokens times.
 
-    The draw for a token is a function of (seed, sample, position), so it depends on no other sample. Beyond block_size
-    the older half of the context is dropped and the rest read again: with learned positions a window that slides by
-    one would invalidate every cached key.
+    The draw for a token is a function of (seed, sample, position) and depends on no other sample. When block_size is
+    reached, the older half of the context is dropped and the rest is read again: a window that slid by one would change
+    every position, and with it every cached key.
     """
     was_training = model.training
     model.eval()
     try:
         yield from _tokens(model, prompt, samples, max_new_tokens, sampling)
-    finally:  # also when the caller wants no more tokens
+    finally:  # also when the caller stops early
         model.train(was_training)
 
 
@@ -51,7 +51,7 @@ def _tokens(
 ) -> Iterator[list[int]]:
     weight, block_size = model.wte.weight, model.config.block_size
     cache = KVCache(model.config, samples, weight.device, weight.dtype)
-    # Of a prompt that is too long, its end: what nanoGPT keeps.
+    # Of a prompt that is too long keep the end, as nanoGPT does.
     fresh = torch.tensor([prompt[-block_size:]] * samples, device=weight.device)  # (B, T)
     decoder = Decoder(model, cache)
     for uniform in uniforms(sampling.seed, samples, max_new_tokens):
@@ -67,12 +67,12 @@ def _tokens(
 
 
 class Decoder:
-    """`model(tokens, cache=cache)` for one more token of each sample, in less time.
+    """Computes `model(tokens, cache=cache)` for one more token of each sample, in less time.
 
-    For a small model that call is mostly Python: modules, hooks, parameters looked up by name. Here are the same
-    operations as plain functions of tensors, so the bits are the same, but for one sample on a CPU: that is bound by
-    reading the weights, and a matrix with more rows than columns is read faster by columns. It is copied into that
-    order, and a product with it adds up in another one.
+    For a small model that call spends most of its time in Python: modules, hooks, parameters looked up by name. This
+    class runs the same operations as plain functions of tensors, with the same bits. One sample on a CPU is an
+    exception: its time is that of reading the weights, and torch reads a matrix with more rows than columns faster
+    if it is stored by columns, but then adds up in another order.
     """
 
     def __init__(self, model: GPT, cache: KVCache):
@@ -88,14 +88,14 @@ class Decoder:
         ]
 
     def weights(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        """Its weight, by columns where that is faster, and its bias."""
+        """Returns a layer's weight, stored by columns where that is faster, and its bias."""
         weight = linear.weight
         if self.by_columns and weight.size(0) > weight.size(1) and weight.numel() <= LARGE:
             weight = weight.t().contiguous().t()
         return weight, linear.bias
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens (B, 1), which continue what the cache holds -> logits (B, 1, V)."""
+        """Returns the logits (B, 1, V) after tokens (B, 1), which follow those in the cache."""
         model, cache = self.model, self.cache
         x = model.embed(tokens, cache.length, cache)  # (B, 1, C)
         positions = None
@@ -109,18 +109,18 @@ class Decoder:
 
 
 def uniforms(seed: int, samples: int, positions: int) -> Iterator[Tensor]:
-    """One number of [0, 1) for each sample (B,), position by position; many positions at once are drawn faster."""
+    """Yields for each position one number in [0, 1) per sample, (B,). Drawing many positions at once is faster."""
     for start in range(0, positions, 256):
         chunk = np.arange(start, min(start + 256, positions))[:, None]
         yield from torch.from_numpy(seeds.uniform(seed, np.arange(samples), chunk))
 
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """The next tokens (B, 1) from logits (B, V) and one uniform number each (B,), by inverting the cumulative sum."""
+    """Draws the next tokens (B, 1) from logits (B, V) by one uniform number each (B,), inverting the cumulative sum."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # The largest logit becomes 0, and in float64, so that no temperature above 0 overflows. In place: with GPT-2's
-    # vocabulary a new tensor costs more than what is computed in it.
+    # In float64 and with a largest score of 0, so that no temperature above 0 overflows. In place, because for GPT-2's
+    # vocabulary allocating a tensor takes longer than computing it.
     scores = logits.to(torch.float64, copy=True)
     scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < scores.size(-1):
@@ -134,7 +134,7 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:
-    """Keeps the likeliest tokens that first have the share top_p (Holtzman et al. 2020); the likeliest always stays."""
+    """Keeps the likeliest tokens that together reach the share top_p, at least one (Holtzman et al. 2020)."""
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
     cumulative = ordered.cumsum(dim=-1)
     outside = cumulative - ordered >= top_p * cumulative[:, -1:]

@@ -1,4 +1,4 @@
-"""Cross-entropy of a large vocabulary without its logits: they are made, and used, a part of the tokens at a time.
+"""Cross-entropy for large vocabularies. The logits are computed and used in chunks of tokens, never all at once.
 
 Shapes: N tokens (B * T), C channels, V vocabulary (padded).
 """
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**24  # logits that are held at once, 64 MiB of float32
+CHUNK = 2**24  # logits in memory at once, 64 MiB of float32
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the logits hidden (N, C) @ head (V, C).T against targets (N,), a scalar.
+    """Returns the mean cross-entropy in nats of the logits hidden (N, C) @ head (V, C).T and targets (N,), a scalar.
 
-    Up to CHUNK logits are computed as one; beyond, in chunks of tokens whose gradients are taken at once, so that N x V
-    numbers never exist. That is for training: the result can be differentiated once.
+    Beyond CHUNK logits, each chunk of tokens computes its gradients together with its loss, so that N x V numbers never
+    exist. The result can then be differentiated only once.
     """
     if hidden.size(0) * head.size(0) <= CHUNK:
         return F.cross_entropy(F.linear(hidden, head).float(), targets)
@@ -27,7 +27,7 @@ def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def each_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each token, (N,) in float32, with at most CHUNK logits at once; without gradients."""
+    """Returns the cross-entropy of each token, (N,) in float32, without gradients."""
     rows = max(1, CHUNK // head.size(0))
     parts = [slice(start, start + rows) for start in range(0, hidden.size(0), rows)]
     return torch.cat(
@@ -36,7 +36,7 @@ def each_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients are computed in the forward pass, while a chunk's logits are there; backward only scales them."""
+    """Computes the gradients in the forward pass, while a chunk's logits exist; backward only scales them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -64,23 +64,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunk_sum(
     hidden: Tensor, head: Tensor, targets: Tensor, hidden_grad: Tensor | None, head_grad: Tensor | None
 ) -> Tensor:
-    """The sum of a chunk's cross-entropies; its gradients go to hidden_grad and, added, to head_grad.
+    """Returns the sum of a chunk's cross-entropies. Writes its gradient to hidden_grad and adds one to head_grad.
 
-    A function of its own, so that the chunk's logits are gone before the next chunk's are made.
+    As a separate function it frees a chunk's logits before the next chunk computes its own.
     """
     product = F.linear(hidden, head)
     chosen, logits = targets[:, None], product.float()
     largest = logits.amax(dim=1, keepdim=True)
     total = (largest - logits.gather(1, chosen)).sum()
-    exponentials = logits.sub_(largest).exp_()  # in the logits' own memory, as all that follows
+    exponentials = logits.sub_(largest).exp_()  # in the memory of the logits, like everything that follows
     sums = exponentials.sum(dim=1, keepdim=True)
     total += sums.log().sum()
     if hidden_grad is not None and head_grad is not None:
-        # the gradient by the logits: softmax, less one at the target
+        # the gradient of the logits: softmax, minus one at the target
         grad = exponentials.div_(sums).scatter_add_(1, chosen, torch.full_like(sums, -1.0))
         hidden_grad.copy_(grad @ head)
         if product.dtype == torch.float32:
-            head_grad.addmm_(grad.T, hidden)  # a product that is added afterwards would be as large as the head
+            head_grad.addmm_(grad.T, hidden)  # a separate product would take as much memory as the head
         else:
             head_grad += (grad.T @ hidden).float()
     return total

@@ -1,7 +1,7 @@
 """GPT-2's architecture (Radford et al. 2019): learned positions, pre-LayerNorm, GELU, the head tied to the embedding.
 
-And what came after it, each a field of GPTConfig that is off in GPT-2: RMSNorm, rotary positions, QK-norm, squared
-ReLU, a head of its own, projections that begin at zero, embeddings of previous tokens, a norm after the embeddings.
+Later improvements are fields of GPTConfig that are off for GPT-2: RMSNorm, rotary positions, QK-norm, squared ReLU, an
+untied head, projections that start at zero, embeddings of previous tokens, a norm after the embeddings.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary (padded).
 """
@@ -18,11 +18,11 @@ from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.loss import cross_entropy
 from nanogpt.startup import NothingDrawn
 
-RECOMPUTED = 2**22  # numbers, 16 MiB of float32, from which on they are computed again instead of kept
+RECOMPUTED = 2**22  # elements, 16 MiB of float32; larger activations are recomputed instead of kept
 
 
 class KVCache:
-    """Keys, values and tokens seen so far, for one batch of sequences that grow together. `length = 0` empties it."""
+    """The keys, values and tokens so far of a batch of sequences of equal length. `length = 0` empties it."""
 
     def __init__(self, config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype):
         shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)  # (B, H, T, D) of each layer
@@ -32,9 +32,9 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new (B, H, t, D) and returns all so far, (B, H, length + t, D)."""
+        """Appends k and v (B, H, t, D) and returns all keys and values, (B, H, length + t, D) each."""
         keys, values, new = self.keys[layer], self.values[layer], k.size(2)
-        keys.narrow(2, self.length, new).copy_(k)  # narrow, as an index of slices costs more than the copy
+        keys.narrow(2, self.length, new).copy_(k)  # an index of slices would take longer than the copy
         values.narrow(2, self.length, new).copy_(v)
         return keys.narrow(2, 0, self.length + new), values.narrow(2, 0, self.length + new)
 
@@ -63,14 +63,14 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def rotation(start: int, length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, D / 2) of rotary positions start ... start + length - 1 (RoFormer, Su et al. 2021)."""
+    """Returns cosines and sines (T, D / 2) of rotary positions from `start` on (RoFormer, Su et al. 2021)."""
     frequencies = 10_000.0 ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     angles = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, D) with its two halves turned against each other by the position's angles."""
+    """Rotates each pair of channels of x (B, H, T, D), one from each half of D, by the angle of its position."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
@@ -92,11 +92,11 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def mix(self, qkv: Tensor, positions: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        """Attention without its two projections: queries, keys and values (B, T, 3C) to weighted values (B, T, C)."""
+        """Attention between the two projections: queries, keys and values (B, T, 3C) -> weighted values (B, T, C)."""
         B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
         # (B, H, T, D) each
         q, k, v = (part.transpose(1, 2) for part in qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2))
-        if self.qk_norm:  # Henry et al. 2020; as RMSNorm, so that logits of attention cannot grow
+        if self.qk_norm:  # Henry et al. 2020, with RMSNorm; bounds the attention scores
             q, k = F.rms_norm(q, q.shape[-1:], eps=1e-5), F.rms_norm(k, k.shape[-1:], eps=1e-5)
         if positions is not None:
             q, k = rotate(q, *positions), rotate(k, *positions)
@@ -107,12 +107,12 @@ class CausalSelfAttention(nn.Module):
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention of q (B, H, T, D) to k and v by torch's kernel; a single query sees all of k and v."""
+    """Causal attention of q (B, H, T, D) to k and v by torch's fused kernel. A single query sees all keys."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """The same written out: on CPUs that multiply bfloat16 matrices the faster form, with T x T scores in memory."""
+    """The same in separate operations, with T x T scores in memory; faster on CPUs with bfloat16 matrix products."""
     scores = q @ k.transpose(-2, -1) * (1.0 / math.sqrt(q.size(-1)))  # (B, H, T, T)
     if (T := q.size(2)) > 1:
         scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
@@ -121,10 +121,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) for an x that is large: what it would keep for the backward pass is computed again there, to the bit.
+    """Returns function(x). If x is large, its activations are recomputed in the backward pass, with the same bits.
 
-    torch goes no further in this than it must: a product at the end is not repeated. Compiled, it chooses by itself.
-    Without gradients nothing is kept anyway, and torch need not import its compiler for this: two seconds.
+    torch repeats only what it needs: a product at the end is not repeated. A compiled model decides this by itself.
+    Without gradients nothing is kept anyway, and `checkpoint` would import torch's compiler, which takes two seconds.
     """
     if x.numel() < RECOMPUTED or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
@@ -152,7 +152,7 @@ class MLP(nn.Module):
     def activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu_squared":  # So et al. 2021, Primer
             x = F.relu(x)
-            return x * x  # square() computes a power in the backward pass, which takes three times as long
+            return x * x  # square() takes a power in its backward pass, three times as slow
         # GPT-2's published weights were trained with the tanh approximation; nanoGPT trains with the exact GELU.
         return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
@@ -172,9 +172,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`model(tokens)` gives logits, `model(tokens, targets)` the mean loss. torch's generator draws the weights.
+    """`model(tokens)` returns logits, `model(tokens, targets)` the mean loss. torch's generator draws the weights.
 
-    attention: how it is computed, `fused` or `plain`; the same function, other rounding.
+    attention: `fused` or `plain`, the same function with different rounding.
     """
 
     def __init__(self, config: GPTConfig, attention: Attention = "fused"):
@@ -184,7 +184,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
-        # One table for each of the previous tokens: a causal convolution over the tokens, as a sum of embeddings.
+        # One table per previous token: together a causal convolution over the tokens, as a sum of embeddings.
         self.previous = nn.ModuleList(
             nn.Embedding(config.padded_vocab_size, config.n_embd) for _ in range(config.previous_tokens)
         )
@@ -194,14 +194,14 @@ class GPT(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The head's weight (V, C): the embedding's, if they are tied."""
+        """The weight of the head (V, C), which is the embedding's if they are tied."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02); residual projections by 1/sqrt(2 n_layer) less, as each block adds two of them (GPT-2).
+        """Draws from Normal(0, 0.02), divided by sqrt(2 n_layer) for the two residual projections per block (GPT-2).
 
-        With zero_init these and an untied head are zero: every block begins as the identity, every token as likely.
+        With zero_init these and an untied head are zero: blocks start as the identity, and all tokens equally likely.
         """
         for name, parameter in self.named_parameters():
             if self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
@@ -216,8 +216,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats, a scalar.
 
-        With a cache, `tokens` continue what the cache holds: either it is empty, or T is 1; and the logits are those of
-        the last position alone, (B, 1, V).
+        With a cache, `tokens` follow those in the cache, which must be empty unless T is 1, and the logits are those of
+        the last position, (B, 1, V).
         """
         x = self.hidden(tokens, cache)
         if targets is None:
@@ -225,11 +225,11 @@ class GPT(nn.Module):
         return cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) -> (B, T, C): what the head is applied to; with a cache (B, 1, C), of the last position."""
+        """tokens (B, T) -> the input of the head, (B, T, C); with a cache that of the last position, (B, 1, C)."""
         T = tokens.size(1)
         start = cache.length if cache is not None else 0
         assert start + T <= self.config.block_size, f"{start + T} tokens do not exceed block_size"
-        assert start == 0 or T == 1, "a filled cache is continued token by token"
+        assert start == 0 or T == 1, "a filled cache takes one token at a time"
         x = F.dropout(self.embed(tokens, start, cache), self.config.dropout, self.training)  # (B, T, C)
         positions = None
         if self.wpe is None:
@@ -243,7 +243,7 @@ class GPT(nn.Module):
         return normed
 
     def embed(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
-        """(B, T) -> (B, T, C): the tokens', the positions' and the previous tokens' embeddings, added."""
+        """tokens (B, T) -> the sum of the embeddings of token, position and previous tokens, (B, T, C)."""
         T = tokens.size(1)
         x: Tensor = self.wte(tokens)
         if self.wpe is not None:
@@ -258,11 +258,11 @@ class GPT(nn.Module):
         return embedded
 
     def parameter_count(self) -> int:
-        """Parameters, the tied head once and positions included."""
+        """Number of parameters, positions included, with a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 def without_weights(config: GPTConfig, attention: Attention = "fused") -> GPT:
-    """A GPT of shapes alone, on torch's meta device: `load_state_dict(weights, assign=True)` gives it weights."""
+    """Returns a GPT on torch's meta device, without memory for weights, for load_state_dict(weights, assign=True)."""
     with torch.device("meta"), NothingDrawn():
         return GPT(config, attention)

@@ -12,16 +12,16 @@ from nanogpt.startup import AdamW
 
 Group = dict[str, Any]
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients, chosen for speed at zero (Jordan et al. 2024)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients with a steep slope at zero (Jordan et al. 2024)
 NEWTON_SCHULZ_STEPS = 5
 MOMENTUM_WARMUP = (0.85, 100)  # Muon's momentum at first, and the steps in which it rises to its value
 
 
 def make_optimizer(model: nn.Module, params: TrainParams, device_type: str, dtype: str) -> torch.optim.Optimizer:
-    """AdamW for all of the model, or Muon for the matrices of its blocks and AdamW for the rest.
+    """Returns AdamW for the whole model, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    dtype: in which the forward pass multiplies matrices, and so does Muon. Each group has `lr_multiplier`: its learning
-    rate as a multiple of train.learning_rate.
+    dtype: the one of matrix products in the forward pass, which Muon uses too. Each group has an `lr_multiplier`, its
+    learning rate as a multiple of train.learning_rate.
     """
     groups = parameter_groups(model, params)
     adamw: dict[str, Any] = {
@@ -35,7 +35,7 @@ def make_optimizer(model: nn.Module, params: TrainParams, device_type: str, dtyp
 
 
 def parameter_groups(model: nn.Module, params: TrainParams) -> list[Group]:
-    """Groups by what differs between them. Weight decay is for matrices and embeddings; biases and norms have none."""
+    """Returns groups by learning rate and weight decay. Only matrices and embeddings decay, not biases and norms."""
     muon = params.optimizer == "muon"
     kinds: dict[str, Group] = {
         "matrices": {"lr_multiplier": 1.0, "weight_decay": params.weight_decay},
@@ -61,14 +61,15 @@ def parameter_groups(model: nn.Module, params: TrainParams) -> list[Group]:
 class MuonAdamW(AdamW):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the groups of kind `muon`; AdamW for the others.
 
-    A step of Muon is its momentum with all singular values made about one, so that no direction of a matrix is left
-    behind. Matrices of one shape are computed together; queries, keys and values, one tensor, are three matrices.
+    Muon's update is the momentum with all singular values set to about one, so that every direction of a matrix learns
+    at the same rate. Matrices of one shape are processed together. Queries, keys and values are three matrices in one
+    tensor.
     """
 
     def __init__(self, groups: list[Group], momentum: float, dtype: torch.dtype, **adamw: Any):
         super().__init__(groups, **adamw)
         self.momentum, self.dtype = momentum, dtype
-        # Fused, AdamW would have torch's GradScaler call step() with infinite gradients; Muon wants them left out.
+        # For a fused AdamW torch's GradScaler calls step() even with infinite gradients, which Muon cannot take.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -84,7 +85,7 @@ class MuonAdamW(AdamW):
                 self._step_muon(group)
 
     def _step_muon(self, group: Group) -> None:
-        updates: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # shape -> matrices and their updates
+        updates: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by shape: matrices and their updates
         for parameter in group["params"]:
             gradient, state = parameter.grad, self.state[parameter]
             if not state:
@@ -104,14 +105,14 @@ class MuonAdamW(AdamW):
 
 
 def _matrices(weight: Tensor) -> tuple[Tensor, ...]:
-    """A weight (out, in); queries, keys and values (3 * in, in) as three."""
+    """Returns a weight (out, in) as matrices: three for queries, keys and values, (3 * in, in), otherwise one."""
     return weight.chunk(3) if weight.size(0) == 3 * weight.size(1) else (weight,)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, rows, columns) -> the same with singular values between 0.7 and 1.2, by a quintic Newton-Schulz iteration.
+    """Moves all singular values of (N, rows, columns) to between 0.7 and 1.2 by a quintic Newton-Schulz iteration.
 
-    Computed in `dtype`; bfloat16 is exact enough.
+    It computes in `dtype`; bfloat16 is precise enough.
     """
     a, b, c = NEWTON_SCHULZ
     transposed = matrices.size(1) > matrices.size(2)
@@ -124,6 +125,6 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def momentum_at(step: int, momentum: float) -> float:
-    """Muon's momentum of step 0, 1, …: it rises linearly in the first steps, when gradients still turn fast."""
+    """Returns Muon's momentum at a step. It rises linearly at first, while gradients still change direction quickly."""
     first, steps = MOMENTUM_WARMUP
     return first + (momentum - first) * min(1.0, step / steps)

@@ -1,4 +1,4 @@
-"""The training loop, and the interface of what observes it."""
+"""The training loop, and the interface of its observers."""
 
 import math
 import time
@@ -21,7 +21,7 @@ from nanogpt.train_state import Progress, TrainState
 
 
 class Diverged(ValueError):
-    """The loss or the gradient is not finite any more."""
+    """The loss or the gradient has become infinite or NaN."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -29,56 +29,56 @@ class Diverged(ValueError):
 
 
 class Stopped(Exception):
-    """The training was asked to stop; its state is saved."""
+    """An observer asked the training to stop. Its state has been saved."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step that was taken."""
+    """One completed optimizer step."""
 
     step: int  # the first one is 1
-    t: int  # when it was taken, in ms since the epoch
-    loss: float  # before the step, the mean over all processes, in nats per token
+    t: int  # when it began, in ms since the epoch
+    loss: float  # before the update, averaged over all processes, in nats per token
     grad_norm: float  # before clipping
     lr: float
-    tokens: int  # trained on so far
-    seconds: float  # that a step took, the mean over the steps that are reported together
+    tokens: int  # trained on so far, this step included
+    seconds: float  # per step, averaged over the steps of one report
 
 
 class Observer:
-    """What happens beside a training. Every method may be left out; none changes the result."""
+    """Watches a training. Override what you need; no method changes the result."""
 
     def on_steps(self, state: TrainState, steps: list[Step]) -> None:
-        """Called every runtime.log_interval steps, and before an evaluation, a checkpoint and the end."""
+        """Receives the steps since the last report: every runtime.log_interval, and before evaluations and saves."""
 
     def on_evaluation(self, state: TrainState, train: Score, val: Score) -> None:
-        """Called after each evaluation."""
+        """Receives the scores of an evaluation."""
 
     def before_checkpoint(self) -> dict[str, Any]:
-        """Returns what the checkpoint is to keep for this observer, as JSON."""
+        """Returns what the checkpoint should store for this observer. JSON must be able to hold it."""
         return {}
 
     def on_checkpoint(self, state: TrainState, sha256: str) -> None:
-        """Called when a checkpoint has been written; `sha256` is that of its tensors."""
+        """Receives the hash of the tensors in the checkpoint that has just been written."""
 
     def should_stop(self) -> str | None:
-        """Returns the reason to stop before the next step, None to go on. Must be the same in all processes."""
+        """Returns the reason to stop before the next step, or None to continue. All processes must return the same."""
         return None
 
 
 class Evaluator:
-    """Scores train.eval_iters batches of each split: windows spread over it, the same ones each time.
+    """Scores train.eval_iters batches of each split: windows spread evenly over it, the same ones every time.
 
-    Rank 0 does it and gives the scores to the other ranks, so that all decide by the same numbers.
+    Rank 0 scores them and broadcasts the result, so that all ranks take the same decisions.
     """
 
     def __init__(self, train: Split, val: Split, params: TrainParams):
         self.splits, self.params = (train, val), params
 
     def __call__(self, state: TrainState) -> tuple[Score, Score]:
-        """The scores on train and validation."""
+        """Returns the scores on train and on validation."""
         scores = [asdict(self._estimate(state, split)) for split in self.splits] if state.ranks.first else None
-        train, val = (Score(**score) for score in state.ranks.tell(scores))
+        train, val = (Score(**score) for score in state.ranks.broadcast(scores))
         return train, val
 
     def _estimate(self, state: TrainState, split: Split) -> Score:
@@ -90,7 +90,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step whose values still lie where they were computed."""
+    """A step whose loss and gradient norm are still on the device."""
 
     step: int
     begin: float  # time.perf_counter
@@ -108,12 +108,11 @@ def train(
     observers: Sequence[Observer] = (),
     checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Trains from `state.progress` to the end of params.train, or raises Stopped or Diverged.
+    """Trains from `state.progress` to the end that params.train sets. Raises Stopped or Diverged.
 
-    `batches` yields the micro-batches (B, T) of this process from that step on. `evaluator` returns the scores on train
-    and validation; without one, nothing is evaluated. What resumes at any step continues exactly: batches and dropout
-    are functions of the step, and the rest is in the checkpoint. All of `state.ranks` run this loop and decide the
-    same; only rank 0 has `checkpoints`.
+    `batches` yields this process's micro-batches, inputs and targets (B, T), from that step on. Without an `evaluator`
+    nothing is evaluated. A training that resumes continues exactly: batches and dropout are functions of the step, and
+    the checkpoint holds the rest. All ranks run this loop and take the same decisions; only rank 0 has `checkpoints`.
     """
     settings, progress = params.train, state.progress
     decay_iters = settings.lr_decay_iters or settings.max_iters
@@ -156,7 +155,7 @@ def train(
                 torch.manual_seed(seeds.derived_seed(settings.seed, seeds.DROPOUT, step, micro))
             with synchronizing(state.forward, micro == micros[-1]):
                 loss = state.loss(x, y) / len(micros)
-                x, y = next(batches)  # while a GPU computes: nothing in a step waits for it
+                x, y = next(batches)  # while the GPU computes; nothing in a step waits for it
                 state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         state.scaler.unscale_(state.optimizer)
@@ -169,22 +168,22 @@ def train(
 
 
 def is_evaluated(progress: Progress, params: TrainParams) -> bool:
-    """Whether an evaluation is due at the present step, and has not been done."""
+    """Whether an evaluation is due at the current step and has not been done yet."""
     due = progress.step % params.eval_interval == 0 or progress.step == params.last_step
     return due and progress.evaluated != progress.step
 
 
 def has_ended(progress: Progress, params: TrainParams) -> bool:
-    """Whether all steps are done, or params.patience evaluations have brought no new best validation loss."""
+    """Whether all steps are done, or the last params.patience evaluations brought no new best validation loss."""
     without_best = (progress.evaluated - progress.best_step) // params.eval_interval
     return progress.step == params.last_step or (params.patience is not None and without_best >= params.patience)
 
 
 def report_steps(state: TrainState, taken: list[_Taken], params: TrainParams, observers: Sequence[Observer]) -> None:
-    """Reports steps to the observers, with the mean loss over all processes. Raises Diverged if one is not finite.
+    """Reports steps to the observers, with their mean loss over all processes. Raises Diverged if one is not finite.
 
-    The values leave the device here, all at once, and not in the step; so only now the steps are known to be done. With
-    a gradient scaler an infinite norm is no divergence: the scaler skips that step.
+    The values are read from the device here, all at once, because reading them in each step would make the GPU wait.
+    With a gradient scaler an infinite norm is not an error: the scaler skips that step.
     """
     measured = [torch.stack([one.loss for one in taken]), torch.stack([one.grad_norm for one in taken])]
     own_losses, norms = torch.stack(measured).tolist()  # the norms are the same in all processes
@@ -205,7 +204,7 @@ def report_steps(state: TrainState, taken: list[_Taken], params: TrainParams, ob
 
 
 def save(state: TrainState, checkpoints: Checkpoints, observers: Sequence[Observer]) -> None:
-    """Writes a checkpoint, with what the observers want to be kept in it."""
+    """Writes a checkpoint, including what the observers add to it."""
     extra = {name: value for observer in observers for name, value in observer.before_checkpoint().items()}
     sha256 = checkpoints.save(state, extra)
     for observer in observers:
@@ -213,14 +212,14 @@ def save(state: TrainState, checkpoints: Checkpoints, observers: Sequence[Observ
 
 
 def clip_gradient(model: GPT, highest: float) -> Tensor:
-    """Scales the gradient down to the norm `highest`, 0 for no clipping; returns its norm before, a scalar."""
+    """Scales the gradient down to a norm of at most `highest` (0: no limit). Returns its norm before that, a scalar."""
     if highest:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), highest)
     return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
 
 def diverged(step: int, measured: str) -> Diverged:
-    """The error for a step at which something that was measured is not finite."""
+    """Returns the error for a step at which a measured value is not finite."""
     return Diverged(
         step,
         f"training diverged at step {step}: {measured}; lower train.learning_rate (and, with Muon, "

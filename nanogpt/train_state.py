@@ -1,4 +1,4 @@
-"""The state of a training: all that a step changes, with what computes a step from it."""
+"""The state of a training: everything that a step changes, and what computes the next step from it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,16 +17,16 @@ from nanogpt.params import TrainParams
 
 @dataclass
 class Progress:
-    """How far a training is; all of its state that is no tensor."""
+    """How far a training has come: the part of its state that is not a tensor."""
 
     step: int = 0  # optimizer steps done
-    evaluated: int = -1  # step of the newest evaluation
-    val_loss: float = float("inf")  # its result, in nats per token
+    evaluated: int = -1  # step of the latest evaluation
+    val_loss: float = float("inf")  # at that step, in nats per token
     best_step: int = -1  # step of the lowest validation loss
     best_val_loss: float = float("inf")
 
     def note_evaluation(self, val_loss: float) -> None:
-        """Records that the present step has been evaluated."""
+        """Records the validation loss of the current step."""
         self.evaluated, self.val_loss = self.step, val_loss
         if val_loss < self.best_val_loss:
             self.best_step, self.best_val_loss = self.step, val_loss
@@ -34,17 +34,17 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """What a step changes (model, optimizer, scaler, progress), and how it is computed.
+    """What a step changes (model, optimizer, scaler, progress), and how to compute the loss.
 
-    `tensors` and `put` move the state out and in exactly. There is no generator state: data order and dropout are
-    functions of the step (seeds.py).
+    `tensors` and `restore` export and import the state exactly. It has no random state, since data order and dropout
+    are functions of the step (seeds.py).
     """
 
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress = field(default_factory=Progress)
-    forward: Callable[[Tensor, Tensor], Tensor] | None = None  # the model's compiled or parallel form, if it has one
+    forward: Callable[[Tensor, Tensor], Tensor] | None = None  # the compiled or distributed model
     precision: AbstractContextManager[object] = field(default_factory=nullcontext)  # autocast of the forward pass
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -53,21 +53,21 @@ class TrainState:
         return next(self.model.parameters()).device
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean loss of a micro-batch, x and y (B, T), in nats per token: a scalar to go backward from."""
+        """Returns the mean loss of a micro-batch, x and y (B, T), in nats per token: a scalar with a gradient."""
         with self.precision:
             return (self.forward or self.model)(x, y)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state by name: `model/<parameter>` and `optimizer/<parameter>/<entry>`."""
+        """Returns all tensors of the state by name: `model/<parameter>` and `optimizer/<parameter>/<entry>`."""
         found = {f"model/{name}": parameter.detach().contiguous() for name, parameter in self.model.named_parameters()}
         states = (self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"])
         for name, state in zip(self._names(), states, strict=True):
             found |= {f"optimizer/{name}/{entry}": tensor.contiguous() for entry, tensor in state.items()}
         return found
 
-    def put(self, tensors: dict[str, Tensor], scaler: dict[str, Any], progress: Progress) -> None:
-        """Takes on exactly the state that `tensors`, `scaler.state_dict()` and `progress` were taken from."""
-        put_weights(tensors, self.model)
+    def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any], progress: Progress) -> None:
+        """Restores the state from which `tensors()`, `scaler.state_dict()` and `progress` were taken, exactly."""
+        load_weights(tensors, self.model)
         names = self._names()
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -79,28 +79,28 @@ class TrainState:
             self.scaler.load_state_dict(scaler)
         self.progress = progress
 
-    def share(self) -> None:
-        """Gives rank 0's state to all ranks, which have built the same model; does nothing before the first step."""
-        meta = self.ranks.tell({"progress": asdict(self.progress), "scaler": self.scaler.state_dict()})
+    def broadcast(self) -> None:
+        """Copies rank 0's state to all ranks. Before the first step theirs is the same already."""
+        meta = self.ranks.broadcast({"progress": asdict(self.progress), "scaler": self.scaler.state_dict()})
         if self.ranks.size > 1 and (meta["progress"]["step"] or meta["progress"]["evaluated"] >= 0):
             tensors = {name: t.cpu() for name, t in self.tensors().items()} if self.ranks.first else {}
-            tensors = self.ranks.tell_tensors(tensors)
+            tensors = self.ranks.broadcast_tensors(tensors)
             if not self.ranks.first:
-                self.put(tensors, meta["scaler"], Progress(**meta["progress"]))
+                self.restore(tensors, meta["scaler"], Progress(**meta["progress"]))
 
     def _names(self) -> list[str]:
-        """Names of the parameters in the optimizer's own order."""
+        """Names of the parameters, in the optimizer's order."""
         name_of = {parameter: name for name, parameter in self.model.named_parameters()}
         return [name_of[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-def put_weights(tensors: dict[str, Tensor], model: nn.Module) -> None:
-    """Gives a model the weights among the tensors of a state."""
+def load_weights(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Loads the weights among the tensors of a state into a model."""
     model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model/")})
 
 
 def new_state(model: GPT, params: TrainParams, numerics: Numerics, ranks: Ranks | None = None) -> TrainState:
-    """The state before the first step: a new optimizer around the model, which lies on its device already."""
+    """Returns the state before the first step, with a new optimizer for a model that is on its device already."""
     ranks = ranks or Ranks()
     device = next(model.parameters()).device
     compiled: Any = torch.compile(model) if numerics.compile else model

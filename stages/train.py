@@ -61,7 +61,7 @@ def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks"
     hashes = identify(recipe)
     check_agreement(recipe, hashes, ranks)
     if not ranks.first:
-        if ranks.tell(None) != "finished":
+        if ranks.broadcast(None) != "finished":
             follow(recipe, ranks)
         return
 
@@ -72,7 +72,7 @@ def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks"
     with RunLock(directory, on_wait):
         chosen = choose(console, directory, hashes["fingerprint"])
         console.record(f"run directory: {chosen.directory}")
-        if ranks.tell(chosen.status) == "finished":
+        if ranks.broadcast(chosen.status) == "finished":
             place = chosen.directory.relative_to(repository())
             console.say(f"this training is finished already ({place}): publishing its model")
             publish(console, chosen)
@@ -86,9 +86,9 @@ def follow(recipe: "Recipe", ranks: "Ranks") -> None:
     from nanogpt.train import Stopped, train
     from tracking.observers import StopRequest
 
-    stop = StopRequest(ranks.highest)
+    stop = StopRequest(ranks.max)
     state = recipe.new_state(ranks)
-    state.share()
+    state.broadcast()
     try:
         train(state, recipe.batches(state), recipe.params, recipe.evaluator(), [stop])
     except Stopped:
@@ -103,7 +103,7 @@ def lead(console: Console, recipe: "Recipe", hashes: dict[str, str], run: Run, r
     from tracking.recording import recording
     from tracking.resume import restore_newest
 
-    stop = StopRequest(ranks.highest)
+    stop = StopRequest(ranks.max)
     check_prompts(recipe)
     with Journal(run.journal) as journal:
         state, checkpoints = recipe.new_state(ranks), Checkpoints(run.checkpoints, hashes["fingerprint"])

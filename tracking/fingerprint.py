@@ -109,7 +109,7 @@ def check_agreement(recipe: "Recipe", hashes: dict[str, str], ranks: "Ranks") ->
     params = _params_of(recipe) | {"intervals": (runtime.log_interval, runtime.checkpoint_interval)}
     inputs = {"tokens": hashes["tokens.sha256"], "initial": recipe.initial.sha256}
     own = fingerprint(params, inputs, hashes["code.sha256"], recipe.params.numerics.model_dump())
-    if ranks.tell(own) != own:
+    if ranks.broadcast(own) != own:
         raise ValueError(
             "not all processes of this training have the same code, parameters and data; on each machine check out the "
             "same commit and `dvc pull`"

@@ -97,7 +97,7 @@ def restore_newest(
                 f"remove {journal.path.parent} to train afresh"
             )
         checkpoint.restore(state)
-    state.share()
+    state.broadcast()
     if checkpoint is not None:
         console.say(f"resuming at step {state.progress.step:,} of {last_step:,}")
 

@@ -25,9 +25,9 @@ def test_alone_everything_is_given_back_as_it_is():
         model, tensors, error = tiny.gpt(), {"a": torch.ones(2)}, ValueError("mine")
         assert (ranks.first, ranks.size, list(ranks.share(3))) == (True, 1, [0, 1, 2])
         assert ranks.parallel(model, True) is model
-        assert ranks.tell_tensors(tensors) is tensors
+        assert ranks.broadcast_tensors(tensors) is tensors
         assert ranks.cause(error) is error
-        assert (ranks.mean([0.1, 0.2]), ranks.highest(7), ranks.tell({"b": 1})) == ([0.1, 0.2], 7, {"b": 1})
+        assert (ranks.mean([0.1, 0.2]), ranks.max(7), ranks.broadcast({"b": 1})) == ([0.1, 0.2], 7, {"b": 1})
     assert not torch.distributed.is_initialized()
 
 
@@ -47,13 +47,13 @@ def told(ranks):
         "weights": torch.arange(6.0).reshape(2, 3).T, "step": torch.tensor(3.5), "none": torch.empty(0, 2),
         "half": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16), "long": torch.tensor([2**62]),
     }
-    got = ranks.tell_tensors(tensors if ranks.first else {})
+    got = ranks.broadcast_tensors(tensors if ranks.first else {})
     assert got.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape
         assert torch.equal(got[name].nan_to_num(9.0), tensor.nan_to_num(9.0)), name
-    said = [ranks.tell(alone), ranks.mean([0.1 + ranks.rank, -0.0]), ranks.highest(5 * ranks.rank)]
-    return [*said, ranks.tell(ranks.rank)]
+    received = [ranks.broadcast(alone), ranks.mean([0.1 + ranks.rank, -0.0]), ranks.max(5 * ranks.rank)]
+    return [*received, ranks.broadcast(ranks.rank)]
 
 def gradients(ranks):
     model = torch.nn.Linear(1, 1, bias=False)
@@ -125,7 +125,7 @@ def test_of_an_error_that_tears_the_others_connection_only_the_first_is_told():
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_of_the_same_error_in_all_rank_0_tells(order):
+def test_rank_0_reports_an_error_that_all_have(order):
     both, errors = two_in_one_process(), [ValueError("the same"), ValueError("the same")]
     with ThreadPoolExecutor() as threads:
         waiting = {}
@@ -136,17 +136,17 @@ def test_of_the_same_error_in_all_rank_0_tells(order):
     assert type(waiting[1].result()) is PeerFailed
 
 
-def test_an_error_of_rank_0_ends_the_wait_for_what_it_tells():
+def test_an_error_of_rank_0_ends_the_wait_for_its_broadcast():
     first, second = two_in_one_process()
     with ThreadPoolExecutor() as threads:
-        waiting = threads.submit(second.tell, None)
+        waiting = threads.submit(second.broadcast, None)
         time.sleep(0.1)
         assert not waiting.done()
         first.cause(AssertionError("only 0"))
     assert type(waiting.exception()) is PeerFailed
 
 
-def test_a_process_that_is_killed_is_told_by_the_other(tmp_path):
+def test_a_killed_process_is_reported_by_the_other(tmp_path):
     # The other may hear of it from the launcher first: while it trains it has a handler (tracking/stop.py).
     program = f"""
 signal.signal(signal.SIGTERM, lambda *_: 0)
@@ -154,9 +154,9 @@ signal.signal(signal.SIGTERM, lambda *_: 0)
 def main():
     try:
         with join("cpu") as ranks:
-            ranks.highest(0)
+            ranks.max(0)
             ranks.rank and os.kill(os.getpid(), 9)
-            ranks.highest(0)
+            ranks.max(0)
     except Exception as error:
         time.sleep(0.5)  # the launcher sees meanwhile that another process has ended, and sends SIGTERM
         open(f"{tmp_path}/{{ranks.rank}}", "w").write(f"{{type(error).__name__}}: {{error}}")
@@ -171,7 +171,7 @@ run_to_exit(main)
 
 
 def test_a_process_that_meets_nobody_gets_hints(monkeypatch):
-    monkeypatch.setattr(distributed, "MEETING", 0.5)
+    monkeypatch.setattr(distributed, "RENDEZVOUS", 0.5)
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(name, value)
@@ -189,7 +189,7 @@ def test_a_process_that_meets_nobody_gets_hints(monkeypatch):
 
 
 def test_a_network_that_does_not_answer_gets_hints_too(monkeypatch):
-    monkeypatch.setattr(distributed, "MEETING", 0.2)
+    monkeypatch.setattr(distributed, "RENDEZVOUS", 0.2)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: time.sleep(3))
     with pytest.raises(ValueError, match=r"no answer in 0\.2 s.*NCCL_DEBUG=INFO"):
         distributed._connect(Ranks(0, 2, torch.distributed.HashStore()), torch.device("cpu"))
