@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.common import benchmark, row
+from nanogpt.files import write_json
 from nanogpt.params import NumericsParams, Params, load_params, with_values
 from tools.sweep import rungs
 from tools.sweep_run import Budget, Leg, Sweep
@@ -35,20 +36,27 @@ SMALL = {
     "train.learning_rate": 0.012,
 }
 GRID = {
-    "train.muon_learning_rate": (0.003, 0.006, 0.012, 0.025, 0.05, 0.1),
-    "train.learning_rate": (0.001, 0.003, 0.006, 0.012, 0.025, 0.05),
-    "train.beta1": (0.5, 0.7, 0.8, 0.9, 0.95),
+    "train.muon_learning_rate": (0.012, 0.025, 0.05, 0.1, 0.2, 0.4),
+    "train.learning_rate": (0.006, 0.012, 0.025, 0.05, 0.1, 0.2),
+    "train.beta1": (0.3, 0.5, 0.7, 0.8, 0.9),
 }
 Curve = dict[int, float]  # step -> validation loss
 
 
 @dataclass
 class Recorded:
-    """The trainings of the small model, each done once."""
+    """The trainings of the small model, each done once, and kept in a file if one is given."""
 
     params: Params
+    path: Path | None
     curves: dict[str, Curve] = field(default_factory=dict)  # by the values, as JSON
     seconds: dict[str, float] = field(default_factory=dict)  # of the processor
+
+    def __post_init__(self) -> None:
+        if self.path and self.path.exists():
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            self.curves = {name: {int(k): v for k, v in curve.items()} for name, curve in kept["curves"].items()}
+            self.seconds = kept["seconds"]
 
     def curve(self, values: Values) -> Curve:
         """The curve of a training, from the record if it was done before."""
@@ -57,6 +65,8 @@ class Recorded:
             begin = resource.getrusage(resource.RUSAGE_SELF).ru_utime
             self.curves[name] = train(with_values(self.params, values))
             self.seconds[name] = resource.getrusage(resource.RUSAGE_SELF).ru_utime - begin
+            if self.path:
+                write_json(self.path, {"curves": self.curves, "seconds": self.seconds})
         return self.curves[name]
 
     def loss(self, values: Values) -> float:
@@ -90,11 +100,7 @@ class Replay(Sweep):
 )
 def main(repeats: int, share: float, seeds: int, record: Path | None) -> dict[str, Any]:
     """Trains the grid, 180 trainings of a few seconds, then replays sweeps and compares their winners with its best."""
-    recorded = Recorded(with_values(load_params(), SMALL))
-    if record and record.exists():
-        kept = json.loads(record.read_text())
-        recorded.curves = {name: {int(k): v for k, v in curve.items()} for name, curve in kept["curves"].items()}
-        recorded.seconds = kept["seconds"]
+    recorded = Recorded(with_values(load_params(), SMALL), record)
     grid = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())]
     ranked = sorted(grid, key=recorded.loss)
     total = sum(map(recorded.cost, grid))
@@ -120,8 +126,6 @@ def main(repeats: int, share: float, seeds: int, record: Path | None) -> dict[st
         click.echo(row(number, *results[-1].values()))
     good = sum(each["verdict"] != "worse" for each in results)
     click.echo(f"{good} of {repeats} found the best, or one that compare cannot tell from it")
-    if record:
-        record.write_text(json.dumps({"curves": recorded.curves, "seconds": recorded.seconds}))
     return {"trainings": len(grid), "seconds": total, "best": ranked[0], "sweeps": results, "good": good}
 
 

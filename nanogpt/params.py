@@ -209,21 +209,15 @@ def parse_params(text: str, path: Path) -> Params:
     return _validated(values, path)
 
 
-def with_values(params: Params, values: Mapping[str, Any], source: Path = Path("params.yaml")) -> Params:
-    """A copy with the given values, by "section.key". Raises ParamsError; its message begins with `source`."""
+def with_values(
+    params: Params, values: Mapping[str, Any], source: Path = Path("params.yaml"), combined: bool = True
+) -> Params:
+    """A copy with values by "section.key", checked each and `combined`. Raises ParamsError, which names `source`."""
     sections = params.model_dump()
     for key, value in values.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    return _validated(sections, source)
-
-
-def check_value(params: Params, key: str, value: Any, source: Path) -> None:
-    """Checks one value by itself, whatever it goes together with. Raises ParamsError, as `with_values` does."""
-    sections = params.model_dump()
-    section, _, name = key.partition(".")
-    sections.setdefault(section, {})[name] = value
-    _parsed(sections, source)
+    return _validated(sections, source, combined)
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -240,21 +234,18 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def _validated(values: dict[str, Any], path: Path) -> Params:
-    params = _parsed(values, path)
-    check_combinations(params, path)
-    return params
-
-
-def _parsed(values: dict[str, Any], path: Path) -> Params:
+def _validated(values: dict[str, Any], path: Path, combined: bool = True) -> Params:
     try:
-        return Params.model_validate(values)
+        params = Params.model_validate(values)
     except ValidationError as error:
         # Of several errors, report a misspelt key before the missing one that it causes.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         if first["type"] == "missing":
             raise Damaged(path, f"is incomplete: {_explain(first)}") from error
         raise ParamsError(f"{path}: {_explain(first)}") from error
+    if combined:
+        check_combinations(params, path)
+    return params
 
 
 def _check_structure(text: str) -> None:

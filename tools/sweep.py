@@ -59,7 +59,7 @@ class Outcome:
         """Standard deviation over seeds of the difference between two settings; None without a confirmation."""
         if self.confirmation is None:
             return None
-        first, second = (setting.losses(self.confirmation.score) for setting in self.confirmation.settings)
+        first, second = (setting.losses(self.sweep.score) for setting in self.confirmation.settings)
         return stdev(first[seed] - second[seed] for seed in first)
 
     @property

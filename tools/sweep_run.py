@@ -88,7 +88,7 @@ class Sweep:
     def search(self) -> Iterator[str]:
         """Trains trials until the budget is spent or all combinations are tried; yields a line for each training.
 
-        Continues where it was interrupted. Raises ValueError if params.yaml's own training fails, or if all do.
+        Continues where it was interrupted. Raises ValueError if params.yaml's own training fails, or all of a batch.
         """
         restore(self.study, self.path, self.identity)
         while True:
@@ -115,7 +115,7 @@ class Sweep:
                 yield self.line(trial, rung, leg)
         finally:
             pool.shutdown(cancel_futures=True)
-        if failures and (len(failures) == len(due) or not failures[0][0].number):
+        if len(failures) == len(due) > 1 or any(not trial.number for trial, _ in failures):
             raise ValueError(f"{failures[0][1]}; mend it, then repeat the command")
         for trial, reason in failures:
             trial.failed = reason
@@ -166,7 +166,8 @@ class Sweep:
         loss = leg.losses.get(rung, math.inf)
         outcome = "failed" if leg.failed else "diverged" if math.isinf(loss) else f"{loss:.4f}"
         values = what(self.side(trial)) if trial.number else "params.yaml"
-        return f"  trial {trial.number:>3}  step {rung:>6,}  {outcome:>8}  {values}"
+        reason = f": {leg.failed}" if leg.failed else ""
+        return f"  trial {trial.number:>3}  step {rung:>6,}  {outcome:>8}  {values}{reason}"
 
     # --- the budget
 

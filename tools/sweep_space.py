@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import Damaged, read_bytes
-from nanogpt.params import Params, ParamsError, check_value, flatten, suggestion, with_values
-from tracking.comparison import TEXT
+from nanogpt.params import Params, ParamsError, flatten, suggestion, with_values
 from tracking.dvc_files import read_yaml
 from tracking.run_name import SEED
 
@@ -29,6 +28,7 @@ _SECTIONS = ("tokenize", "model", "train")
 _TOKENS = (
     "trials would train on different numbers of tokens; `python -m tools trial` compares them, with --budget flops"
 )
+_TEXT = "losses on different text cannot be compared"
 # What all trials share, and why.
 _SHARED = {
     SEED: "the sweep chooses the seeds",
@@ -41,7 +41,8 @@ _SHARED = {
     "train.batch_size": _TOKENS,
     "train.gradient_accumulation_steps": _TOKENS,
     "model.block_size": _TOKENS,
-    **dict.fromkeys(TEXT, "losses on different text cannot be compared"),
+    "tokenize.val_fraction": _TEXT,
+    "tokenize.split_seed": _TEXT,
 }
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -216,7 +217,7 @@ def _dimension(path: Path, params: Params, key: str, given: Any) -> Dimension:
     else:
         raise SpaceError(f"{path}: {key} = {given!r} is one value; write a list, or {{low: …, high: …, log: true}}")
     for value in values:
-        check_value(params, key, value, path)
+        with_values(params, {key: value}, path, combined=False)
     if key.partition(".")[0] not in _SECTIONS:
         raise SpaceError(f"{path}: {key} is no hyperparameter; a sweep takes keys of {', '.join(_SECTIONS)}")
     if key in _SHARED:

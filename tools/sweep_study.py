@@ -64,13 +64,15 @@ class Study:
         if new:
             return [(trial, self.rungs[0] if trial.number else self.rungs[-1]) for trial in new]
         for rung, following in zip(self.rungs, self.rungs[1:], strict=False):
-            if waiting := [t for t in self.best_at(rung) if not t.has(following) and not t.failed]:
+            if waiting := [t for t in self.best_at(rung) if not t.has(following)]:
                 return [(trial, following) for trial in waiting]
         return []
 
     def best_at(self, rung: int) -> list[Trial]:
         """The best third of the trials that have reached a rung, and at least one; without params.yaml, trial 0."""
-        reached = sorted((t for t in self.trials[1:] if t.has(rung)), key=lambda t: (t.losses[rung], t.number))
+        reached = sorted(
+            (t for t in self.trials[1:] if t.has(rung) and not t.failed), key=lambda t: (t.losses[rung], t.number)
+        )
         chosen = reached[: max(1, len(reached) // ETA)]
         return [trial for trial in chosen if trial.losses[rung] < math.inf]
 
