@@ -247,7 +247,12 @@ def as_json_of(found: Outcome) -> dict[str, Any]:
     return {
         "decision": DECISIONS[found.verdict][0],
         "verdict": found.verdict,
-        "best": {"trial": found.best.number, "experiment": found.experiment, "values": found.best.values},
+        "best": {
+            "trial": found.best.number,
+            "experiment": found.experiment,
+            "values": found.best.values,
+            "settings": " ".join(f"-S {key}={as_text(value)}" for key, value in found.best.values.items()),
+        },
         "region": found.region,
         "noise": found.noise,
         "importance": found.importance,
