@@ -137,7 +137,7 @@ class Study:
         distributions = {dimension.key: dimension.distribution for dimension in self.space.dimensions}
         for number, loss in self.estimates().items():
             values = self.trials[number].values
-            with suppress(ValueError):  # params.yaml's values may lie outside of the space
+            with suppress(ValueError, TypeError):  # params.yaml's values may lie outside of the space, or be null
                 params = {d.key: d.encode(values[d.key]) for d in self.space.dimensions}
                 study.add_trial(create_trial(value=loss, params=params, distributions=distributions))
         return study

@@ -252,24 +252,30 @@ def obtain(side: Side, idea: str, seed: int) -> Result:
             f"`dvc exp run --temp -S {SEED}={seed}`, then return here and repeat the command"
         )
     name = f"{idea}-{seed}" if side.name == idea else f"{idea}-baseline-{seed}"
-    code, log = experiment(root, name, {**side.overrides, SEED: seed})
-    found = side.find(root, seed)
-    if code or found is None:
-        raise ValueError(failure(name, code, log))
-    return found
+    for force in (False, True):  # DVC may take the result from its cache, and no run is made then
+        code, log = experiment(root, name, {**side.overrides, SEED: seed}, force=force)
+        found = side.find(root, seed)
+        if found is not None and not code:
+            return found
+        if code:
+            break
+    raise ValueError(failure(name, code, log))
 
 
-def experiment(root: Path, name: str, values: Mapping[str, Any], pause: int | None = None) -> tuple[int, Path]:
+def experiment(
+    root: Path, name: str, values: Mapping[str, Any], pause: int | None = None, force: bool = False
+) -> tuple[int, Path]:
     """Makes a DVC experiment with these parameters; returns DVC's exit code and its log.
 
-    With `pause`, the training stops at that step, saved, so that there is no experiment yet.
+    With `pause`, the training stops at that step, saved, so that there is no experiment yet. With `force`, all stages
+    run, even if DVC has their results.
     """
     log = root / ".runs" / "logs" / name / "dvc.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     if experiment_refs(root, name):  # from a trial with other parameters, or one whose journal was deleted
         dvc(root, log, "exp", "remove", name)
     settings = [f"--set-param={key}={as_text(value)}" for key, value in values.items()]
-    command = ["exp", "run", "--temp", "--name", name, *settings]
+    command = ["exp", "run", "--temp", "--name", name, *settings, *(["--force"] if force else [])]
     return (dvc(root, log, *command) if pause is None else dvc(root, log, *command, variables={PAUSE: str(pause)})), log
 
 

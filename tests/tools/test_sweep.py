@@ -25,7 +25,7 @@ class Trainings:
     """In place of DVC: writes the journal of a training whose loss is a function of its parameters."""
 
     def __init__(self, root: Path):
-        self.root, self.calls, self.fail = root, [], None
+        self.root, self.calls, self.fail, self.cached = root, [], None, ()
 
     def loss(self, params, step):
         far = abs(math.log(params["train.muon_learning_rate"] / 0.08)) + abs(
@@ -33,12 +33,14 @@ class Trainings:
         )
         return 2 + far / 5 + 100 / (step + 10) + math.sin(1e4 * params["train.seed"] * far) / 50
 
-    def __call__(self, root, name, values, pause=None):
+    def __call__(self, root, name, values, pause=None, force=False):
         self.calls.append((name, pause))
         log = root / f"{name}.log"
         log.write_text("ERROR: it broke\n")
         if self.fail and self.fail(name, values):
             return 1, log
+        if name in self.cached and not force:
+            return 0, log
         params = with_values(load_params(root / "params.yaml"), values)
         flat = {k: v for part in trial.SECTIONS for k, v in flatten(getattr(params, part), f"{part}.").items()}
         folder = f"{name}-run"
@@ -155,6 +157,12 @@ def test_a_failed_trial_does_not_end_the_sweep(root, trainings):
     printed = sweep("--budget", "9 trials", "--confirm", "0", code=3).stdout
     assert "1 failed" in printed
     assert "trial   3  step     10    failed" in printed
+
+
+def test_a_result_from_dvc_s_cache_is_made_again(root, trainings):
+    trainings.cached = ("lr-0", "lr-best-1338")
+    sweep("--budget", "4 trials", "--confirm", "2", code=0)
+    assert [name for name, _ in trainings.calls].count("lr-0") == 2
 
 
 def test_a_diverged_trial_is_a_result(root, trainings):
