@@ -11,9 +11,11 @@ from math import exp, log, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt.files import Damaged, read_bytes
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from nanogpt.files import read_bytes
 from nanogpt.params import Params, ParamsError, flatten, suggestion, with_values
-from tracking.dvc_files import read_yaml
 from tracking.run_name import SEED
 
 if TYPE_CHECKING:
@@ -178,11 +180,13 @@ class Space:
 
 
 def load_space(path: Path, params: Params) -> Space:
-    """Reads and checks a space. Raises SpaceError, ParamsError, Damaged."""
+    """Reads and checks a space. Raises SpaceError, ParamsError."""
     try:
-        content = read_yaml(read_bytes(path, _LARGEST_FILE).decode("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise Damaged(path, f"cannot be read ({error})") from error
+        content = YAML(typ="safe").load(read_bytes(path, _LARGEST_FILE).decode("utf-8"))
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise SpaceError(f"{path} is not valid YAML ({' '.join(str(error).split())[:200]}); correct it") from error
+    if not isinstance(content, dict):
+        raise SpaceError(f"{path} is empty; docs/sweeps.md shows what to write")
     for name in content:
         if name not in ("parameters", "constraints"):
             raise SpaceError(f"{path}: {name} is not a known key; {suggestion(name, ['parameters', 'constraints'])}")
