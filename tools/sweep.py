@@ -163,7 +163,7 @@ def compared(sweep: Sweep, results: list[Result]) -> Comparison:
 
 def confirm(sweep: Sweep, best: Trial, seeds: int) -> Comparison:
     """The best trial against params.yaml, on seeds that the search has not used. Raises ValueError."""
-    name, first = f"{sweep.name}-best", sweep.params.train.seed + 1
+    name, first = f"{sweep.name}-{best.number}", sweep.params.train.seed + 1
     idea = Side(name, sweep.side(best).params, sweep.code, best.values)
     sides = (Side("params.yaml", sweep.params, sweep.code, {}), idea)
     with ThreadPoolExecutor(sweep.jobs) as pool:

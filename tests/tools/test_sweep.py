@@ -160,7 +160,7 @@ def test_a_failed_trial_does_not_end_the_sweep(root, trainings):
 
 
 def test_a_result_from_dvc_s_cache_is_made_again(root, trainings):
-    trainings.cached = ("lr-0", "lr-best-1338")
+    trainings.cached = ("lr-0", "lr-1-1338")
     sweep("--budget", "4 trials", "--confirm", "2", code=3)
     assert [name for name, _ in trainings.calls].count("lr-0") == 2
 
