@@ -93,7 +93,7 @@ class Replay(Sweep):
 
 @benchmark
 @click.option("--repeats", default=10, show_default=True, help="Sweeps, which differ in what Optuna draws.")
-@click.option("--share", default=0.25, show_default=True, help="Of the grid's steps, for each sweep.")
+@click.option("--share", default=0.2, show_default=True, help="Of the grid's steps, for each sweep.")
 @click.option("--seeds", default=5, show_default=True, help="Fresh seeds of each winner.")
 @click.option(
     "--record", type=click.Path(dir_okay=False, path_type=Path), help="Keep the trainings here, and reuse them."
