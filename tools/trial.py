@@ -276,7 +276,7 @@ def experiment(
         dvc(root, log, "exp", "remove", name)
     settings = [f"--set-param={key}={as_text(value)}" for key, value in values.items()]
     command = ["exp", "run", "--temp", "--name", name, *settings, *(["--force"] if force else [])]
-    return (dvc(root, log, *command) if pause is None else dvc(root, log, *command, variables={PAUSE: str(pause)})), log
+    return dvc(root, log, *command, **({} if pause is None else {PAUSE: str(pause)})), log
 
 
 def failure(name: str, code: int, log: Path) -> str:
@@ -285,17 +285,13 @@ def failure(name: str, code: int, log: Path) -> str:
     return f"experiment {name} failed: {lines[0] if lines else f'exit code {code}'} (see {log})"
 
 
-def dvc(root: Path, log: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> int:
-    """Runs DVC in the repository with its output in a log; returns the exit code."""
-    # Several experiments may start at once.
-    command, environment = (
-        [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
-        {**os.environ, **(variables or {})},
-    )
+def dvc(root: Path, log: Path, *arguments: str, **variables: str) -> int:
+    """Runs DVC in the repository, with its output in a log and variables in its environment; returns the exit code."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]  # several experiments may start at once
+    environment = {**os.environ, **variables}
     with log.open("wb") as output:
-        return subprocess.run(
-            command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
-        ).returncode
+        done = subprocess.run(command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+    return done.returncode
 
 
 # --- the outcome
