@@ -21,7 +21,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 DELTA = 1e-3  # of Huber's loss, in log(nats)
-EXPONENTS = (0.1, 0.25, 0.5, 0.8, 1.2, 1.8)  # where alpha and beta start
+EXPONENTS = (0.15, 0.4, 0.8, 1.6)  # where alpha and beta start
 HIGHEST_EXPONENT = 4.0
 CONSTANTS = 5  # of the law
 SAMPLES = 200  # of the bootstrap

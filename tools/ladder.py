@@ -15,6 +15,7 @@ from tools.trial import Failure
 from tracking.errors import explain
 
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
+LEAST_FLOOR = 0.05  # of the lowest loss: a fitted E below that is none
 CONSTANTS = {"floor": "E", "a": "A", "alpha": "alpha", "b": "B", "beta": "beta"}
 
 
@@ -70,7 +71,9 @@ def report(found: Mapping[str, Any]) -> Iterator[str]:
     for constant, symbol in CONSTANTS.items():
         low, high = found["intervals"][constant]
         yield f"  {symbol:5} {found['law'][constant]:>10.4g}   [{low:.4g}, {high:.4g}]"
-    if found["best_possible"] is not None:
+    if found["law"]["floor"] < LEAST_FLOOR * min(run["loss"] for run in found["runs"]):
+        yield "E is not determined: the loss of these runs does not level off, so it shows no limit"
+    elif found["best_possible"] is not None:
         difference = found["law"]["floor"] - found["best_possible"]
         yield f"E is {difference:+.4f} from the best possible loss, {found['best_possible']:.4f}"
     yield "\nbest use of compute:"

@@ -74,11 +74,15 @@ def predict(ladder: Ladder, compute: float) -> dict[str, Any]:
 
 
 def best(ladder: Ladder, law: "Law", flops: float) -> "Rung":
-    """The training of the dial with the lowest loss that the law gives for so many FLOPs."""
+    """The training of the dial with the lowest loss that the law gives for so many FLOPs.
+
+    It takes no text twice if there is such a training, since the law is of tokens that are new.
+    """
     depths = range(1, DEEPEST * max(rung.depth for rung in ladder.rungs) + 1)
     each = {depth: (rung := ladder.rung(depth, 1e6)).flops / rung.tokens for depth in depths}  # FLOPs per token
     rungs = [ladder.rung(depth, flops / per_token) for depth, per_token in each.items()]
-    return min(rungs, key=lambda rung: law.loss(rung.parameters, rung.tokens))
+    fresh = [rung for rung in rungs if rung.tokens <= (ladder.train_tokens or rung.tokens)]
+    return min(fresh or rungs, key=lambda rung: law.loss(rung.parameters, rung.tokens))
 
 
 def row(rung: "Rung", result: Result) -> dict[str, Any]:
