@@ -1,20 +1,23 @@
 """What a ladder predicts, and the grade of the prediction once the larger training has run."""
 
 import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import sha256_json, write_json, write_text
-from nanogpt.params import flatten, load_params, with_values
+from nanogpt.params import Params, Section, flatten, load_params, with_values
 from tools.ladder_run import Ladder
 from tools.trial import SECTIONS, WITH_OVERRIDES, Side, obtain
 from tracking.comparison import Result
-from tracking.console import repository
+from tracking.console import Console, repository
 from tracking.fingerprint import code_hash
 from tracking.git import GitError, git_bytes
+from tracking.report import report
 
 if TYPE_CHECKING:
     from nanogpt.dial import Rung
@@ -152,8 +155,29 @@ def grade(name: str, say: Callable[[str], None]) -> dict[str, Any]:
         "fitted_floor": found["law"]["floor"],
         "model": result.model,
     }
-    write_json(path.with_name(f"{name}-grade.json"), held)
+    write_json(root / path.with_name(f"{name}-grade.json"), held)
+    send(root / path, held, params)
     return held
+
+
+class Predicted(Section):
+    """The tags of the graded run in MLflow."""
+
+    name: str
+    predicted: float
+    low: float
+    high: float
+
+
+def send(path: Path, held: dict[str, Any], params: Params) -> None:
+    """Adds the grade and the ladder's picture to the graded run in MLflow; a server that fails costs a warning."""
+    predicted = held["prediction"]
+    tags = Predicted(name=held["name"], predicted=predicted["loss"], low=predicted["low"], high=predicted["high"])
+    metrics = {key: held[key] for key in ("loss", "difference")}
+    picture = path.with_suffix(".svg")
+    files = {"ladder.svg": picture.read_text(encoding="utf-8")} if picture.exists() else {}
+    with redirect_stdout(sys.stderr):  # stdout is for the grade
+        report(Console("ladder"), params.tracking, held["model"], tags, metrics, files)
 
 
 def committed_prediction(root: Path, path: Path) -> dict[str, Any]:

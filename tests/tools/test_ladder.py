@@ -9,13 +9,14 @@ from nanogpt.params import flatten, parse_params
 from nanogpt.scaling import Law, fit
 from tests.conftest import REPOSITORY
 from tests.runs import scored_run
-from tools import ladder_run, trial
+from tools import ladder_prediction, ladder_run, trial
 from tools.__main__ import main
 from tools.ladder_run import Grid, Ladder
 from tracking.fingerprint import code_hash
 
 TRUE = Law(1.04, 60.0, 0.45, 900.0, 0.55)
 ARGUMENTS = ("--name", "small", "--depths", "1,2,3", "--tokens", "300k,0.6M,1200000")
+SENT: list[tuple[object, ...]] = []  # reports to MLflow
 PREDICTION = Path("experiments/ladders/small.json")
 
 
@@ -28,6 +29,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setattr(trial, "dvc", lambda *arguments: pytest.fail(f"{arguments} was run"))
+    monkeypatch.setattr(ladder_prediction, "report", lambda *arguments: SENT.append(arguments))
     monkeypatch.setattr(fit, "__defaults__", (20,))  # samples of the bootstrap
     git("init", "-q")
     commit("params.yaml")
@@ -90,6 +92,9 @@ def test_small_runs_predict_a_larger_one_and_the_grade_comes_after_the_commit(ro
     held = json.loads(climb("--name", "small", "--grade", "--json").stdout)
     assert held["holds"] is True
     assert held["difference"] == pytest.approx(5e-5)
+    *_, model, _, metrics, files = SENT[-1]
+    assert (model, metrics["loss"]) == (held["model"], held["loss"])
+    assert files["ladder.svg"] == PREDICTION.with_suffix(".svg").read_text()
 
 
 def test_a_prediction_that_fails_has_an_exit_code_of_its_own(root):
