@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from tools.command import command
+from tools.command import command, duration
+from tools.ladder_picture import LEAST_FLOOR
 from tools.ladder_prediction import grade, predict, prediction_path
 from tools.ladder_run import Grid, plan, run
 from tools.trial import Failure
 from tracking.errors import explain
 
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
-LEAST_FLOOR = 0.05  # of the lowest loss: a fitted E below that is none
 CONSTANTS = {"floor": "E", "a": "A", "alpha": "alpha", "b": "B", "beta": "beta"}
 
 
@@ -71,7 +71,7 @@ def report(found: Mapping[str, Any]) -> Iterator[str]:
     for constant, symbol in CONSTANTS.items():
         low, high = found["intervals"][constant]
         yield f"  {symbol:5} {found['law'][constant]:>10.4g}   [{low:.4g}, {high:.4g}]"
-    if found["law"]["floor"] < LEAST_FLOOR * min(run["loss"] for run in found["runs"]):
+    if found["law"]["floor"] < LEAST_FLOOR * found["prediction"]["loss"]:
         yield "E is not determined: the loss of these runs does not level off, so it shows no limit"
     elif found["best_possible"] is not None:
         difference = found["law"]["floor"] - found["best_possible"]
@@ -84,10 +84,12 @@ def report(found: Mapping[str, Any]) -> Iterator[str]:
             f"{each['tokens_per_parameter']:>17,.1f}  {each['loss']:.4f}"
         )
     target, predicted = found["target"], found["prediction"]
+    largest = max(found["runs"], key=lambda run: run["flops"])
     yield (
         f"\nprediction: depth {target['depth']} ({target['parameters']:,} parameters) on {target['tokens']:,} tokens, "
         f"{target['compute']:g} times the FLOPs of the largest run, ends at {predicted['loss']:.4f} "
-        f"[{predicted['low']:.4f}, {predicted['high']:.4f}]"
+        f"[{predicted['low']:.4f}, {predicted['high']:.4f}] after some "
+        f"{duration(largest['seconds'] * target['flops'] / largest['flops'])}"
     )
     split = found["train_tokens"]
     if split and target["tokens"] > split:

@@ -4,9 +4,11 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+LEAST_FLOOR = 0.05  # of the predicted loss: a fitted E below that says that the runs show none
 
-def picture(found: Mapping[str, Any]) -> str:
-    """The picture of a prediction as SVG, the same bytes each time."""
+
+def picture(found: Mapping[str, Any], measured: float | None = None) -> str:
+    """The picture of a prediction as SVG, with what was measured then; the same bytes each time."""
     import matplotlib as mpl
     import numpy as np
     from matplotlib.figure import Figure
@@ -27,7 +29,10 @@ def picture(found: Mapping[str, Any]) -> str:
     low, high = predicted["low"], predicted["high"]
     bars = [[predicted["loss"] - low], [high - predicted["loss"]]]
     axes.errorbar(target["tokens"], predicted["loss"], np.maximum(bars, 0), fmt="s", color="black", label="predicted")
-    axes.axhline(law.floor, color="grey", linewidth=1, label="fitted floor")
+    if measured is not None:
+        axes.plot(target["tokens"], measured, "*", color="red", markersize=10, label="measured")
+    if law.floor > LEAST_FLOOR * predicted["loss"]:
+        axes.axhline(law.floor, color="grey", linewidth=1, label="fitted floor")
     if found["best_possible"] is not None:
         axes.axhline(found["best_possible"], color="grey", linewidth=1, linestyle="--", label="best possible")
     axes.legend(title="parameters", fontsize="small")

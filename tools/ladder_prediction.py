@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import sha256_json, write_json, write_text
 from nanogpt.params import Params, Section, flatten, load_params, with_values
+from tools.ladder_picture import picture
 from tools.ladder_run import Ladder
 from tools.trial import SECTIONS, WITH_OVERRIDES, Side, obtain
 from tracking.comparison import Result
@@ -39,7 +40,6 @@ def prediction_path(name: str) -> Path:
 def predict(ladder: Ladder, compute: float) -> dict[str, Any]:
     """Fits the law and writes it with the prediction and a picture. Raises ValueError, OSError."""
     from nanogpt.scaling import Point, fit
-    from tools.ladder_picture import picture
 
     fitted = fit([Point(r.parameters, r.tokens, found.scores["val_loss"]) for r, found in ladder.runs])
     budget = compute * ladder.largest.flops
@@ -156,7 +156,9 @@ def grade(name: str, say: Callable[[str], None]) -> dict[str, Any]:
         "model": result.model,
     }
     write_json(root / path.with_name(f"{name}-grade.json"), held)
-    send(root / path, held, params)
+    drawn = picture(found, loss)
+    write_text(root / path.with_suffix(".svg"), drawn)
+    send(held, drawn, params)
     return held
 
 
@@ -169,15 +171,13 @@ class Predicted(Section):
     high: float
 
 
-def send(path: Path, held: dict[str, Any], params: Params) -> None:
+def send(held: dict[str, Any], drawn: str, params: Params) -> None:
     """Adds the grade and the ladder's picture to the graded run in MLflow; a server that fails costs a warning."""
     predicted = held["prediction"]
     tags = Predicted(name=held["name"], predicted=predicted["loss"], low=predicted["low"], high=predicted["high"])
     metrics = {key: held[key] for key in ("loss", "difference")}
-    picture = path.with_suffix(".svg")
-    files = {"ladder.svg": picture.read_text(encoding="utf-8")} if picture.exists() else {}
     with redirect_stdout(sys.stderr):  # stdout is for the grade
-        report(Console("ladder"), params.tracking, held["model"], tags, metrics, files)
+        report(Console("ladder"), params.tracking, held["model"], tags, metrics, {"ladder.svg": drawn})
 
 
 def committed_prediction(root: Path, path: Path) -> dict[str, Any]:
