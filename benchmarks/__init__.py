@@ -1,1 +1,1 @@
-"""What is measured, one command each, run as `python -m benchmarks.<name>`; no test depends on a time."""
+"""Measurements, one command each: `python -m benchmarks.<name>`. No test depends on a time."""

@@ -1,9 +1,9 @@
 """nanoGPT and this repository, side by side: the same text, model and settings, trained and scored.
 
-The run is the one for a CPU in nanoGPT's README. nanoGPT is run by its own commands, prepare.py and train.py, in a copy
-of the checkout; ours by what the train stage runs, with its evaluations and checkpoints. (MLflow's process beside it is
-what benchmarks.tracking_overhead is about.) Each training is a process of its own, and the candidates take turns, so
-that a noisy machine is unfair to none. Both models are scored by evaluate.py on the whole validation split.
+The run is the one for a CPU in nanoGPT's README. nanoGPT runs by its own commands, prepare.py and train.py, in a copy
+of the checkout. Ours runs what the train stage does, with evaluations and checkpoints but without MLflow's process;
+benchmarks.tracking_overhead measures that. Each training is a separate process, and the candidates take turns, so that
+load on the machine affects all of them. Both models are scored by evaluate.py on the whole validation split.
 """
 
 import os
@@ -76,7 +76,7 @@ def main(params: Params, nanogpt: Path | None, text: Path | None, modes: list[st
 
 
 def check(params: Params) -> None:
-    """Raises ValueError where nanoGPT cannot train the same, or saves no model at the end."""
+    """Raises ValueError if nanoGPT cannot train with these settings, or would not save its last model."""
     check_comparable(params, TRAINING_AS_NANOGPT)
     steps, interval = params.train.max_iters, params.train.eval_interval
     if steps <= WARM_UP + 1:
@@ -89,12 +89,12 @@ def check(params: Params) -> None:
 
 
 def cells(values: list[float]) -> list[str]:
-    """nanoGPT's value, and ours each with its ratio to that."""
+    """Returns nanoGPT's value, then each of ours with its ratio to it."""
     return [shown(values[0]), *(f"{shown(value)} ({value / values[0]:.2f})" for value in values[1:])]
 
 
 def measure_nanogpt(params: Params, checkout: Path, tokens: Path) -> Figures:
-    """Trains nanoGPT's model by its train.py, and scores it as ours."""
+    """Trains nanoGPT's model by its train.py and scores it like ours."""
     out = checkout / "out-benchmark"
     threads = {"OMP_NUM_THREADS": str(params.numerics.threads or available_cores())}
     output, peak = run(training_command(params, out), checkout, threads)
@@ -107,7 +107,7 @@ def measure_nanogpt(params: Params, checkout: Path, tokens: Path) -> Figures:
 
 
 def nanogpt_loss(params: dict[str, Any], model: str, tokens: str) -> float:
-    """Of the model that nanoGPT has saved."""
+    """Scores the model that nanoGPT saved."""
     from nanogpt import determinism
 
     determinism.pin(Params.model_validate(params).numerics, "cpu")
@@ -121,7 +121,7 @@ def nanogpt_loss(params: dict[str, Any], model: str, tokens: str) -> float:
 
 
 def whole_loss(model: "GPT", tokens: Path) -> float:
-    """The loss over the whole validation split: float32, eager."""
+    """Returns the loss over the whole validation split, in float32 and not compiled."""
     from nanogpt.corpus.token_files import load_split
     from nanogpt.evaluate import score, windows
 
@@ -131,7 +131,7 @@ def whole_loss(model: "GPT", tokens: Path) -> float:
 
 
 def measure_ours(params: dict[str, Any], tokens: str) -> Figures:
-    """Trains as the train stage does, timed from report to report, and scores the last model."""
+    """Trains as the train stage does, timed between reports, and scores the last model."""
     own = Params.model_validate(params)
     from nanogpt import determinism
 

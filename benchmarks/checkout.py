@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.common import run, write_tokens
 from nanogpt.params import Params, flatten
 
-DATASET = "shakespeare_char"  # the one of nanoGPT's that is of characters
+DATASET = "shakespeare_char"  # nanoGPT's data set of characters
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
-SAME_NAME = (  # in nanoGPT and here, but for the section
+SAME_NAME = (  # in nanoGPT and here, apart from the section
     *(f"model.{name}" for name in SHAPE),
     *("train.batch_size", "train.gradient_accumulation_steps", "train.max_iters", "train.warmup_iters"),
     *("train.learning_rate", "train.min_lr", "train.weight_decay", "train.beta1", "train.beta2", "train.grad_clip"),
@@ -42,7 +42,7 @@ TRAINING_AS_NANOGPT = AS_NANOGPT | {
 
 
 def check_comparable(params: Params, wanted: dict[str, Any]) -> None:
-    """Raises ValueError, with what to set, where a parameter is not as nanoGPT has it."""
+    """Raises ValueError, with the value to set, if a parameter differs from what nanoGPT does."""
     values = flatten(params)
     for key, value in wanted.items():
         if values[key] != value:
@@ -54,7 +54,7 @@ def check_comparable(params: Params, wanted: dict[str, Any]) -> None:
 
 
 def prepare(checkout: Path, text: Path, params: Params, folder: Path) -> tuple[Path, Path]:
-    """A copy of the checkout with the text as its data set, and our tokens. Raises ValueError if they differ."""
+    """Copies the checkout with the text as its data set. Raises ValueError if its tokens differ from ours."""
     copy = folder / "nanogpt"
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pkl", "*.pt", "*.ipynb"))
     data = copy / "data" / DATASET
@@ -68,7 +68,7 @@ def prepare(checkout: Path, text: Path, params: Params, folder: Path) -> tuple[P
 
 
 def training_command(params: Params, out: Path) -> list[str]:
-    """nanoGPT's training on a CPU with our settings; it saves the newest model, not the best, into a folder."""
+    """Returns nanoGPT's command to train on a CPU with our settings; it saves the last model, not the best."""
     flat = flatten(params)
     values = {key.partition(".")[2]: flat[key] for key in SAME_NAME}
     values |= {"lr_decay_iters": params.train.lr_decay_iters or params.train.max_iters, "device": "cpu"}

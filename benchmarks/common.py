@@ -1,4 +1,4 @@
-"""What the benchmarks share: options and --json, processes of their own, time and memory, lines of a table."""
+"""What the benchmarks share: options, --json, separate processes, time and memory, lines of a table."""
 
 import functools
 import importlib
@@ -50,7 +50,7 @@ _UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in which ru_maxrss coun
 
 
 class Missed(Exception):
-    """The figures were measured, and are not what was asked for."""
+    """The figures were measured and miss the target."""
 
     def __init__(self, message: str, figures: Any):
         super().__init__(message)
@@ -58,9 +58,11 @@ class Missed(Exception):
 
 
 def benchmark(main: Command) -> click.Command:
-    """Makes a command of a function: --json writes what it returns, and an error is one line."""
+    """Turns a function into a command: --json writes its result, and an error is one line."""
 
-    @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here too.")
+    @click.option(
+        "--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures to this file."
+    )
     @functools.wraps(main)
     def command(out: Path | None, **options: Any) -> None:
         missed = None
@@ -79,13 +81,15 @@ def benchmark(main: Command) -> click.Command:
 
 
 def with_params(preset: str | None = None) -> Callable[[Command], Command]:
-    """Adds --preset and --set to a command, which gets the parameters that they make as `params`."""
+    """Adds --preset and --set to a command and passes it the resulting parameters as `params`."""
 
     def decorated(main: Command) -> Command:
         default = preset or "params.yaml as it is"
 
         @click.option("--preset", default=preset, help=f"The settings of presets/NAME.yaml.  [default: {default}]")
-        @click.option("--set", "-S", "values", multiple=True, metavar="KEY=VALUE", help="On top of that; several.")
+        @click.option(
+            "--set", "-S", "values", multiple=True, metavar="KEY=VALUE", help="Change a parameter; repeatable."
+        )
         @functools.wraps(main)
         def command(preset: str | None, values: tuple[str, ...], **options: Any) -> Any:
             params = load_params(PARAMS) if preset is None else preset_params(preset)
@@ -103,12 +107,12 @@ def write_params(params: Params, path: Path) -> None:
 
 
 def row(name: object, *cells: object, width: int = 12) -> str:
-    """A line of a table; None is a value that is not known."""
+    """Formats a line of a table; None is an unknown value."""
     return f"{name!s:28}" + "".join(f"{shown(cell):>{width}}" for cell in cells)
 
 
 def shown(value: object) -> str:
-    """Four digits of a number, without an exponent."""
+    """Formats a number with four digits, without an exponent."""
     if value is None:
         return "not known"
     if isinstance(value, float):
@@ -120,7 +124,7 @@ def shown(value: object) -> str:
 
 
 def run(command: list[str], directory: Path, variables: dict[str, str] | None = None) -> tuple[str, int]:
-    """What a process printed, and its own peak memory in bytes. Raises ClickException, with its last lines."""
+    """Returns what a process printed, and its peak memory in bytes. Raises ClickException with its last lines."""
     launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         environment = {**os.environ, **(variables or {})}
@@ -134,7 +138,7 @@ def run(command: list[str], directory: Path, variables: dict[str, str] | None = 
 
 
 def call(function: Command, threads: int | None = None, **arguments: Any) -> tuple[Any, int]:
-    """What a benchmark's function returns in a process of its own, and that one's peak memory in bytes.
+    """Calls a benchmark's function in a separate process. Returns its result and the peak memory in bytes.
 
     Arguments and result are such as JSON holds.
     """
@@ -146,7 +150,7 @@ def call(function: Command, threads: int | None = None, **arguments: Any) -> tup
 
 
 def called(module: str, function: str, arguments: str) -> None:
-    """The other end of `call`."""
+    """Runs in the process that `call` starts."""
     print(json.dumps(getattr(importlib.import_module(module), function)(**json.loads(arguments))))
 
 
@@ -155,7 +159,7 @@ def called(module: str, function: str, arguments: str) -> None:
 
 @dataclass
 class Spent:
-    """What a block took, with the processes that it started."""
+    """What a block took, including the processes that it started."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -164,7 +168,7 @@ class Spent:
 
 @contextmanager
 def measuring() -> Iterator[Spent]:
-    """Measures a block: its own memory as the kernel counts it, that of processes that it starts by samples."""
+    """Measures a block: this process's memory by the kernel's count, that of its child processes by sampling."""
     spent, ended = Spent(), threading.Event()
     watcher = threading.Thread(target=_watch, args=(spent, ended))
     forget_peak()
@@ -190,13 +194,13 @@ def _watch(spent: Spent, ended: threading.Event) -> None:
 
 
 def cpu_seconds() -> float:
-    """Those of the processor that this process has used, and those that it started and that have ended."""
+    """CPU seconds of this process and of its finished child processes."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def own_peak() -> int:
-    """Bytes that this process has held at most; getrusage's figure begins at what its parent held."""
+    """Peak memory of this process in bytes; the figure of getrusage starts at what the parent held."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:  # not Linux
@@ -207,7 +211,7 @@ def own_peak() -> int:
 
 
 def forget_peak() -> None:
-    """Makes own_peak() begin anew, at what the process holds now, where the system can do that."""
+    """Resets own_peak() to the current memory, where the system supports it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -216,7 +220,7 @@ def forget_peak() -> None:
 
 
 def write_tokens(text: Path, params: Params, folder: Path) -> Path:
-    """Writes folder/tokens from a file, as the first two stages do, and returns it. Raises ValueError."""
+    """Writes folder/tokens from a file, as the first two stages do, and returns its path. Raises ValueError."""
     from nanogpt.corpus.prepare import prepare
     from nanogpt.corpus.sources import write_corpus
 

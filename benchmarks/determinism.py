@@ -19,7 +19,13 @@ MODES = ("off", "machine", "portable")
 @with_params()
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=40, show_default=True, help="Timed steps of a round.")
-@click.option("--vocab-size", type=click.IntRange(1, 2**21), default=1024, show_default=True, help="Of random tokens.")
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(1, 2**21),
+    default=1024,
+    show_default=True,
+    help="Vocabulary of the random tokens.",
+)
 def main(params: Params, rounds: int, steps: int, vocab_size: int) -> dict[str, Any]:
     """Times training steps of params.yaml's model under each mode."""
     found: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -35,7 +41,7 @@ def main(params: Params, rounds: int, steps: int, vocab_size: int) -> dict[str, 
 
 
 def step_ms(values: dict[str, Any], steps: int, vocab_size: int) -> float:
-    """Milliseconds of the median step, in this process."""
+    """Returns the milliseconds of the median step, in this process."""
     figures = train_step.measure(Params.model_validate(values), vocab_size, None, steps, None, None)
     ms: float = figures["ms_per_step"]
     return ms

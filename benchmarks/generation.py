@@ -1,7 +1,7 @@
-"""Tokens per second of generation: ours with the KV cache, ours without, and nanoGPT's beside them.
+"""Tokens per second of generation: ours with and without the KV cache, and nanoGPT's.
 
-The candidates take turns in one process, so that a noisy machine is unfair to none, and the best turn of each counts.
-All compute in float32, but for nanoGPT's on a GPU: there its sample.py computes in bfloat16.
+The candidates take turns in one process, so that load on the machine affects all of them; the best turn counts.
+All compute in float32, except nanoGPT's sample.py on a GPU, which computes in bfloat16.
 """
 
 import time
@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.common import benchmark, nanogpt_option, row
+from nanogpt.params import NumericsParams
 
 SHAPES: dict[str, dict[str, Any]] = {
     "4x128": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65},
@@ -27,10 +28,20 @@ Generate = Callable[[int, bool], int]
 @nanogpt_option
 @click.option("--rounds", default=3, show_default=True, help="Turns of each candidate.")
 @click.option("--threads", default=2, show_default=True)
+@click.option("--determinism", type=click.Choice(["off", "portable"]), default="off", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--shape", "shapes", multiple=True, type=click.Choice([*SHAPES]), default=["4x128", "6x384"])
-def main(nanogpt: Path | None, rounds: int, threads: int, device: str, shapes: tuple[str, ...]) -> dict[str, Any]:
+def main(
+    nanogpt: Path | None, rounds: int, threads: int, determinism: str, device: str, shapes: tuple[str, ...]
+) -> dict[str, Any]:
     """Generates from untrained models (temperature 1), one sample and ten at once, and prints tokens/s."""
+    if determinism == "portable":
+        if nanogpt or device == "cuda":
+            raise click.UsageError("portable is for our models on a CPU: leave out --nanogpt and --device")
+        from nanogpt.determinism import pin
+
+        values = {"threads": threads, "dtype": "float32", "compile": False, "attention": "fused"}
+        pin(NumericsParams.model_validate({"determinism": "portable", **values}), device)
     import torch
 
     torch.set_num_threads(threads)
@@ -45,11 +56,12 @@ def main(nanogpt: Path | None, rounds: int, threads: int, device: str, shapes: t
                 cells = (best["ours"], best["uncached"], theirs or "-", best["ours"] / theirs if theirs else "-")
                 click.echo(row(name, batch, context, *cells, width=14))
                 rows.append({"shape": name, "batch": batch, "context": context, "tokens_per_s": best})
-    return {"threads": threads, "rounds": rounds, "device": device, "rows": rows}
+    settings = {"threads": threads, "rounds": rounds, "determinism": determinism, "device": device}
+    return {**settings, "rows": rows}
 
 
 def turns(candidates: dict[str, Generate], batch: int, beyond: bool, rounds: int) -> dict[str, float]:
-    """Tokens per second of each candidate's best turn."""
+    """Returns the tokens per second of each candidate's best turn."""
     best = dict.fromkeys(candidates, 0.0)
     for _ in range(rounds):
         for name, generate in candidates.items():
@@ -107,7 +119,7 @@ def make_candidates(shape: dict[str, Any], nanogpt: Path | None, device: str) ->
 
 
 def lengths(start: int, end: int) -> range:
-    """Every STRIDE-th length in start + 1 ... end, their mean that of all."""
+    """Returns every STRIDE-th length from start + 1 to end, with the mean of all lengths."""
     return range(start + STRIDE // 2, end + 1, STRIDE)
 
 

@@ -1,9 +1,8 @@
-"""How fast a GPU trains here, beside nanoGPT, by dtype, compilation, attention and optimizer.
+"""The speed of training on a GPU, ours and nanoGPT's, by dtype, compilation, attention and optimizer.
 
-The settings are nanoGPT's own, as the presets have them: its GPT-2 (124M) and its characters of Shakespeare, a
-micro-batch and an optimizer step at a time. Around nanoGPT's model is the loop of its train.py. Ours are one setting
-after the other, changed in the fastest. Each candidate is a process of its own; one that fails is reported.
-Generation is what benchmarks.generation --device cuda measures.
+The settings are nanoGPT's, from the presets: GPT-2 (124M) and Shakespeare's characters, with one micro-batch per
+optimizer step. nanoGPT's model runs in the loop of its train.py. Our rows change one setting of the fastest at a time.
+Each candidate is a separate process; one that fails is reported. See also benchmarks.generation --device cuda.
 """
 
 import statistics
@@ -37,13 +36,13 @@ THEIRS: list[dict[str, Any]] = [
     {"dtype": "float32", "compile": False},
 ]
 OURS = [*THEIRS, {"attention": "plain"}, {"adamw": "foreach"}]
-EVERY = 10  # steps between two reports, nanoGPT's log_interval: only there the host waits for the GPU
+EVERY = 10  # steps between reports, nanoGPT's log_interval; the host waits for the GPU only there
 TIMED = 3  # such intervals
 
 
 @benchmark
 @nanogpt_option
-@click.option("--preset", "presets", multiple=True, default=PRESETS, show_default=True, help="Whose settings; several.")
+@click.option("--preset", "presets", multiple=True, default=PRESETS, show_default=True, help="Repeatable.")
 @click.option("--device", default="cuda", hidden=True, help="cpu tries the command itself.")
 def main(nanogpt: Path | None, presets: tuple[str, ...], device: str) -> dict[str, Any]:
     """Tokens/s, MFU and memory of training by dtype, compile, attention and optimizer."""
@@ -68,14 +67,14 @@ def main(nanogpt: Path | None, presets: tuple[str, ...], device: str) -> dict[st
 
 
 def missing(version: str, cuda: str | None) -> str:
-    """Why nothing can be measured here."""
+    """Returns why this machine cannot be measured, or None."""
     if cuda is None:
         return f"no GPU can be measured: torch {version} is built without CUDA; install a CUDA build (README.md)"
     return f"no GPU can be measured: torch {version} is built for CUDA {cuda} and sees no GPU; look at `nvidia-smi`"
 
 
 def plan(preset: str, nanogpt: Path | None, device: str) -> Iterator[tuple[Settings, Settings]]:
-    """Each candidate's settings, and all parameters; nanoGPT's come first, so that a row of ours can show its ratio."""
+    """Returns each candidate's settings and parameters, nanoGPT's first so that our rows can show a ratio."""
     params = preset_params(preset).model_dump(mode="json")
     params["runtime"]["device"], params["numerics"]["determinism"] = device, "off"
     params["train"]["gradient_accumulation_steps"] = 1
@@ -89,7 +88,7 @@ def plan(preset: str, nanogpt: Path | None, device: str) -> Iterator[tuple[Setti
 
 
 def trained(params: Settings, checkout: str | None, who: str, adamw: str, **settings: Any) -> Settings:
-    """The figures of training steps, ours or nanoGPT's."""
+    """Returns the figures of training steps, ours or nanoGPT's."""
     own = Params.model_validate(params)
     from nanogpt import determinism
 
@@ -105,19 +104,19 @@ def trained(params: Settings, checkout: str | None, who: str, adamw: str, **sett
     else:
         reports = their_reports(Path(str(checkout)), own, config)
     seconds = statistics.median((after - before) / EVERY for before, after in pairwise(reports[-TIMED - 1 :]))
-    tf32 = who == "nanogpt" and numerics.dtype == "float32"  # whose peak is another than float32's
+    tf32 = who == "nanogpt" and numerics.dtype == "float32"  # which has a higher peak than float32
     return {
         **figures(own, config, seconds, None if tf32 else peak_flops(numerics.device_name, numerics.dtype)),
         "peak_memory_mb": peak_memory(numerics.device) / 1e6,
         "first_seconds": reports[0] - begin - EVERY * seconds,  # making the model and, for the most part, compilation
-        "waits": waits,  # of the host for the GPU, from one report to the next; the report itself is one
+        "waits": waits,  # of the host for the GPU in one interval, including the report itself
     }
 
 
 def our_reports(
     params: Params, config: "GPTConfig", numerics: "Numerics", adamw: str
 ) -> tuple[list[float], int | None]:
-    """When the loop reported, and how often the host waited for the GPU in one more interval."""
+    """Returns the times of the reports, and how often the host waited for the GPU in one more interval."""
     from benchmarks.steps import Waits
     from nanogpt.timing import step_seconds, untrained
 
@@ -133,7 +132,7 @@ def our_reports(
 
 
 def their_reports(checkout: Path, params: Params, config: "GPTConfig") -> list[float]:
-    """The same of nanoGPT's loop."""
+    """Returns the same for nanoGPT's loop."""
     from benchmarks.steps import their_step
     from nanogpt.timing import WARM_UP
 
@@ -150,7 +149,7 @@ def their_reports(checkout: Path, params: Params, config: "GPTConfig") -> list[f
 
 
 def line(found: Settings, rows: list[Settings]) -> str:
-    """A row of the table, with a ratio where nanoGPT's of the same settings stands above."""
+    """Prints a row, with the ratio to nanoGPT if its row has the same settings."""
     compiled = "compiled" if found["compile"] else "eager"
     name = f"{found['preset']:24}{found['who']:9}{found['dtype']}, {compiled}"
     if found["who"] == "ours":

@@ -37,7 +37,7 @@ SHAPES = [
 @click.option("--determinism", type=click.Choice(["portable", "machine", "off"]), default="portable", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 def main(steps: int, threads: int, determinism: str, dtype: str) -> list[dict[str, Any]]:
-    """Trains a few small models on the CPU for some steps and compares with what was predicted of them."""
+    """Trains a few small models on the CPU for some steps and compares the figures with the predictions."""
     numerics = {"numerics.determinism": determinism, "numerics.threads": threads, "numerics.dtype": dtype}
     click.echo(row("shape", "MB", "predicted", "+ process", "ratio", "ms/step", "predicted", "ratio", "MFU", width=10))
     rows: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def main(steps: int, threads: int, determinism: str, dtype: str) -> list[dict[st
 
 
 def trained(shape: dict[str, int], values: dict[str, Any], steps: int) -> dict[str, float | None]:
-    """Of a run of nanoGPT's model and optimizer: MB that this process grew by, MB predicted, ms per step, MFU."""
+    """Returns the growth of this process in MB, the predicted MB, ms per step and MFU."""
     plain = {"model.zero_init": False, "model.vocab_multiple": 1, "model.bias": False, "model.dropout": 0.0}
     sizes = {f"{'train' if name == 'batch_size' else 'model'}.{name}": size for name, size in shape.items()}
     vocab_size = sizes.pop("model.vocab_size")

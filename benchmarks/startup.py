@@ -59,7 +59,7 @@ runpy.run_module(stage, run_name="__main__")
 @benchmark
 @click.option("--rounds", default=3, show_default=True, help="Turns of each candidate; the median is shown.")
 def main(rounds: int) -> dict[str, Any]:
-    """Seconds that each command needs until its own work begins, and what it has imported by then."""
+    """Prints the seconds until each command begins its own work, and what it has imported by then."""
     root = Path(git(Path.cwd(), "rev-parse", "--show-toplevel"))
     with clean_clone(root, git(root, "rev-parse", "HEAD")) as clone:
         write_params(with_values(load_params(), SMALL), clone.path / "params.yaml")
@@ -76,7 +76,7 @@ def main(rounds: int) -> dict[str, Any]:
 
 
 def measure(clone: CleanClone, rounds: int) -> dict[str, Any]:
-    """Seconds of each command by its name, once a round, and what the stages have imported."""
+    """Returns the seconds of each command by name, one per round, and what the stages import."""
     commands = {
         "python": [sys.executable, "-c", "pass"],
         "import torch": [sys.executable, "-c", "import torch"],
@@ -107,7 +107,7 @@ def measure(clone: CleanClone, rounds: int) -> dict[str, Any]:
 
 
 def mlflow_seconds() -> dict[str, float]:
-    """Those of MLflow's import, and of connecting to a database that is new and to one that exists."""
+    """Returns the seconds of importing MLflow and of connecting to a new and to an existing database."""
     stamps = [time.perf_counter()]
     importlib.import_module("mlflow.tracking")
     stamps.append(time.perf_counter())
@@ -122,7 +122,7 @@ def mlflow_seconds() -> dict[str, float]:
 
 
 def seconds_after_the_end(clone: Path) -> float:
-    """How long the train stage waited, after its last record, until MLflow had all of the run."""
+    """Returns how long the train stage waited after its last record until MLflow had the whole run."""
     (run,) = runs_in(clone)
     assert run.end is not None
     return float(run.mlflow_path.stat().st_mtime - run.end["t"] / 1000)

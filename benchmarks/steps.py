@@ -21,7 +21,7 @@ from nanogpt.timing import WARM_UP, Stopwatch, random_tokens
 from nanogpt.train import Step
 from nanogpt.train_state import TrainState
 
-TheirStep = Callable[[], Tensor]  # returns its loss
+TheirStep = Callable[[], Tensor]  # returns the loss
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -49,12 +49,12 @@ class Turns(Stopwatch):
             self.profiler.start()
 
     def seconds(self) -> list[float]:
-        """Those of our timed steps."""
+        """Returns the seconds of our timed steps."""
         pairs = zip(super().seconds(), self.pauses[WARM_UP - 1 :], strict=False)
         return [both - pause for both, pause in pairs][: self.steps]
 
     def their_seconds(self) -> list[float]:
-        """Those of nanoGPT's steps between the timed ones."""
+        """Returns the seconds of nanoGPT's steps in between."""
         return self.pauses[WARM_UP - 1 :][: self.steps]
 
 
@@ -71,7 +71,7 @@ class Waits(Stopwatch):
 
 
 def figures(params: Params, config: GPTConfig, seconds: float, peak: float | None) -> dict[str, float | None]:
-    """What follows from the seconds of a step and the device's peak."""
+    """Returns the figures that follow from the seconds of a step and the peak of the device."""
     tokens = params.train.batch_size * params.train.gradient_accumulation_steps * config.block_size
     return {
         "tokens_per_second": tokens / seconds,
@@ -81,7 +81,7 @@ def figures(params: Params, config: GPTConfig, seconds: float, peak: float | Non
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: what tensors took on a GPU at most, else what this process did."""
+    """Returns the peak memory in bytes: of the tensors on a GPU, or else of this process."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else own_peak()
 
 
@@ -89,7 +89,7 @@ def peak_memory(device: str) -> int:
 
 
 def their_model(checkout: Path, config: GPTConfig) -> Any:
-    """nanoGPT's GPT of that shape, untrained."""
+    """Returns nanoGPT's GPT of that shape, untrained."""
     sys.path.insert(0, str(checkout))
     module = importlib.import_module("model")
     shape = {name: getattr(config, name) for name in SHAPE}
@@ -97,9 +97,9 @@ def their_model(checkout: Path, config: GPTConfig) -> Any:
 
 
 def their_step(checkout: Path, params: Params, config: GPTConfig, device_type: str) -> TheirStep:
-    """A step of nanoGPT's model as its train.py takes it, of one micro-batch."""
+    """Returns a training step of nanoGPT's model as in its train.py, with one micro-batch."""
     train, numerics, device = params.train, params.numerics, torch.device(device_type)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py has it; ours do not
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in train.py, unlike ours
     model = their_model(checkout, config).to(device)
     forward: Any = torch.compile(model) if numerics.compile else model
     optimizer = model.configure_optimizers(
@@ -130,7 +130,7 @@ def their_step(checkout: Path, params: Params, config: GPTConfig, device_type: s
 
 
 def their_batches(config: GPTConfig, batch_size: int, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
-    """train.py's get_batch, on the tokens that ours are timed with."""
+    """Does what get_batch of train.py does, on the tokens of our steps."""
     data, length = random_tokens(config), config.block_size
 
     def next_batch() -> tuple[Tensor, Tensor]:

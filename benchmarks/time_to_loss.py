@@ -1,6 +1,6 @@
 """Seconds until a preset reaches a validation loss: the whole pipeline, cold, in a clean clone of the commit.
 
-Cold: no cache of DVC, none of torch.compile. Only the installation is done.
+Cold means without DVC's cache and without torch.compile's; only the environment is installed.
 """
 
 import json
@@ -31,7 +31,7 @@ FIGURES = ("val_loss", "train_seconds", "total_seconds", "tokens", "parameters",
 
 @benchmark
 @with_params()
-@click.option("--text", type=TEXT, help="Instead of its source.")
+@click.option("--text", type=TEXT, help="Text to use instead of the preset's.")
 @click.option("--target", type=float, default=1.4697, show_default=True, help="Validation loss, nats per token.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=[1337], help="train.seed; give several for a mean.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the loss over seconds here (.png, .svg).")
@@ -41,9 +41,9 @@ def main(
 ) -> dict[str, Any]:
     """Runs the pipeline once per seed; fails if the mean loss over the whole validation split is above the target.
 
-    `train_seconds` are those of the training loop with its evaluations, checkpoints and compilation; `total_seconds`
-    those of `dvc repro`, all stages. With --nanogpt, its own run for a CPU (train_shakespeare_char of its README) is
-    taken after it, on the same text, for the picture.
+    `train_seconds` covers the training loop with evaluations, checkpoints and compilation; `total_seconds` covers
+    `dvc repro` with all stages. With --nanogpt the picture also shows the run for a CPU of nanoGPT's README
+    (train_shakespeare_char), on the same text.
     """
     if nanogpt and (text is None or picture is None):
         raise click.UsageError("--nanogpt is for the picture of a text: give --text and --picture too")
@@ -75,7 +75,7 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 
 def run(params: Params, text: Path | None) -> dict[str, Any]:
-    """The figures of one run, and its curve: seconds of training and validation loss of each evaluation."""
+    """Returns the figures of a run and its curve: seconds of training and validation loss of each evaluation."""
     with clean_clone(Path.cwd(), "HEAD") as clone, tempfile.TemporaryDirectory() as compiled:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
         if text is not None:
@@ -102,9 +102,9 @@ def run(params: Params, text: Path | None) -> dict[str, Any]:
 
 
 def nanogpt_curve(nanogpt: Path, text: Path, threads: int) -> Curve:
-    """Seconds since its train.py had a model, and the validation loss that it prints, of each of its evaluations.
+    """Returns for each evaluation of nanoGPT the seconds since it had a model, and the validation loss that it prints.
 
-    On as many threads as ours.
+    It uses as many threads as ours.
     """
     params = preset_params("shakespeare_cpu")
     with tempfile.TemporaryDirectory() as name:
@@ -125,7 +125,7 @@ def nanogpt_curve(nanogpt: Path, text: Path, threads: int) -> Curve:
 
 
 def draw(curves: dict[str, list[Curve]], target: float, path: Path) -> None:
-    """A line per run: validation loss, as it is estimated in training, over seconds."""
+    """Draws a line per run: the validation loss estimated in training over seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Text to token files: megabytes per second and peak memory, ours and nanoGPT's way beside it.
+"""Text to token files: megabytes per second and peak memory, ours, nanoGPT's way and the libraries alone beside it.
 
 Each measurement is a process of its own; its memory is the sum over that process and all that it starts, sampled. What
 is timed begins with text that lies on the disk in the form that each way downloads it to, and ends with train.bin and
@@ -21,11 +21,11 @@ SIZES = (10, 200)  # MB
 DOCUMENT = 5000  # characters, about as many as OpenWebText's have on average
 LINES, LETTERS = 5, 8  # one word of so many random letters every so many lines
 VAL_FRACTION, SEED, PROCESSES = 0.0005, 2357, 2
-# Way of ours -> what is measured beside it. nanoGPT has no bpe; tiktoken-alone is one process that encodes text which
-# is in memory and writes nothing: so many times the processes is what no way that leaves all words to it can exceed.
-CANDIDATES = {"gpt2": ["nanogpt-gpt2", "tiktoken-alone"], "char": ["nanogpt-char"], "bpe": []}
+# Way of ours -> what is measured beside it. nanoGPT has no bpe. The libraries alone encode documents that are in
+# memory, and write nothing: tiktoken in one thread, gigatoken in as many as there are cores.
+CANDIDATES = {"gpt2": ["nanogpt-gpt2", "gigatoken-alone", "tiktoken-alone"], "char": ["nanogpt-char"], "bpe": []}
 FORMS = {"nanogpt-gpt2": "dataset", "nanogpt-char": "text", "char": "raw-text", "bpe": "raw-text"}
-FORMS |= {"gpt2": "raw-documents", "tiktoken-alone": "raw-documents"}
+FORMS |= dict.fromkeys(("gpt2", "gigatoken-alone", "tiktoken-alone"), "raw-documents")
 
 
 @benchmark
@@ -36,7 +36,7 @@ FORMS |= {"gpt2": "raw-documents", "tiktoken-alone": "raw-documents"}
 def main(text: Path | None, megabytes: tuple[int, ...], ways: tuple[str, ...], beside: bool) -> dict[str, Any]:
     """Lines of Python's own documentation (or of --text) in random order, in documents of 5,000 characters or one text.
 
-    Lines are repeated in the larger texts, and our byte-pair ways remember words. So that new ones keep coming, as in
+    Lines are repeated in the larger texts, and gigatoken remembers words. So that new ones keep coming, as in
     real text, every fifth line begins with a word of random letters. A --text that is large enough is taken as it is.
     """
     results: list[dict[str, Any]] = []
@@ -172,6 +172,22 @@ def nanogpt_gpt2(folder: Path) -> Spent:
     return spent
 
 
+def gigatoken_alone(folder: Path) -> Spent:
+    import gigatoken
+
+    from nanogpt.corpus.batch_encoding import rank_file
+    from nanogpt.corpus.raw_text import read_documents
+    from nanogpt.corpus.tokenizer import Gpt2Tokenizer
+
+    ranks = folder / "gpt2.tiktoken"
+    ranks.write_bytes(rank_file(Gpt2Tokenizer().ordinary_tokens()))
+    tokenizer = gigatoken.Tokenizer.from_tiktoken(ranks, pretokenizer="gpt2")
+    documents = list(read_documents(folder / "raw-documents"))
+    with measuring() as spent:
+        tokenizer.encode_batch(documents)
+    return spent
+
+
 def tiktoken_alone(folder: Path) -> Spent:
     import tiktoken
 
@@ -204,6 +220,7 @@ CHILDREN = {
     "char": lambda folder: ours(folder, "char", "raw-text"),
     "bpe": lambda folder: ours(folder, "bpe", "raw-text"),
     "nanogpt-gpt2": nanogpt_gpt2,
+    "gigatoken-alone": gigatoken_alone,
     "tiktoken-alone": tiktoken_alone,
     "nanogpt-char": nanogpt_char,
 }

@@ -1,7 +1,7 @@
-"""What the training loop pays for what is beside it: checkpoints, the journal, MLflow's process, a bad server.
+"""What tracking costs the training loop: checkpoints, the journal, MLflow's process, a bad server.
 
-Each run is a process of its own, and the candidates take turns, so that a noisy machine is unfair to none. Where it is
-too noisy for ratios, the processor's time that MLflow's process takes says what it can cost at most.
+Each run is a separate process, and the candidates take turns, so that load on the machine affects all of them. If the
+ratios are too noisy, the CPU time of MLflow's process bounds its cost.
 """
 
 import os
@@ -45,7 +45,7 @@ main()
 @click.option("--steps", default=200, show_default=True, help="Steps of each run.")
 @click.option("--rounds", default=5, show_default=True, help="Turns of each candidate.")
 def main(steps: int, rounds: int) -> dict[str, Any]:
-    """Trains on data/tokens as params.yaml says, with more and more of what tracks it."""
+    """Trains on data/tokens with the settings of params.yaml, adding one part of the tracking after another."""
     most = load_params().train.max_iters
     if not 1 <= steps <= most:
         raise click.UsageError(f"--steps {steps}: train.max_iters = {most} allows 1 to that many")
@@ -53,7 +53,7 @@ def main(steps: int, rounds: int) -> dict[str, Any]:
     for number in range(rounds):
         for name in CANDIDATES if number % 2 else reversed([*CANDIDATES]):
             found[name].append(call(measure, steps=steps, candidate=name)[0])
-    # Of one round, so that what the machine does meanwhile is in both.
+    # From the same round, so that other load on the machine affects both.
     pairs = {name: zip(found[name], found["nothing"], strict=True) for name in CANDIDATES}
     ratios = {name: statistics.median(a["seconds"] / b["seconds"] for a, b in pairs[name]) for name in CANDIDATES}
     click.echo(row(f"{'ms per step':40}", "the loop", "ratio", "its checkpoints", "CPU beside", width=17))
@@ -65,9 +65,9 @@ def main(steps: int, rounds: int) -> dict[str, Any]:
 
 
 def measure(steps: int, candidate: str) -> dict[str, float]:
-    """Seconds per step of the whole loop, evaluations included, and of its `checkpoints`, for which it stands still.
+    """Returns seconds per step: of the whole loop with evaluations, and of the `checkpoints` that it waits for.
 
-    `beside` are those of the processor that MLflow's process takes.
+    `beside` is the CPU time of MLflow's process.
     """
     params = load_params()
     from nanogpt import determinism
@@ -104,7 +104,7 @@ def measure(steps: int, candidate: str) -> dict[str, float]:
             journal.append("start", step=0, resumed=False, environment=environment())
             describe(run, params, {"fingerprint": "0" * 64}, dataset(recipe, "0" * 64))
             if candidate == "nothing":
-                observers = [one for one in observers if isinstance(one, SamplePreview)]  # which all candidates make
+                observers = [one for one in observers if isinstance(one, SamplePreview)]  # which all candidates have
             elif candidate != "journal":
                 follower = start(candidate, run)
                 wait_for_run(candidate, run, follower)  # a fixed cost, not the loop's
@@ -123,7 +123,7 @@ def measure(steps: int, candidate: str) -> dict[str, float]:
 
 
 def processor_seconds(process: "subprocess.Popen[bytes] | None") -> float:
-    """Those that a process, which has not ended, has taken of the processor; 0 without one."""
+    """Returns the CPU seconds of a running process, or 0 without one."""
     if process is None:
         return 0.0
     times = psutil.Process(process.pid).cpu_times()
@@ -131,7 +131,7 @@ def processor_seconds(process: "subprocess.Popen[bytes] | None") -> float:
 
 
 def start(candidate: str, run: Run) -> "subprocess.Popen[bytes]":
-    """The process that fills MLflow."""
+    """Returns the process that writes to MLflow."""
     from tracking import mlflow_process
 
     if candidate != "unsampled":
@@ -142,7 +142,7 @@ def start(candidate: str, run: Run) -> "subprocess.Popen[bytes]":
 
 
 def wait_for_run(candidate: str, run: Run, follower: "subprocess.Popen[bytes]") -> None:
-    """Until MLflow's process has imported what it needs and has made its run, where there is a database for it."""
+    """Waits until MLflow's process has started and has created its run, if there is a database."""
     if candidate in {"gone", "slow"}:
         time.sleep(5)
         return
@@ -153,7 +153,7 @@ def wait_for_run(candidate: str, run: Run, follower: "subprocess.Popen[bytes]") 
 
 
 def uri(candidate: str, folder: str) -> str:
-    """Where MLflow is, for a candidate."""
+    """Returns the address of MLflow for a candidate."""
     if candidate not in {"gone", "slow"}:
         return f"sqlite:///{folder}/mlflow.db"
     listener = socket.create_server(("127.0.0.1", 0))
@@ -166,7 +166,7 @@ def uri(candidate: str, folder: str) -> str:
 
 
 def answer_slowly(listener: socket.socket) -> None:
-    """Answers every request after two seconds: that it has failed."""
+    """Answers every request with an error, after two seconds."""
     while True:
         connection, _ = listener.accept()
         connection.recv(65536)

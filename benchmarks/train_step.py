@@ -1,9 +1,8 @@
-"""How fast a training step of params.yaml, or of a preset, is here: tokens per second, time, MFU and peak memory.
+"""The speed of a training step of params.yaml or a preset on this machine: tokens per second, time, MFU, memory.
 
-What nanoGPT's bench.py is for: the loop of nanogpt/train.py without evaluations and checkpoints, with a report after
-each step. With --trace some more steps follow the timed ones and are profiled; chrome://tracing and ui.perfetto.dev
-show the file. With --nanogpt each of our steps is followed by one of nanoGPT's, so that a noisy machine is unfair to
-none.
+Like nanoGPT's bench.py it runs the training loop without evaluations and checkpoints, with a report after each step.
+--trace profiles some further steps; chrome://tracing and ui.perfetto.dev show the file. --nanogpt runs a step of
+nanoGPT's after each of ours, so that load on the machine affects both.
 """
 
 import statistics
@@ -52,7 +51,7 @@ def main(
 def measure(
     params: Params, vocab_size: int, tokens: Tokens | None, steps: int, trace: Path | None, nanogpt: Path | None
 ) -> dict[str, Any]:
-    """The figures of the median step, of a new model; None is what is not known."""
+    """Returns the figures of the median step of a new model; None for unknown ones."""
     from nanogpt import determinism
 
     numerics = determinism.pin(params.numerics, params.runtime.device)
@@ -71,7 +70,7 @@ def measure(
     found: dict[str, Any] = {
         **figures(params, config, seconds, peak),
         "peak_tflops": None if peak is None else peak / 1e12,
-        "peak_memory_mb": None if nanogpt else peak_memory(numerics.device) / 1e6,  # nanoGPT's would be in it
+        "peak_memory_mb": None if nanogpt else peak_memory(numerics.device) / 1e6,  # it would include nanoGPT's
         "steps": steps,
         "tokens_per_step": params.train.batch_size * params.train.gradient_accumulation_steps * config.block_size,
         "parameters": sum(sizing.parameters(config).values()),

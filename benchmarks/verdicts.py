@@ -1,4 +1,4 @@
-"""How often `compare` and `trial` call two equal settings different, and how often they find a gain that is there."""
+"""How often `compare` and `trial` call two equal settings different, and how often they find a real gain."""
 
 import random
 import statistics
@@ -17,12 +17,12 @@ SHORT = {"train.max_iters": 60, "train.eval_interval": 60, "train.warmup_iters":
 
 
 @benchmark
-@click.option("--pool", default=100, show_default=True, help="Seeds of one small setting that are trained.")
-@click.option("--draws", default=2000, show_default=True, help="Comparisons that are drawn from them.")
-@click.option("--seeds", default=5, show_default=True, help="Seeds of each side of a comparison.")
-@click.option("--looks", default=20, show_default=True, help="Pairs after which a trial gives up.")
+@click.option("--pool", default=100, show_default=True, help="Seeds with which one small setting is trained.")
+@click.option("--draws", default=2000, show_default=True, help="Comparisons drawn from these trainings.")
+@click.option("--seeds", default=5, show_default=True, help="Seeds on each side of a comparison.")
+@click.option("--looks", default=20, show_default=True, help="Pairs after which a trial ends undecided.")
 def main(pool: int, draws: int, seeds: int, looks: int) -> dict[str, Any]:
-    """Draws comparisons of a setting with itself, and with itself less one standard deviation over seeds."""
+    """Compares a setting with itself, and with itself minus one standard deviation over seeds."""
     losses = train(pool)
     deviation, rng = statistics.stdev(losses), random.Random(1)
     asked = {paired: seeds_needed(2 ** (-0.5 if paired else 0), ALPHA, paired) or 0 for paired in (True, False)}
@@ -63,7 +63,7 @@ def by_trial(a: list[float], b: list[float]) -> bool:
 
 
 def train(pool: int) -> list[float]:
-    """The final validation losses of a small model on data/tokens, one for each seed."""
+    """Returns the final validation losses of a small model on data/tokens, one for each seed."""
     params = load_params()
     from nanogpt import determinism
 

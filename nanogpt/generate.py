@@ -3,7 +3,8 @@
 Shapes: B samples, T time, C channels, V vocabulary.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt import seeds
+from nanogpt import portable, seeds
 from nanogpt.model import GPT, KVCache, rotation
 
-LARGE = 2**22  # weights, 16 MiB of float32; larger matrices are not copied for speed
+LARGE = 2**22  # weights, 16 MiB of float32; copying a larger matrix by columns takes too long
 
 
 @dataclass(frozen=True)
@@ -69,30 +70,39 @@ def _tokens(
 class Decoder:
     """Computes `model(tokens, cache=cache)` for one more token of each sample, in less time.
 
-    For a small model that call spends most of its time in Python: modules, hooks, parameters looked up by name. This
-    class runs the same operations as plain functions of tensors, with the same bits. One sample on a CPU is an
-    exception: its time is that of reading the weights, and torch reads a matrix with more rows than columns faster
-    if it is stored by columns, but then adds up in another order.
+    For a small model that call spends most of its time in Python: modules, hooks, parameters looked up by name. For a
+    large one on a CPU it spends it on reading the weights and on rearranging them in each product. This class runs the
+    same operations as plain functions of tensors and arranges the weights once, as copies, so that they are in memory
+    twice. Products may add up in another order than the model's; in `portable` all bits are the model's.
     """
 
     def __init__(self, model: GPT, cache: KVCache):
         self.model, self.cache = model, cache
-        self.by_columns = cache.tokens.size(0) == 1 and cache.tokens.device.type == "cpu"
         blocks: Any = model.h
         self.layers: list[tuple[Any, ...]] = [
             (
-                *(block.ln_1.forward, self.weights(block.attn.c_attn), block.attn.mix, self.weights(block.attn.c_proj)),
-                *(block.ln_2.forward, self.weights(block.mlp.c_fc), block.mlp.activate, self.weights(block.mlp.c_proj)),
+                *(block.ln_1.forward, self.linear(block.attn.c_attn), block.attn.mix, self.linear(block.attn.c_proj)),
+                *(block.ln_2.forward, self.linear(block.mlp.c_fc), block.mlp.activate, self.linear(block.mlp.c_proj)),
             )
             for block in blocks
         ]
+        self.head = self.product(model.head)
 
-    def weights(self, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        """Returns a layer's weight, stored by columns where that is faster, and its bias."""
-        weight = linear.weight
-        if self.by_columns and weight.size(0) > weight.size(1) and weight.numel() <= LARGE:
-            weight = weight.t().contiguous().t()
-        return weight, linear.bias
+    def linear(self, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        """Returns the layer as a function of x (B, 1, in)."""
+        product, bias = self.product(layer.weight), layer.bias
+        return product if bias is None else lambda x: product(x) + bias
+
+    def product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """Returns the function x @ weight.T of x (B, 1, in), with a copy of the weight in the order that suits it."""
+        samples = self.cache.tokens.size(0)
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            if onednn and (samples > 1 or portable.installed()):
+                return portable.packed_product(weight, samples)
+            if weight.size(0) > weight.size(1) and weight.numel() <= LARGE:
+                weight = weight.t().contiguous().t()  # by columns: torch reads it in one pass for a single row
+        return functools.partial(F.linear, weight=weight)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Returns the logits (B, 1, V) after tokens (B, 1), which follow those in the cache."""
@@ -102,10 +112,10 @@ class Decoder:
         if model.wpe is None:
             positions = rotation(cache.length, 1, model.config.n_embd // model.config.n_head, tokens.device)
         for ln_1, c_attn, mix, attn_proj, ln_2, c_fc, activate, mlp_proj in self.layers:
-            x = x + F.linear(mix(F.linear(ln_1(x), *c_attn), positions, cache), *attn_proj)
-            x = x + F.linear(activate(F.linear(ln_2(x), *c_fc)), *mlp_proj)
+            x = x + attn_proj(mix(c_attn(ln_1(x)), positions, cache))
+            x = x + mlp_proj(activate(c_fc(ln_2(x))))
         cache.length += 1
-        return F.linear(model.ln_f(x), model.head)
+        return self.head(model.ln_f(x))
 
 
 def uniforms(seed: int, samples: int, positions: int) -> Iterator[Tensor]:

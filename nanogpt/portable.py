@@ -34,16 +34,7 @@ UNDIVIDED = 16384  # elements up to which torch splits nothing, GELU included
 LANES = 16  # floats per iteration of torch's AVX2 loops; leftover elements are computed one at a time
 # Other forms of a product, and the square root, whose bits in MKL differ between CPUs.
 UNDEFINED = (
-    "mm.out",
-    "addmm.out",
-    "bmm.out",
-    "baddbmm.out",
-    "baddbmm_",
-    "addmv",
-    "addmv_",
-    "addmv.out",
-    "dot",
-    "vdot",
+    *("mm.out", "addmm.out", "bmm.out", "baddbmm.out", "baddbmm_", "addmv", "addmv_", "addmv.out", "dot", "vdot"),
     *("sqrt", "sqrt_", "sqrt.out"),
 )
 
@@ -52,11 +43,16 @@ Kernel = Callable[..., Any]
 
 def install() -> None:
     """Replaces torch's kernels for the CPU in this process. Calling it again changes nothing."""
-    _installed()
+    _library()
+
+
+def installed() -> bool:
+    """Whether the kernels are replaced in this process."""
+    return _library.cache_info().currsize > 0
 
 
 @functools.cache
-def _installed() -> Library:
+def _library() -> Library:
     """The registrations, which last as long as this object."""
     library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     kernels: dict[str, Kernel] = {
@@ -113,6 +109,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def _linear(a: Tensor, b: Tensor) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
     return result
+
+
+def packed_product(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """Returns x (B, T, K) -> product of x and weight (N, K), (B, T, N), for `rows` = B * T.
+
+    The weight is copied once into the layout that oneDNN's kernel reads; `product` does that in each call.
+    """
+    if weight.size(0) == 1:  # oneDNN adds up a single column otherwise
+        return functools.partial(F.linear, weight=weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 2)
+    if rows > 1:
+        return lambda x: _linear(x, packed)
+    return lambda x: _linear(F.pad(x, (0, 0, 0, 0, 0, 1)), packed)[:1]
 
 
 def grouped_product(a: Tensor, b: Tensor) -> Tensor:
@@ -194,20 +203,32 @@ def attention(
     B, H, T, D = q.shape
     S = k.size(2)
     q, k = _by_position(q) * _log2_scale(D, scale), k.reshape(B * H, S, D)  # (T, G, D), (G, S, D)
+    if T == 1:  # generation: the loops below, without their overhead
+        out, log_sum = _block(q, k, v.reshape(B * H, S, D).mT)
+        return _by_head(out, B), log_sum.view(1, B, H).permute(1, 2, 0)
     v = _transposed(_by_position(v))  # (G, D, S)
     out, log_sum = torch.empty_like(q), q.new_empty(T, B * H, 1)
     for group in _slices(B * H, max(1, SCORES // (QUERIES * S))):
         for rows in _slices(T, QUERIES):
             seen = rows.stop if is_causal else S
-            scores = grouped_product(q[rows, group], k[group, :seen])  # (t, G, seen)
-            if is_causal:
-                scores[:, :, rows] += _mask(scores.size(0), q.device)[:, None]
-            largest = scores.amax(-1, keepdim=True)
-            weights = _exp2_(scores.sub_(largest))
-            sums = weights.sum(-1, keepdim=True)
-            out[rows, group] = grouped_product(weights, v[group, :, :seen]).div_(sums)
-            log_sum[rows, group] = sums.log2_().add_(largest)
+            mask = _mask(rows.stop - rows.start, q.device) if is_causal else None
+            found = _block(q[rows, group], k[group, :seen], v[group, :, :seen], mask)
+            out[rows, group], log_sum[rows, group] = found
     return _by_head(out, B), log_sum.view(T, B, H).permute(1, 2, 0)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q (t, G, D), k (G, S, D), v (G, D, S) -> weighted values (t, G, D) and log2 of the sums (t, G, 1).
+
+    `mask` (t, t) is added to the scores of the last t keys.
+    """
+    scores = grouped_product(q, k)  # (t, G, S)
+    if mask is not None:
+        scores[:, :, -mask.size(1) :] += mask[:, None]
+    largest = scores.amax(-1, keepdim=True)
+    weights = _exp2_(scores.sub_(largest))
+    sums = weights.sum(-1, keepdim=True)
+    return grouped_product(weights, v).div_(sums), sums.log2().add_(largest)
 
 
 def attention_backward(

@@ -40,7 +40,7 @@ LEVELS = [
         "corpus.decoding",
         "corpus.meta_pickle",
         "corpus.split",
-        "corpus.words",
+        "corpus.batch_encoding",
         "distributed",
         "gpt_config",
         "loss",

@@ -13,6 +13,7 @@ from tracking.errors import errors_in_one_line, warn
 
 # The first line of each command's docstring (a test compares them), so that --help imports no command.
 COMMANDS = {
+    "bisect": "Finds the first commit after GOOD whose first training steps have other bits.",
     "champion": "Makes the best model of EXPERIMENT the champion.",
     "compare": "Shows which setting is best, by how much, and whether that is noise.",
     "deps": "Writes each stage's deps into dvc.yaml, from its imports.",
@@ -26,6 +27,7 @@ COMMANDS = {
     "preset": "Writes params.yaml for a preset, or lists the presets.",
     "reference": "Writes docs/reference.md from params.yaml, the commands and MLflow's names.",
     "replay": "Recomputes one training step and compares it with the journal.",
+    "report": "Writes a report of experiments for a paper or a colleague.",
     "serve": "Serves the champion until Ctrl-C.",
     "size": "Shows what the training that params.yaml describes will cost.",
     "summary": "Summarises the newest result and compares dvc.lock with HEAD's.",

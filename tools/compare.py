@@ -109,7 +109,7 @@ def title(found: Comparison) -> str:
     """Such as "6 runs of 2 settings: validation loss, nats per token; best possible 1.0408"."""
     runs, settings = sum(len(setting.results) for setting in found.settings), len(found.settings)
     floors = {round(floor, 4) for setting in found.settings for floor in setting.values("floor")}
-    counted = f"{_count(runs, 'run')} of {_count(settings, 'setting')}: {TITLES[found.score]}"
+    counted = f"{count(runs, 'run')} of {count(settings, 'setting')}: {TITLES[found.score]}"
     if not found.settings[0].results[0].evaluated:
         counted += ", of training's batches"
     return counted + (f"; best possible {floors.pop():.4f}" if len(floors) == 1 and found.score == "val_loss" else "")
@@ -141,7 +141,7 @@ def verdict_lines(found: Comparison) -> list[str]:
     if not found.others:
         return ["", "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"]
     against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
-    lines = ["", f"{against}: difference, 95 % interval, p over {_count(found.tests, 'comparison')}"]
+    lines = ["", f"{against}: difference, 95 % interval, p over {count(found.tests, 'comparison')}"]
     for setting, diff in zip(found.others, found.differences, strict=True):
         kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
         shown = [f"{diff.mean:+.4f}", interval(diff), kind, p_value(diff), words(diff)]
@@ -160,7 +160,7 @@ def words(diff: Difference) -> str:
     if diff.p is None:
         return "cannot tell from one seed"
     if diff.more_seeds is not None:
-        return f"cannot tell: {_count(diff.more_seeds, 'more seed')}"
+        return f"cannot tell: {count(diff.more_seeds, 'more seed')}"
     if diff.verdict == "cannot tell":
         return "the same" if diff.mean == 0 and diff.low == 0 else "cannot tell"
     return diff.verdict
@@ -183,7 +183,7 @@ def number_of(found: Comparison, setting: Setting) -> str:
     return str(next(number for number, each in enumerate(found.settings, 1) if each is setting))
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -206,20 +206,24 @@ def _row(number: str, label: str, values: Sequence[str], widths: Sequence[int], 
 # --- as Markdown and JSON
 
 
-def markdown_table(found: Comparison) -> str:
-    """A comparison as one table in Markdown."""
+def cells_with_verdicts(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of `cells`, each with its difference from the reference."""
     head, rows = cells(found)
-    lines = [f"**{title(found)}**", "", markdown_row([*head, "difference", "95 % interval", "p", "verdict"])]
-    lines.append("|" + " --- |" * (len(head) + 4))
     for setting, row in zip(found.settings, rows, strict=True):
         diff = difference_of(found, setting)
-        shown = (
+        row += (
             [f"{diff.mean:+.4f}", interval(diff), p_value(diff), words(diff)]
             if diff
             else ["", "", "", reference_is(found)]
         )
-        lines.append(markdown_row([*row, *shown]))
-    note = f"p is corrected for {_count(found.tests, 'comparison')}; a verdict needs p < {ALPHA}."
+    return [*head, "difference", "95 % interval", "p", "verdict"], rows
+
+
+def markdown_table(found: Comparison) -> str:
+    """A comparison as one table in Markdown."""
+    head, rows = cells_with_verdicts(found)
+    lines = [f"**{title(found)}**", "", markdown_row(head), "|" + " --- |" * len(head), *map(markdown_row, rows)]
+    note = f"p is corrected for {count(found.tests, 'comparison')}; a verdict needs p < {ALPHA}."
     return "\n".join([*lines, *(["", note] if found.others else [])])
 
 

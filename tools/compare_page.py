@@ -1,5 +1,6 @@
 """Writes a comparison as one HTML file without external resources: tables, loss curves, samples and runs."""
 
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -60,14 +61,36 @@ class Chart:
         return [(self.y(value), f"{value:.4g}") for value in ticks(self.y_least, self.y_most)]
 
 
-def page(comparisons: Sequence[Comparison], left_out: Sequence[str]) -> str:
-    """The whole HTML file."""
+@dataclass(frozen=True)
+class Section:
+    """A table, or a picture, that the page shows below a comparison."""
+
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    svg: str = ""
+
+    @property
+    def address(self) -> str:
+        """The picture as an address; inside an img its styles and the page's do not mix."""
+        return f"data:image/svg+xml;base64,{b64encode(self.svg.encode()).decode()}"
+
+
+def page(
+    comparisons: Sequence[Comparison],
+    left_out: Sequence[str],
+    heading: str = "Comparison",
+    sections: Sequence[Sequence[Section]] = (),
+) -> str:
+    """The whole HTML file. `sections` has those of each comparison."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     return template.render(
+        heading=heading,
         parts=[part(found) for found in comparisons],
+        sections=sections or [[] for _ in comparisons],
         left_out=left_out,
         alpha=ALPHA,
         drawn=DRAWN,

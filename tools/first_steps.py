@@ -14,6 +14,6 @@ from tracking.golden import first_steps
 def main(out: Path) -> None:
     """Writes loss and gradient norm of the first 20 training steps.
 
-    Trains these steps, and writes them with everything that their bits depend on.
+    Trains these steps, and writes them with hashes of the weights and everything that their bits depend on.
     """
     out.write_text(json.dumps(first_steps(), sort_keys=True, indent=1) + "\n")

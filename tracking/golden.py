@@ -1,12 +1,16 @@
 """Golden files: what this commit's training gives in each environment. golden/README.md describes their use."""
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import sha256_json, write_json
 from nanogpt.params import flatten, load_params
 from tracking.dvc_files import DvcLock
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FOLDER, TOKENS = Path("golden"), Path("data/tokens")
 STEPS = 20
@@ -17,7 +21,7 @@ def first_steps() -> dict[str, Any]:
     """Trains the first steps of data/tokens and params.yaml, and leaves nothing behind.
 
     Returns {"environment": ..., "made_of": hashes of params, tokens and code, "kernels": known answers by kernel,
-    "steps": records, exact to the bit}.
+    "steps": records, exact to the bit, "tensors": [name, hash] of each weight before and after each step}.
     """
     params = load_params()
     from nanogpt import determinism
@@ -35,14 +39,29 @@ def first_steps() -> dict[str, Any]:
         "tokens": hashes["tokens.sha256"],
         "code": hashes["code.sha256"],
     }
-    records = Retrace(recipe).to(min(STEPS, params.train.last_step))
-    steps = [{name: record[name] for name in ("step", *VALUES)} for record in records]
+    retrace = Retrace(recipe)
+    tensors = [tensor_hashes(retrace.state.model)]
+    for step in range(1, min(STEPS, params.train.last_step) + 1):
+        retrace.to(step)
+        tensors.append(tensor_hashes(retrace.state.model))
+    steps = [{name: record[name] for name in ("step", *VALUES)} for record in retrace.steps]
     return {
         "environment": bits_environment(environment(), numerics.as_dict()),
         "made_of": made_of,
         "kernels": known_answers.answers() if numerics.is_portable else {},
         "steps": steps,
+        "tensors": tensors,
     }
+
+
+def tensor_hashes(model: "nn.Module") -> list[tuple[str, str]]:
+    """The name of each tensor of a model, in its order, and the first digits of the sha256 of its bytes."""
+    import torch
+
+    return [
+        (name, hashlib.sha256(tensor.flatten().cpu().view(torch.uint8).numpy()).hexdigest()[:16])
+        for name, tensor in model.state_dict().items()
+    ]
 
 
 def bits_environment(environment: dict[str, str], numerics: dict[str, Any]) -> dict[str, str]:
@@ -66,6 +85,7 @@ def write_golden() -> tuple[Path, Golden]:
     if model is None:
         raise ValueError("dvc.lock has no model; run `dvc repro` first")
     golden = {**first_steps(), "model": model, "metrics": read_metrics(Path())}
+    del golden["tensors"]  # a line for each, which `bisect` alone reads
     path = FOLDER / file_name(golden["environment"])
     write_json(path, golden)
     return path, golden

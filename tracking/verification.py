@@ -131,7 +131,7 @@ def check_steps(root: Path, say: Say) -> Report:
         goldens = load_goldens(clone.path / "golden")
         if not goldens:
             raise CouldNotRun("golden/ has no golden file; `make golden` writes the one of this environment")
-        found = _first_steps(clone, say)
+        found = run_first_steps(clone, say)
     report.environment = found["environment"]
     golden = nearest(goldens, report.environment)
     report.environment_differs = differences(golden["environment"], report.environment)
@@ -189,7 +189,7 @@ def check_base(root: Path, base: str, say: Say) -> Report:
         with clean_clone(root, commit) as clone:
             say(f"commit {commit[:12]}")
             outs.append(DvcLock.parse((clone.path / "dvc.lock").read_text()).outs().get("train"))
-            found = _first_steps(clone, say)
+            found = run_first_steps(clone, say)
             results.append(found["steps"])
             report.environment = found["environment"]
     expected, steps = results
@@ -215,7 +215,7 @@ def check_cpus(root: Path, say: Say) -> Report:
         raise CouldNotRun(f"{EMULATOR} is not installed; on Debian and Ubuntu: apt-get install qemu-user")
     report = Report("cpus", git(root, "rev-parse", "HEAD"))
     with clean_clone(root, report.commit) as clone:
-        here = _first_steps(clone, say)
+        here = run_first_steps(clone, say)
         report.environment = here["environment"]
         if report.environment["numerics.determinism"] != "portable":
             raise CouldNotRun("only numerics.determinism = portable gives the same bits on other CPUs")
@@ -240,9 +240,9 @@ def check_cpus(root: Path, say: Say) -> Report:
     return report
 
 
-def _first_steps(clone: CleanClone, say: Say) -> dict[str, Any]:
-    for stage in TEXT_STAGES:
-        say(f"{stage}: {clone.repro(stage):.0f} s")
+def run_first_steps(clone: CleanClone, say: Say) -> dict[str, Any]:
+    """Trains the first steps in a clone; see golden.first_steps. Raises CouldNotRun."""
+    say(f"{' and '.join(TEXT_STAGES)}: {clone.repro(*TEXT_STAGES):.0f} s")
     return _train_first_steps(clone, "python")
 
 

@@ -3,9 +3,9 @@
 As in nanoGPT, a single text is split by position; several documents are shuffled, split by document, and followed by
 an end-of-text token each. Token files from elsewhere are copied.
 
-The main process decides where spans of text begin and end; other processes read and encode them. A text is cut only
+One thread decides where spans of text begin and end, others read and encode them, and one writes. A text is cut only
 where that does not change its tokens (except in a word of more than LONGEST_SPAN bytes), and results are written in
-order, so they do not depend on the cuts or the number of processes. Memory use is constant, apart from some 30 bytes
+order, so they do not depend on the cuts or the number of threads. Memory use is constant, apart from some 30 bytes
 per document for the split.
 """
 
@@ -13,14 +13,10 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import signal
-import threading
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +41,7 @@ from nanogpt.corpus.split import split_documents
 from nanogpt.corpus.token_files import CorpusMeta, Meta, SplitMeta, SplitName
 from nanogpt.corpus.tokenizer import (
     Alphabet,
+    BytePairTokenizer,
     CharTokenizer,
     Gpt2Tokenizer,
     Ids,
@@ -59,7 +56,8 @@ LastCut = Callable[[str], int]  # Tokenizer.last_cut
 Split = Callable[[LastCut], Iterator[tuple[SplitName, Span]]]  # the spans of train, then those of val
 
 LONGEST_SPAN = 2**22  # bytes of a span, which are in memory at once
-POOL_BYTES = 40_000_000  # a smaller corpus is encoded in less time than processes take to start
+LARGE = 2_000_000  # bytes; tiktoken encodes a smaller corpus in less time than gigatoken takes to start
+TRAINING_BYTES = 100_000_000  # of text, from which a bpe is trained
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,10 @@ def prepare(
     if info.kind == "tokens":
         encoded_parts = _counted(raw, tokenizer, warn)
     else:
-        if info.bytes < POOL_BYTES or isinstance(tokenizer, CharTokenizer):
-            processes = 1  # characters are encoded in less time than it takes to send them to another process
-        mark_ends = info.kind == "documents"
-        pool, work = _pool(raw, tokenizer, directory / "tokenizer.json", mark_ends, processes)
-        encoded_parts = _encode_all(_tasks(split(tokenizer.last_cut)), pool, work, 2 * processes)
+        if info.bytes >= LARGE and isinstance(tokenizer, BytePairTokenizer):
+            tokenizer.use_gigatoken(warn)
+        work = functools.partial(encode, raw, tokenizer, info.kind == "documents")
+        encoded_parts = _encode_all(_tasks(split(tokenizer.last_cut)), work, processes)
     files = {name: _TokenWriter(directory / f"{name}.bin") for name in ("train", "val")}
     with ThreadPoolExecutor(1) as thread:
         for name, encoded in _ahead(encoded_parts, thread):
@@ -147,7 +144,9 @@ def make_tokenizer(
         return CharTokenizer(alphabet.characters(), end_of_text=several)
     # All byte-pair tokenizers can be cut at the same places, so training sees whole words.
     gpt2 = Gpt2Tokenizer()
-    texts = (text for name, spans in _tasks(split(gpt2.last_cut)) if name == "train" for text in read_spans(raw, spans))
+    tasks = (spans for name, spans in _tasks(split(gpt2.last_cut)) if name == "train")
+    some = itertools.islice(tasks, 0, None, math.ceil(info.bytes / TRAINING_BYTES))
+    texts = (text for spans in some for text in read_spans(raw, spans))
     words = (part for text in texts for part in gpt2.parts(text))  # the library collects 256 of them
     return train_bpe(words, params.vocab_size, several, warn)
 
@@ -247,7 +246,9 @@ def encode(raw: Path, tokenizer: Tokenizer, mark_ends: bool, spans: list[Span]) 
             except ValueError as error:
                 raise ValueError(f"{raw / span.file}, text at byte {span.start:,}: {error}") from error
         raise
-    return Encoded(ids, sum(map(utf8_bytes, texts)), len(spans) * mark_ends)
+    # A span of a single text is its bytes; one of several documents spells them as JSON.
+    size = sum(map(utf8_bytes, texts)) if mark_ends else sum(span.size for span in spans)
+    return Encoded(ids, size, len(spans) * mark_ends)
 
 
 def _counted(raw: Path, tokenizer: Tokenizer, warn: Callable[[str], None]) -> Iterator[tuple[SplitName, Encoded]]:
@@ -259,34 +260,18 @@ def _counted(raw: Path, tokenizer: Tokenizer, warn: Callable[[str], None]) -> It
         yield name, Encoded(ids, int(lengths[ids].sum()), int((ids == end).sum()))
 
 
-def _pool(
-    raw: Path, tokenizer: Tokenizer, saved: Path, mark_ends: bool, processes: int
-) -> tuple[Executor, Callable[[list[Span]], Encoded]]:
-    """What runs the encoding, and the function to run; `saved` is the tokenizer's file."""
-    if processes == 1:
-        return ThreadPoolExecutor(1), functools.partial(encode, raw, tokenizer, mark_ends)
-    # Fresh interpreters: a fork would share the threads of a tokenizer that was trained here.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start_worker)
-    return pool, functools.partial(_encode_in_worker, raw, saved, mark_ends)
-
-
 def _encode_all(
-    tasks: Iterator[tuple[SplitName, list[Span]]],
-    pool: Executor,
-    work: Callable[[list[Span]], Encoded],
-    ahead: int,
+    tasks: Iterator[tuple[SplitName, list[Span]]], work: Callable[[list[Span]], Encoded], threads: int
 ) -> Iterator[tuple[SplitName, Encoded]]:
-    """Encodes the tasks in the pool, in order, at most `ahead` at a time."""
+    """Encodes the tasks in so many threads, in order, at most two for each thread at a time."""
+    pool = ThreadPoolExecutor(threads)
     try:
         submitted = ((name, pool.submit(work, spans)) for name, spans in tasks)
-        pending: deque[tuple[SplitName, Future[Encoded]]] = deque(itertools.islice(submitted, ahead))
+        pending: deque[tuple[SplitName, Future[Encoded]]] = deque(itertools.islice(submitted, 2 * threads))
         while pending:
             name, future = pending.popleft()
             pending.extend(itertools.islice(submitted, 1))
             yield name, future.result()
-    except BrokenProcessPool as error:
-        raise ValueError("a tokenizer process died, perhaps for lack of memory; lower runtime.processes") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -302,26 +287,6 @@ def _ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
         yield item
 
 
-_loaded = functools.cache(load_tokenizer)  # once per worker process
-
-
-def _encode_in_worker(raw: Path, saved: Path, mark_ends: bool, spans: list[Span]) -> Encoded:
-    return encode(raw, _loaded(saved), mark_ends, spans)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the main process ends, even by a kill."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 # --- write ------------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +299,7 @@ class _TokenWriter:
         self.last: int | None = None
 
     def write(self, encoded: Encoded) -> None:
-        data = encoded.ids.tobytes()
+        data = encoded.ids.data
         self.digest.update(data)
         self.file.write(data)
         self.tokens += len(encoded.ids)

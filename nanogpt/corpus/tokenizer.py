@@ -10,14 +10,14 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from nanogpt.corpus.words import WordTable
+from nanogpt.corpus.batch_encoding import BatchEncoder, Unusable
 from nanogpt.files import Damaged, read_bytes, reason
 
 if TYPE_CHECKING:
@@ -215,9 +215,19 @@ class BytePairTokenizer(Tokenizer):
     def _encoding(self) -> "tiktoken.Encoding":
         """tiktoken's encoding, with END_OF_TEXT as a special token."""
 
-    @functools.cached_property
-    def _words(self) -> WordTable:
-        return WordTable(self._encoding, END_OF_TEXT, self.dtype)
+    _batch: BatchEncoder | None = None
+
+    def ordinary_tokens(self) -> list[bytes]:
+        """The bytes of all tokens but end of text, in the order of their ids."""
+        ids = range(self.vocab_size - (self.end_of_text is not None))
+        return [*map(self._encoding.decode_single_token_bytes, ids)]
+
+    def use_gigatoken(self, warn: Callable[[str], None]) -> None:
+        """Makes `encode_all` several times as fast, with the same ids; warns if that is not possible here."""
+        try:
+            self._batch = BatchEncoder(self._encoding, self.ordinary_tokens())
+        except Unusable as error:
+            warn(f"{error}; tiktoken makes the same tokens in ten times the time")
 
     def encode(self, text: str) -> Ids:
         if not text.isascii():
@@ -231,8 +241,14 @@ class BytePairTokenizer(Tokenizer):
         return ids.astype(self.dtype)
 
     def encode_all(self, texts: Iterable[str], mark_ends: bool) -> Ids:
-        """The same ids as from `encode`, several times as fast for large texts."""
-        return self._words.encode_all(map(self.parts, texts), self.end_of_text if mark_ends else None)
+        if self._batch is None:
+            return super().encode_all(texts, mark_ends)
+        parts = [[*self.parts(text)] for text in texts]
+        ids, borders = self._batch.encode([*itertools.chain(*parts)])
+        stored: Ids = ids.astype(self.dtype)
+        if mark_ends and self.end_of_text is not None:
+            stored = np.insert(stored, borders[np.cumsum([*map(len, parts)], dtype=int)], self.end_of_text)
+        return stored
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(self._checked(ids))

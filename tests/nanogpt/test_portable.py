@@ -45,6 +45,7 @@ for case in range(20):
         a[0] @ torch.stack([b[0]] * 2, -1)[..., 0].T,  # strided
         torch.nn.functional.linear(a[0][None], b[0])[0],
         (b[0] @ a[0].T).T,
+        portable.packed_product(b[0], M)(a[0][:, None])[:, 0],
     ]
     shares = [share(form, expected[0]) for form in forms]
     for groups in (a @ b.mT, a.mT.contiguous().mT @ b.mT):
@@ -61,7 +62,8 @@ settings = {"determinism": "portable", "threads": 1, "dtype": "float32", "compil
 determinism.pin(NumericsParams(**settings), "cpu")
 import torch
 from nanogpt import known_answers, portable
-from nanogpt.model import GPT
+from nanogpt.generate import Decoder
+from nanogpt.model import GPT, KVCache
 from nanogpt.optimizer import make_optimizer
 from tests.nanogpt import tiny
 
@@ -79,8 +81,24 @@ def trained(optimizer, **options):
     values = [loss, norm, *model.parameters()]
     return hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in values)).hexdigest()
 
+def generated(samples):  # the logits of one token after another, by the model's layers and by packed weights
+    torch.manual_seed(1)
+    model = GPT(tiny.config(n_embd=96, n_head=3, block_size=20, vocab_size=301, bias=True))
+    caches = [KVCache(model.config, samples, torch.device("cpu"), torch.float32) for _ in range(2)]
+    decoder, tokens, logits = Decoder(model, caches[1]), torch.arange(7)[None].expand(samples, -1), [[], []]
+    with torch.inference_mode():
+        for cache in caches:
+            model(tokens, cache=cache)
+        for token in range(13):
+            following = torch.full((samples, 1), token)
+            logits[0].append(model(following, cache=caches[0]))
+            logits[1].append(decoder(following))
+    return [hashlib.sha256(torch.stack(each).numpy().tobytes()).hexdigest() for each in logits]
+
 def everything():
     return {
+        "one sample": generated(1),
+        "several samples": generated(3),
         "GPT-2, AdamW": trained("adamw"),
         "GPT-2's tanh, dropout": trained("adamw", activation="gelu_tanh", dropout=0.1),
         "Muon, RMSNorm, rotary": trained("muon", **tiny.NANOCHAT),
@@ -115,6 +133,9 @@ def test_the_number_of_threads_changes_no_bit():
     """Every optimizer, norm and activation; sizes are such that threads share the work, in pieces that are not even."""
     found = run(THREADS)
     assert found["1"] == found["2"] == found["3"] == found["5"]
+    for kind in ("one sample", "several samples"):
+        by_the_model, by_packed_weights = found["1"][kind]
+        assert by_packed_weights == by_the_model
     assert known_answers.ANSWERS.items() <= found["1"].items()
     assert len(found["in groups"]) == 2
     assert found["in groups"].items() <= found["1"].items()

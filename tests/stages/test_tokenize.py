@@ -101,20 +101,19 @@ def test_a_full_disk_changes_no_file(project: Project, monkeypatch: pytest.Monke
     assert contents(folder / "data/tokens") == first
 
 
-def test_as_a_module_with_several_processes(project: Project, gpt2_files: Path):
-    """As DVC runs it; the corpus is large enough for worker processes, and its tokens are those of one process."""
-    outputs = {}
-    for processes in (1, 2):
-        folder = project(**{"tokenize.tokenizer": "gpt2", "runtime.processes": processes})
-        if processes == 1:
-            write_raw(folder, ["".join(f"{text}\n" for text in DOCUMENTS) * (prepare.POOL_BYTES // 2000)])
-        command = [sys.executable, "-m", "stages.tokenize"]
+def test_as_a_module_with_gigatoken_and_without_it(project: Project, gpt2_files: Path):
+    """As DVC runs it, on a corpus that is large enough; without gigatoken it warns, and makes the same files."""
+    outputs, folder = [], project(**{"tokenize.tokenizer": "gpt2"})
+    write_raw(folder, ["".join(f"{text}\n" for text in DOCUMENTS) * (prepare.LARGE // 2000)])
+    assert json.loads((folder / "data/raw/corpus.json").read_text())["bytes"] > prepare.LARGE
+    for before in ("", "import sys; sys.modules['gigatoken'] = None\n"):
+        command = [sys.executable, "-c", f"{before}from stages.tokenize import main; main([])"]
         result = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        assert result.stderr == ""
-        outputs[processes] = contents(folder / "data/tokens")
-    assert json.loads((folder / "data/raw/corpus.json").read_text())["bytes"] > prepare.POOL_BYTES
-    assert outputs[1] == outputs[2]
+        warning = "tokenize: warning: gigatoken cannot be imported (import of gigatoken halted; None in sys.modules); "
+        assert result.stderr == (f"{warning}tiktoken makes the same tokens in ten times the time\n" if before else "")
+        outputs.append(contents(folder / "data/tokens"))
+    assert outputs[0] == outputs[1]
 
 
 def test_help_imports_nothing_slow():

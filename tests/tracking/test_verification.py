@@ -49,7 +49,7 @@ def commit(tmp_path: Path):
 )
 def test_the_first_steps_against_a_golden_file(commit, monkeypatch, determinism, torch, apart, verdict):
     root = commit(first_steps(determinism))
-    monkeypatch.setattr(verification, "_first_steps", lambda clone, say: first_steps(determinism, torch, apart))
+    monkeypatch.setattr(verification, "run_first_steps", lambda clone, say: first_steps(determinism, torch, apart))
     report = verification.check_steps(root, print)
     assert [finding.verdict for finding in report.findings] == [verdict]
     assert verdict in ("identical", "within tolerance") or "`make golden`" in report.table()
@@ -67,7 +67,7 @@ def test_the_first_steps_against_a_golden_file(commit, monkeypatch, determinism,
 def test_the_first_steps_of_two_commits(commit, monkeypatch, determinism, apart, verdict):
     root = commit(first_steps(determinism))
     results = iter([first_steps(determinism), first_steps(determinism, apart=apart)])
-    monkeypatch.setattr(verification, "_first_steps", lambda clone, say: next(results))
+    monkeypatch.setattr(verification, "run_first_steps", lambda clone, say: next(results))
     report = verification.check_base(root, "HEAD~1", print)
     assert [finding.verdict for finding in report.findings] == [verdict]
 
@@ -77,7 +77,7 @@ def test_a_change_of_dvc_lock_declares_the_difference(commit, monkeypatch):
     (root / "dvc.lock").write_text("stages: {train: {outs: [{path: model, md5: another}]}}\n")
     subprocess.run(["git", *IDENTITY, "commit", "--quiet", "--all", "--message", "x"], cwd=root, check=True)
     results = iter([first_steps("portable"), first_steps("portable", apart=0.1)])
-    monkeypatch.setattr(verification, "_first_steps", lambda clone, say: next(results))
+    monkeypatch.setattr(verification, "run_first_steps", lambda clone, say: next(results))
     report = verification.check_base(root, "HEAD~1", print)
     assert [finding.verdict for finding in report.findings] == ["changed, as dvc.lock says"]
 
@@ -99,7 +99,7 @@ def test_the_changes_that_dvc_status_reports_are_named(changes, stale):
 def test_known_answers_that_differ_are_named(commit, monkeypatch):
     root = commit(first_steps("portable") | {"kernels": {"attention": "a", "exp": "b"}})
     found = first_steps("portable") | {"kernels": {"attention": "c", "exp": "b"}}
-    monkeypatch.setattr(verification, "_first_steps", lambda clone, say: found)
+    monkeypatch.setattr(verification, "run_first_steps", lambda clone, say: found)
     finding = verification.check_steps(root, print).findings[-1]
     assert (finding.artifact, finding.found, finding.verdict) == ("known answers", "attention", "DIVERGED")
 
@@ -118,7 +118,7 @@ def emulated(commit, monkeypatch):
             return result
 
         monkeypatch.setattr(verification.shutil, "which", lambda name: f"/usr/bin/{name}")
-        monkeypatch.setattr(verification, "_first_steps", lambda clone, say: here)
+        monkeypatch.setattr(verification, "run_first_steps", lambda clone, say: here)
         monkeypatch.setattr(verification, "_train_first_steps", train)
         report = verification.check_cpus(commit(first_steps(determinism)), print)
         return [(finding.stage, finding.verdict) for finding in report.findings]

@@ -1,16 +1,10 @@
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import pytest
 
 from nanogpt.corpus import prepare as prepare_module
@@ -21,7 +15,14 @@ from nanogpt.corpus.raw_text import read_text
 from nanogpt.corpus.sources import write_corpus
 from nanogpt.corpus.split import shuffled
 from nanogpt.corpus.token_files import Meta, load_meta, load_split
-from nanogpt.corpus.tokenizer import CharTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer
+from nanogpt.corpus.tokenizer import (
+    BytePairTokenizer,
+    CharTokenizer,
+    Gpt2Tokenizer,
+    Tokenizer,
+    TrainedTokenizer,
+    load_tokenizer,
+)
 from nanogpt.files import Damaged
 from nanogpt.params import TokenizeParams
 from tests.nanogpt.corpus.made import download_params, refuses, write_pair, write_raw
@@ -108,19 +109,42 @@ def test_pieces_leave_no_trace(
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
 @pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
-def test_the_number_of_processes_leaves_no_trace(
+def test_neither_gigatoken_nor_the_number_of_threads_leaves_a_trace(
     tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, documents: list[str]
 ):
     run(tmp_path, documents, params(kind), processes=1, name="one")
-    monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "LARGE", 0)
     monkeypatch.setattr(prepare_module, "PIECE", 1000)
-    run(tmp_path, documents, params(kind), processes=2, name="two")
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    monkeypatch.setattr(BytePairTokenizer, "encode", None)  # tiktoken has no part in it
+    run(tmp_path, documents, params(kind), processes=3, name="three")
+    assert files(tmp_path / "one") == files(tmp_path / "three")
+
+
+@pytest.mark.parametrize("documents", [[TEXT], DOCUMENTS])
+def test_a_bpe_learns_from_a_part_of_a_large_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: list[str]
+):
+    """From pieces all over it, so that the time and the memory of the training are bounded."""
+    for module in (raw_module, prepare_module):
+        monkeypatch.setattr(module, "PIECE", 500)
+    monkeypatch.setattr(prepare_module, "TRAINING_BYTES", sum(len(text.encode()) for text in documents) // 3)
+    learnt = list[str]()
+
+    def training(texts: Iterable[str], *others: Any) -> TrainedTokenizer:
+        learnt.extend(texts)
+        return TrainedTokenizer([], end_of_text=True)
+
+    monkeypatch.setattr(prepare_module, "train_bpe", training)
+    run(tmp_path, documents, params("bpe"))
+    everything = "".join(documents)
+    assert 0.2 < len("".join(learnt)) / (0.9 * len(everything)) < 0.4
+    positions = [everything.index(text) / len(everything) for text in learnt if text]
+    assert min(positions) < 0.2
+    assert max(positions) > 0.8
 
 
 def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
     """Memory use is constant: reading stays only a few pieces ahead of writing."""
-    monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
     for module in (raw_module, prepare_module):
         monkeypatch.setattr(module, "PIECE", 500)
     read = written = ahead = 0
@@ -274,7 +298,7 @@ def nanogpts_files(hub: Path, val_fraction: float, seed: int) -> dict[str, bytes
 def test_openwebtexts_files_are_nanogpts(
     tmp_path: Path, gpt2_files: Path, monkeypatch, hub: Path, val_fraction: float, seed: int, processes: int
 ):
-    monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "LARGE", 0)
     monkeypatch.setattr(prepare_module, "PIECE", 1000)
     monkeypatch.setattr(raw_module, "SHARD", 2000)
     write_corpus(download_params(source=f"hf:{hub}"), tmp_path / "raw")
@@ -382,53 +406,6 @@ def test_damaged_raw_text_is_refused(tmp_path: Path):
     (raw / "text.txt").write_text(TEXT.replace("cat", "cut", 1), encoding="utf-8")
     with refuses(r"raw/text\.txt has sha256 ", Damaged):
         prepare(raw, tmp_path / "tokens", params("char"), 1)
-
-
-def test_a_worker_that_dies_is_explained(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prepare_module, "POOL_BYTES", 0)
-    monkeypatch.setattr(prepare_module, "_start_worker", die)
-    raw = raw_of(tmp_path / "raw", [TEXT])
-    with refuses(r"a tokenizer process died, perhaps for lack of memory; lower runtime\.processes"):
-        prepare(raw, tmp_path / "tokens", params("gpt2"), 2)
-
-
-def die() -> None:
-    os._exit(9)
-
-
-def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, gpt2_files: Path):
-    """It reads endlessly, and is killed when its workers have started."""
-    raw_of(tmp_path / "raw", ["a few words " * 10_000])
-    program = tmp_path / "program.py"
-    program.write_text(
-        """if __name__ == "__main__":
-    import itertools
-    from pathlib import Path
-    from nanogpt.corpus import prepare
-    from nanogpt.params import TokenizeParams
-    prepare.POOL_BYTES = 0
-    prepare.read_text = lambda raw: itertools.repeat("a few words")
-    params = TokenizeParams(tokenizer="gpt2", vocab_size=320, val_fraction=0.1, split_seed=1)
-    prepare.prepare(Path("raw"), Path("tokens"), params, 2)
-"""
-    )
-    main = subprocess.Popen([sys.executable, program], cwd=tmp_path)
-    workers: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + 30
-        while len(workers) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-            children = psutil.Process(main.pid).children()
-            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        assert len(workers) == 2
-        time.sleep(1)
-    finally:
-        main.send_signal(signal.SIGKILL)
-        main.wait()
-    _, alive = psutil.wait_procs(workers, timeout=20)
-    for process in alive:
-        process.kill()
-    assert alive == []
 
 
 # --- tiny Shakespeare -------------------------------------------------------------------------------------------------

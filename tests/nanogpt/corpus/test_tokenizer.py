@@ -67,11 +67,14 @@ def test_end_of_text_written_out_is_ordinary_text(tokenizer: Tokenizer):
 
 @pytest.mark.parametrize("size", [5, 60, 2**16])
 @pytest.mark.parametrize("mark_ends", [True, False])
+@pytest.mark.parametrize("gigatoken", [True, False])
 def test_many_texts_at_once_have_the_tokens_of_each(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, size: int, mark_ends: bool
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, size: int, mark_ends: bool, gigatoken: bool
 ):
     monkeypatch.setattr("nanogpt.corpus.tokenizer._PART", size)
-    monkeypatch.setattr("nanogpt.corpus.words._BATCH", size)
+    if gigatoken and isinstance(tokenizer, BytePairTokenizer):
+        monkeypatch.setattr(tokenizer, "_batch", None)
+        tokenizer.use_gigatoken(warn=pytest.fail)
     texts = ["", TEXT, " ", "the ", " \n", "", "cat's", END_OF_TEXT, "1234 ünïcödé 你好 🙂\n\n", ""]
     expected: list[int] = []
     for text in texts:
