@@ -45,7 +45,9 @@ def rung(base: Params, depth: int, tokens: float, vocab_size: int) -> Rung:
     layers, heads, channels, context = _shape(base)
     n_head = max(1, round(heads * depth / layers))
     shape = {"model.n_layer": depth, "model.n_head": n_head, "model.n_embd": n_head * (channels // heads)}
-    config = planned_config("scratch", model.model_copy(update={k[6:]: v for k, v in shape.items()}), vocab_size)
+    config = planned_config(
+        "scratch", model.model_copy(update={k.removeprefix("model."): v for k, v in shape.items()}), vocab_size
+    )
     sequence = train.gradient_accumulation_steps * context  # tokens per step, for each sequence of a micro-batch
     longer = tokens / (train.max_iters * train.batch_size * sequence)
     batch = max(1, round(train.batch_size * longer**BATCH_EXPONENT))

@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float64]
 
 DELTA = 1e-3  # of Huber's loss, in log(nats)
 EXPONENTS = (0.15, 0.4, 0.8, 1.6)  # where alpha and beta start
-HIGHEST_EXPONENT = 4.0
+BOUNDS = (0.0, 0.0, 0.01, 0.0, 0.01), (math.inf, math.inf, 4.0, math.inf, 4.0)  # of E, A, alpha, B, beta
 CONSTANTS = 5  # of the law
 SAMPLES = 200  # of the bootstrap
 LEVEL = 0.95
@@ -95,11 +95,13 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 def fit(points: Sequence[Point], samples: int = SAMPLES) -> Fit:
     """Fits the law. Raises ValueError if the runs do not determine its constants."""
     check_determined([(p.parameters, p.tokens) for p in points])
-    n, d, losses = (np.array(column, dtype=float) for column in zip(*map(_row, points), strict=True))
-    found = min((_descend(start, n, d, losses) for start in _starts(n, d, losses)), key=lambda each: each[1])[0]
+    n, d, losses = (np.array(column) for column in zip(*map(_row, points), strict=True))
+    centre = n.mean(), d.mean()  # near the runs, A is then independent of alpha, and B of beta
+    runs = _Runs(n - centre[0], d - centre[1], losses)
+    found = min((runs.descend(start) for start in runs.starts()), key=lambda each: each[1])[0]
     weights = np.random.default_rng(0).dirichlet(np.ones(len(points)), samples) * len(points)
-    others = (_descend(found, n, d, losses, each)[0] for each in weights)
-    return Fit(_law(found), tuple(points), tuple(map(_law, others)))
+    others = (runs.descend(found, each)[0] for each in weights)
+    return Fit(_law(found, *centre), tuple(points), tuple(_law(other, *centre) for other in others))
 
 
 def check_determined(trainings: Sequence[tuple[int, int]]) -> None:
@@ -118,51 +120,60 @@ def _row(point: Point) -> tuple[float, float, float]:
     return math.log(point.parameters), math.log(point.tokens), point.loss
 
 
-def _law(constants: Array) -> Law:
-    """The law of [log E, log A, alpha, log B, beta]."""
+def _law(constants: Array, n: float, d: float) -> Law:
+    """The law of [E, A, alpha, B, beta], where A and B are those at the centre of log N and log D."""
     e, a, alpha, b, beta = constants.tolist()
-    return Law(math.exp(e), math.exp(a), alpha, math.exp(b), beta)
+    return Law(e, a * math.exp(alpha * n), alpha, b * math.exp(beta * d), beta)
 
 
-def _starts(n: Array, d: Array, losses: Array) -> list[Array]:
-    """For each pair of exponents the constants that fit best: with them, the law is linear in E, A and B."""
-    from scipy.optimize import nnls
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of a fit: log N and log D less their means, and the losses."""
 
-    starts = []
-    for alpha, beta in itertools.product(EXPONENTS, repeat=2):
-        columns = [np.ones_like(n), np.exp(-alpha * (n - n.mean())), np.exp(-beta * (d - d.mean()))]
-        linear, _ = nnls(np.stack(columns, axis=1), losses)
-        e, a, b = np.log(np.maximum(linear, 1e-3 * losses.min()))
-        starts.append(np.array([e, a + alpha * n.mean(), alpha, b + beta * d.mean(), beta]))
-    return starts
+    n: Array
+    d: Array
+    losses: Array
 
+    def starts(self) -> list[Array]:
+        """For each pair of exponents the constants that fit best: with them, the law is linear in E, A and B."""
+        from scipy.optimize import nnls
 
-def _descend(start: Array, n: Array, d: Array, losses: Array, weights: Array | float = 1.0) -> tuple[Array, float]:
-    """The constants at the minimum next to a start, and the value there."""
-    from scipy.optimize import least_squares
+        starts = []
+        for alpha, beta in itertools.product(EXPONENTS, repeat=2):
+            columns = [np.ones_like(self.n), np.exp(-alpha * self.n), np.exp(-beta * self.d)]
+            linear, _ = nnls(np.stack(columns, axis=1), self.losses)
+            e, a, b = np.maximum(linear, 0.05 * self.losses.min())  # within the bounds
+            starts.append(np.array([e, a, alpha, b, beta]))
+        return starts
 
-    zero = np.zeros_like(n)
-    centre = np.array([0, n.mean(), d.mean()])  # makes A independent of alpha, and B of beta, near the runs
+    def descend(self, start: Array, weights: Array | float = 1.0) -> tuple[Array, float]:
+        """The constants at the minimum next to a start, and the value there."""
+        from scipy.optimize import least_squares
 
-    def parts(x: Array) -> Array:
-        return np.exp([x[0] + zero, x[1] - x[2] * (n - centre[1]), x[3] - x[4] * (d - centre[2])])
+        def huber(z: Array) -> Array:  # of the squares of residuals / DELTA, with two derivatives
+            far = np.maximum(z, 1.0)
+            value = np.where(z > 1, 2 * far**0.5 - 1, z)
+            return np.asarray(weights * np.stack([value, far**-0.5, -0.5 * far**-1.5 * (z > 1)]))
 
-    def residuals(x: Array) -> Array:
-        return np.asarray(np.log(parts(x).sum(0) / losses))
-
-    def slopes(x: Array) -> Array:
-        e, a, b = parts(x) / parts(x).sum(0)
-        return np.stack([e, a, -a * (n - centre[1]), b, -b * (d - centre[2])], axis=1)
-
-    def huber(z: Array) -> Array:
-        far = np.maximum(z, 1.0)
-        return np.asarray(
-            weights * np.stack([np.where(z > 1, 2 * far**0.5 - 1, z), far**-0.5, -0.5 * far**-1.5 * (z > 1)])
+        found = least_squares(
+            lambda x: np.log(self._law(x) / self.losses),
+            start,
+            self._slopes,
+            BOUNDS,
+            loss=huber,
+            f_scale=DELTA,
+            xtol=1e-8,
+            max_nfev=300,
         )
+        return found.x, float(found.cost)
 
-    shift = np.array([0, start[2] * centre[1], 0, start[4] * centre[2], 0])
-    bounds = [-20, -20, 0.01, -20, 0.01], [20, 20, HIGHEST_EXPONENT, 20, HIGHEST_EXPONENT]
-    inside = np.clip(start - shift, *bounds)
-    found = least_squares(residuals, inside, slopes, bounds, loss=huber, f_scale=DELTA, xtol=1e-10, max_nfev=300)
-    x = found.x + np.array([0, found.x[2] * centre[1], 0, found.x[4] * centre[2], 0])
-    return x, float(found.cost)
+    def _law(self, x: Array) -> Array:
+        e, a, alpha, b, beta = x
+        return np.asarray(e + a * np.exp(-alpha * self.n) + b * np.exp(-beta * self.d))
+
+    def _slopes(self, x: Array) -> Array:
+        """The derivatives of log(law) by the constants."""
+        _, a, alpha, b, beta = x
+        by_a, by_b = np.exp(-alpha * self.n), np.exp(-beta * self.d)
+        slopes = np.stack([1 + 0 * self.n, by_a, -a * self.n * by_a, by_b, -b * self.d * by_b])
+        return np.asarray((slopes / self._law(x)).T)
