@@ -35,12 +35,16 @@ def numbers(_: click.Context, __: click.Parameter, value: str | None) -> list[in
 
 @command()
 @click.option("--name", required=True, help="Name of the ladder; its experiments are called NAME-dDEPTH-TOKENS-SEED.")
-@click.option("-S", "--set-param", "assignments", multiple=True, metavar="KEY=VALUE", help="Set a parameter of all.")
-@click.option("--depths", callback=numbers, help="Layers, such as 1,2,3.  [default: 1, 2, 3 times model.n_layer]")
-@click.option("--tokens", callback=numbers, help="Such as 400k,0.8M.  [default: 1/2, 1, 2 times params.yaml's]")
+@click.option("-S", "--set-param", "assignments", multiple=True, metavar="KEY=VALUE", help="Set it for all trainings.")
+@click.option(
+    "--depths", metavar="LIST", callback=numbers, help="Such as 1,2,3.  [default: 1, 2, 3 times model.n_layer]"
+)
+@click.option(
+    "--tokens", metavar="LIST", callback=numbers, help="Such as 400k,0.8M.  [default: 1/2, 1, 2 times params.yaml's]"
+)
 @click.option("--limit", type=click.FloatRange(0, min_open=True), help="Leave out trainings above so many FLOPs.")
 @click.option("--seeds", type=click.IntRange(1, 1000), default=1, help="Seeds of each training.")
-@click.option("--compute", type=click.FloatRange(1), default=8.0, help="FLOPs to predict for: times the largest's.")
+@click.option("--compute", type=click.FloatRange(1), default=8.0, help="Predict for so many times the largest's FLOPs.")
 @click.option("--grade", "grading", is_flag=True, help="Train what the committed prediction is about, and grade it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def main(name: str, assignments: tuple[str, ...], compute: float, grading: bool, as_json: bool, **grid: Any) -> None:
