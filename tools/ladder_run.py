@@ -48,7 +48,7 @@ class Ladder:
     def side(self, rung: "Rung") -> Side:
         """The parameters and the code of a rung's runs, with the name of their experiments."""
         values = {**self.overrides, **rung.overrides}
-        name = f"{self.name}-d{rung.depth}-{rung.tokens / 1000:.0f}k"
+        name = f"{self.name}-d{rung.depth}-{rung.tokens}"
         return Side(name, with_values(self.base, values, WITH_OVERRIDES), self.code, values)
 
     @property

@@ -32,4 +32,4 @@ def test_a_rung_is_an_experiment_of_the_size_that_was_planned(seed: Clone, copy_
     assert run.result["tokens"] == tokens
     embedding = 300 * int(run.params["model.n_embd"])
     assert run.result["parameters"] - embedding == parameters
-    assert clone.run("dvc exp list --name-only").strip() == run.tags["dvc.experiment"] == "tiny-d2-2k-1337"
+    assert clone.run("dvc exp list --name-only").strip() == run.tags["dvc.experiment"] == f"tiny-d2-{tokens}-1337"
