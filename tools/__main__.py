@@ -31,6 +31,7 @@ COMMANDS = {
     "serve": "Serves the champion until Ctrl-C.",
     "size": "Shows what the training that params.yaml describes will cost.",
     "summary": "Summarises the newest result and compares dvc.lock with HEAD's.",
+    "sweep": "Searches a space of parameters for the lowest validation loss.",
     "sync": "Sends recorded runs to MLflow if it lacks them.",
     "trial": "Decides whether an idea lowers the loss: keep, discard or undecided.",
     "ui": "Opens MLflow's page, or prints the address of its server.",
