@@ -22,6 +22,7 @@ COMMANDS = {
     "first-steps": "Writes loss and gradient norm of the first 20 training steps.",
     "gc": "Frees the disk space of old runs and caches, after showing it.",
     "golden": "Writes the golden file of this environment.",
+    "ladder": "Predicts the loss of a larger training from small ones.",
     "lineage": "Shows where a model comes from and how to make it again.",
     "preset": "Writes params.yaml for a preset, or lists the presets.",
     "reference": "Writes docs/reference.md from params.yaml, the commands and MLflow's names.",
