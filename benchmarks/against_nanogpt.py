@@ -1,9 +1,9 @@
 """nanoGPT and this repository, side by side: the same text, model and settings, trained and scored.
 
 The run is the one for a CPU in nanoGPT's README. nanoGPT runs by its own commands, prepare.py and train.py, in a copy
-of the checkout. Ours runs what the train stage does, with evaluations and checkpoints but without MLflow's process, which
-benchmarks.tracking_overhead measures. Each training is a separate process, and the candidates take turns, so that load
-on the machine affects all of them. Both models are scored by evaluate.py on the whole validation split.
+of the checkout. Ours runs what the train stage does, with evaluations and checkpoints but without MLflow's process;
+benchmarks.tracking_overhead measures that. Each training is a separate process, and the candidates take turns, so that
+load on the machine affects all of them. Both models are scored by evaluate.py on the whole validation split.
 """
 
 import os

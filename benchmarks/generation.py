@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.common import benchmark, nanogpt_option, row
+from nanogpt.params import NumericsParams
 
 SHAPES: dict[str, dict[str, Any]] = {
     "4x128": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65},
@@ -27,10 +28,20 @@ Generate = Callable[[int, bool], int]
 @nanogpt_option
 @click.option("--rounds", default=3, show_default=True, help="Turns of each candidate.")
 @click.option("--threads", default=2, show_default=True)
+@click.option("--determinism", type=click.Choice(["off", "portable"]), default="off", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--shape", "shapes", multiple=True, type=click.Choice([*SHAPES]), default=["4x128", "6x384"])
-def main(nanogpt: Path | None, rounds: int, threads: int, device: str, shapes: tuple[str, ...]) -> dict[str, Any]:
+def main(
+    nanogpt: Path | None, rounds: int, threads: int, determinism: str, device: str, shapes: tuple[str, ...]
+) -> dict[str, Any]:
     """Generates from untrained models (temperature 1), one sample and ten at once, and prints tokens/s."""
+    if determinism == "portable":
+        if nanogpt or device == "cuda":
+            raise click.UsageError("portable is for our models on a CPU: leave out --nanogpt and --device")
+        from nanogpt.determinism import pin
+
+        values = {"threads": threads, "dtype": "float32", "compile": False, "attention": "fused"}
+        pin(NumericsParams.model_validate({"determinism": "portable", **values}), device)
     import torch
 
     torch.set_num_threads(threads)
@@ -45,7 +56,8 @@ def main(nanogpt: Path | None, rounds: int, threads: int, device: str, shapes: t
                 cells = (best["ours"], best["uncached"], theirs or "-", best["ours"] / theirs if theirs else "-")
                 click.echo(row(name, batch, context, *cells, width=14))
                 rows.append({"shape": name, "batch": batch, "context": context, "tokens_per_s": best})
-    return {"threads": threads, "rounds": rounds, "device": device, "rows": rows}
+    settings = {"threads": threads, "rounds": rounds, "determinism": determinism, "device": device}
+    return {**settings, "rows": rows}
 
 
 def turns(candidates: dict[str, Generate], batch: int, beyond: bool, rounds: int) -> dict[str, float]:

@@ -209,13 +209,15 @@ def parse_params(text: str, path: Path) -> Params:
     return _validated(values, path)
 
 
-def with_values(params: Params, values: Mapping[str, Any], source: Path = Path("params.yaml")) -> Params:
-    """A copy with the given values, by "section.key". Raises ParamsError; its message begins with `source`."""
+def with_values(
+    params: Params, values: Mapping[str, Any], source: Path = Path("params.yaml"), combined: bool = True
+) -> Params:
+    """A copy with values by "section.key", checked each and `combined`. Raises ParamsError, which names `source`."""
     sections = params.model_dump()
     for key, value in values.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    return _validated(sections, source)
+    return _validated(sections, source, combined)
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def _validated(values: dict[str, Any], path: Path) -> Params:
+def _validated(values: dict[str, Any], path: Path, combined: bool = True) -> Params:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
@@ -241,7 +243,8 @@ def _validated(values: dict[str, Any], path: Path) -> Params:
         if first["type"] == "missing":
             raise Damaged(path, f"is incomplete: {_explain(first)}") from error
         raise ParamsError(f"{path}: {_explain(first)}") from error
-    check_combinations(params, path)
+    if combined:
+        check_combinations(params, path)
     return params
 
 

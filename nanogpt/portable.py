@@ -130,8 +130,11 @@ def grouped_product(a: Tensor, b: Tensor) -> Tensor:
     It is written as a convolution over single pixels with groups of channels, as oneDNN takes all groups at once there.
     """
     (M, _, K), N = a.shape, b.size(1)
-    if K % 8 or N % 8 or M == 1:  # oneDNN's kernel wants whole vectors and two pixels; products with zero add nothing
-        a, b = F.pad(a, (0, -K % 8, 0, 0, 0, int(M == 1))), F.pad(b, (0, -K % 8, 0, -N % 8))
+    # oneDNN's kernel wants whole vectors and two pixels; products with zero add nothing.
+    if K % 8 or M == 1:
+        a = F.pad(a, (0, -K % 8, 0, 0, 0, int(M == 1)))
+    if K % 8 or N % 8:
+        b = F.pad(b, (0, -K % 8, 0, -N % 8))
     result = _convolution(a[..., :PART], b[..., :PART])
     for start in range(PART, K, PART):
         result += _convolution(a[..., start : start + PART], b[..., start : start + PART])

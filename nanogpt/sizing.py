@@ -70,6 +70,11 @@ def parameters(config: GPTConfig) -> Parts:
     }
 
 
+def multiplied(config: GPTConfig) -> int:
+    """The weights of matrix products, the N of a scaling law: no embedding that is only looked up, no norm, no bias."""
+    return config.n_layer * 12 * config.n_embd**2 + config.padded_vocab_size * config.n_embd
+
+
 def forward_flops(config: GPTConfig) -> Parts:
     """FLOPs of the matrix products in the forward pass per token; a multiplication and addition are two.
 

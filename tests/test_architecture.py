@@ -45,6 +45,7 @@ LEVELS = [
         "gpt_config",
         "loss",
         "portable",
+        "scaling",
         "schedule",
     },
     {"known_answers", "params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
@@ -63,7 +64,7 @@ LEVELS = [
     {"corpus.prepare", "corpus.text_files", "evaluate", "flops", "generate", "train_state", "weights"},
     {"checkpoint", "corpus.sources", "huggingface", "nanogpt_checkpoint", "saved_model", "sizing"},
     {"complete", "pretrained", "train"},
-    {"recipe", "timing"},
+    {"dial", "recipe", "timing"},
 ]
 
 MLFLOW = {"mlflow_client", "mlflow_model", "mlflow_models", "mlflow_run", "mlflow_server", "mlflow_sync"}
@@ -73,6 +74,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "checkpoint",
         "complete",
         "determinism",
+        "dial",
         "distributed",
         "evaluate",
         "flops",

@@ -1,9 +1,11 @@
 """Decides whether an idea lowers the loss by training seeds of it and of a baseline: `python -m tools trial`."""
 
 import json
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from tracking.history import experiment_refs
 from tracking.run import as_text
 from tracking.run_name import SEED
 from tracking.significance import Evidence, evidence
+from tracking.stop import PAUSE
 
 WITH_OVERRIDES = Path("params.yaml with -S")  # in error messages
 LEDGER = Path("experiments/ledger.md")
@@ -64,17 +67,18 @@ class Side:
 
     def find(self, root: Path, seed: int) -> Result | None:
         """Its newest finished and evaluated run with a seed; None if there is none."""
-        sections = ((name, getattr(self.params, name)) for name in SECTIONS)
-        wanted = {k: as_text(v) for name, section in sections for k, v in flatten(section, f"{name}.").items()}
-        wanted[SEED] = str(seed)
         found = [
             result
             for result in journal_results(root, self.evaluated)[0]
-            if dict(result.params) == wanted
-            and result.tags.get("code.sha256") == self.code
-            and result.evaluated == self.evaluated
+            if self.is_run(seed, result.params, result.tags) and result.evaluated == self.evaluated
         ]
         return max(found, key=lambda result: result.started, default=None)
+
+    def is_run(self, seed: int, params: Mapping[str, str], tags: Mapping[str, str]) -> bool:
+        """Whether a run with these parameters and tags is one of this side, with that seed."""
+        sections = ((name, getattr(self.params, name)) for name in SECTIONS)
+        wanted = {k: as_text(v) for name, section in sections for k, v in flatten(section, f"{name}.").items()}
+        return dict(params) == wanted | {SEED: str(seed)} and tags.get("code.sha256") == self.code
 
 
 @dataclass
@@ -248,24 +252,46 @@ def obtain(side: Side, idea: str, seed: int) -> Result:
             f"`dvc exp run --temp -S {SEED}={seed}`, then return here and repeat the command"
         )
     name = f"{idea}-{seed}" if side.name == idea else f"{idea}-baseline-{seed}"
+    for force in (False, True):  # DVC may take the result from its cache, and no run is made then
+        code, log = experiment(root, name, {**side.overrides, SEED: seed}, force=force)
+        found = side.find(root, seed)
+        if found is not None and not code:
+            return found
+        if code:
+            break
+    raise ValueError(failure(name, code, log))
+
+
+def experiment(
+    root: Path, name: str, values: Mapping[str, Any], pause: int | None = None, force: bool = False
+) -> tuple[int, Path]:
+    """Makes a DVC experiment with these parameters; returns DVC's exit code and its log.
+
+    With `pause`, the training stops at that step, saved, so that there is no experiment yet. With `force`, all stages
+    run, even if DVC has their results.
+    """
     log = root / ".runs" / "logs" / name / "dvc.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     if experiment_refs(root, name):  # from a trial with other parameters, or one whose journal was deleted
         dvc(root, log, "exp", "remove", name)
-    settings = [f"--set-param={key}={as_text(value)}" for key, value in {**side.overrides, SEED: seed}.items()]
-    code = dvc(root, log, "exp", "run", "--temp", "--name", name, *settings)
-    found = side.find(root, seed)
-    if code or found is None:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if "rror" in line or "failed" in line]
-        raise ValueError(f"experiment {name} failed: {lines[0] if lines else f'exit code {code}'} (see {log})")
-    return found
+    settings = [f"--set-param={key}={as_text(value)}" for key, value in values.items()]
+    command = ["exp", "run", "--temp", "--name", name, *settings, *(["--force"] if force else [])]
+    return dvc(root, log, *command, **({} if pause is None else {PAUSE: str(pause)})), log
 
 
-def dvc(root: Path, log: Path, *arguments: str) -> int:
-    """Runs DVC in the repository with its output in a log; returns the exit code."""
+def failure(name: str, code: int, log: Path) -> str:
+    """Why an experiment failed, in a line, from its log."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if re.search("error|failed", line, re.I)]
+    return f"experiment {name} failed: {lines[0] if lines else f'exit code {code}'} (see {log})"
+
+
+def dvc(root: Path, log: Path, *arguments: str, **variables: str) -> int:
+    """Runs DVC in the repository, with its output in a log and variables in its environment; returns the exit code."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]  # several experiments may start at once
+    environment = {**os.environ, **variables}
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "dvc", *arguments]
-        return subprocess.run(command, cwd=root, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        done = subprocess.run(command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+    return done.returncode
 
 
 # --- the outcome

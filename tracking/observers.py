@@ -1,6 +1,7 @@
 """Observers of a training: journal, console, DVC's loss curve, samples, profiler. None changes the result."""
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from nanogpt.train_state import TrainState
 from tracking.console import Console, Update
 from tracking.journal import Journal
 from tracking.run import Run
+from tracking.stop import PAUSE
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -151,6 +153,18 @@ class StopRequest(Observer):
         return 128 + self.agreed
 
 
+class PauseAt(Observer):
+    """Asks for a stop at a step, as SIGTERM does: `StopRequest` ends all processes of the training there."""
+
+    def __init__(self, state: TrainState, step: int):
+        self.state, self.step = state, step
+
+    def should_stop(self) -> str | None:
+        if self.state.progress.step >= self.step:
+            signal.raise_signal(signal.SIGTERM)
+        return None
+
+
 class Profiler(Observer):
     """Traces a few steps for chrome://tracing or ui.perfetto.dev; a context manager around the training.
 
@@ -205,6 +219,8 @@ def observing(
             SamplePreview(journal, params.tracking, recipe.data.tokenizer),
             Reporter(console, update),
         ]
+        if PAUSE in os.environ:
+            observers.append(PauseAt(state, int(os.environ[PAUSE])))
         if steps := params.runtime.profile_steps:
             observers.append(stack.enter_context(Profiler(steps, run.directory / "trace.json", console.say)))
         yield observers

@@ -1,10 +1,14 @@
-"""Ends a stage when its parent dies, so that no process is orphaned."""
+"""Ends a stage when its parent dies, so that no process is orphaned; and the step at which a training pauses."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+
+# Environment variable: a step at which the train stage stops as Ctrl-C stops it. The same training, started again
+# without it, continues there to the bit.
+PAUSE = "NANOGPT_PAUSE_AT"
 
 _INTERVAL = 0.2  # seconds between looks at the parent
 

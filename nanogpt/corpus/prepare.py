@@ -27,7 +27,6 @@ from nanogpt.corpus.bpe_training import train_bpe
 from nanogpt.corpus.huggingface_tokenizer import read_huggingface
 from nanogpt.corpus.nanogpt_bins import read_tokens, tokenizer_of_tokens
 from nanogpt.corpus.raw_text import (
-    PIECE,
     CorpusInfo,
     DocumentIndex,
     Span,
@@ -56,6 +55,7 @@ LastCut = Callable[[str], int]  # Tokenizer.last_cut
 Split = Callable[[LastCut], Iterator[tuple[SplitName, Span]]]  # the spans of train, then those of val
 
 LONGEST_SPAN = 2**22  # bytes of a span, which are in memory at once
+TASK = 2**20  # bytes that a thread encodes at once
 LARGE = 2_000_000  # bytes; tiktoken encodes a smaller corpus in less time than gigatoken takes to start
 TRAINING_BYTES = 100_000_000  # of text, from which a bpe is trained
 SHARD = 1_000_000_000  # bytes of a token file at most
@@ -185,13 +185,13 @@ def _split(raw: Path, info: CorpusInfo, params: TokenizeParams, warn: Callable[[
 
 
 def _tasks(spans: Iterator[tuple[SplitName, Span]]) -> Iterator[tuple[SplitName, list[Span]]]:
-    """Groups the spans of each split into tasks of about PIECE bytes."""
+    """Groups the spans of each split into tasks of about TASK bytes."""
     for name, of_split in itertools.groupby(spans, key=lambda item: item[0]):
         gathered, size = [], 0
         for _, span in of_split:
             gathered.append(span)
             size += span.size
-            if size >= PIECE:
+            if size >= TASK:
                 yield name, gathered
                 gathered, size = [], 0
         yield name, gathered

@@ -1,10 +1,11 @@
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from tracking.observers import StopRequest
+from tracking.observers import PauseAt, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +93,11 @@ def test_a_stage_ends_with_its_dvc(stage, output):
     assert done.returncode == -signal.SIGKILL
     # `run` reads until the orphan, which holds the other end of the pipe too, is done.
     assert done.stdout == output
+
+
+def test_a_pause_is_a_stop_at_a_step():
+    progress = SimpleNamespace(step=2)
+    pause, stop = PauseAt(SimpleNamespace(progress=progress), 3), StopRequest(alone)
+    assert (pause.should_stop(), stop.should_stop()) == (None, None)
+    progress.step = 3
+    assert (pause.should_stop(), stop.should_stop()) == (None, "SIGTERM")

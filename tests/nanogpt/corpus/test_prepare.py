@@ -85,8 +85,8 @@ def test_one_text_is_split_by_position_and_has_no_end_of_text_token(tmp_path: Pa
 
 
 def test_gpt2_tokens_are_those_of_the_uncut_text(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (raw_module, prepare_module):
-        monkeypatch.setattr(module, "PIECE", 50)
+    monkeypatch.setattr(raw_module, "PIECE", 50)
+    monkeypatch.setattr(prepare_module, "TASK", 50)
     _, _, splits = run(tmp_path, [TEXT], params("gpt2"))
     cut = int(len(TEXT) * 0.9)
     assert splits["train"] == Gpt2Tokenizer().encode(TEXT[:cut]).tolist()
@@ -101,8 +101,8 @@ def test_pieces_leave_no_trace(
     run(tmp_path, documents, params(kind), name="whole")
     monkeypatch.setattr(tokenizer_module, "_PART", 100)
     for size in (7, 100):
-        for module in (raw_module, prepare_module):
-            monkeypatch.setattr(module, "PIECE", size)
+        monkeypatch.setattr(raw_module, "PIECE", size)
+        monkeypatch.setattr(prepare_module, "TASK", size)
         run(tmp_path, documents, params(kind), name=f"pieces-{size}")
         assert files(tmp_path / f"pieces-{size}") == files(tmp_path / "whole")
 
@@ -114,7 +114,7 @@ def test_neither_gigatoken_nor_the_number_of_threads_leaves_a_trace(
 ):
     run(tmp_path, documents, params(kind), processes=1, name="one")
     monkeypatch.setattr(prepare_module, "LARGE", 0)
-    monkeypatch.setattr(prepare_module, "PIECE", 1000)
+    monkeypatch.setattr(prepare_module, "TASK", 1000)
     monkeypatch.setattr(BytePairTokenizer, "encode", None)  # tiktoken has no part in it
     run(tmp_path, documents, params(kind), processes=3, name="three")
     assert files(tmp_path / "one") == files(tmp_path / "three")
@@ -125,8 +125,8 @@ def test_a_bpe_learns_from_a_part_of_a_large_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: list[str]
 ):
     """From pieces all over it, so that the time and the memory of the training are bounded."""
-    for module in (raw_module, prepare_module):
-        monkeypatch.setattr(module, "PIECE", 500)
+    monkeypatch.setattr(raw_module, "PIECE", 500)
+    monkeypatch.setattr(prepare_module, "TASK", 500)
     monkeypatch.setattr(prepare_module, "TRAINING_BYTES", sum(len(text.encode()) for text in documents) // 3)
     learnt = list[str]()
 
@@ -145,8 +145,8 @@ def test_a_bpe_learns_from_a_part_of_a_large_corpus(
 
 def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
     """Memory use is constant: reading stays only a few pieces ahead of writing."""
-    for module in (raw_module, prepare_module):
-        monkeypatch.setattr(module, "PIECE", 500)
+    monkeypatch.setattr(raw_module, "PIECE", 500)
+    monkeypatch.setattr(prepare_module, "TASK", 500)
     read = written = ahead = 0
 
     def reading(raw: Path) -> Iterable[str]:
@@ -169,8 +169,8 @@ def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, mo
 
 
 def test_a_line_without_end_is_read_in_bounded_spans(tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (raw_module, prepare_module):
-        monkeypatch.setattr(module, "PIECE", 500)
+    monkeypatch.setattr(raw_module, "PIECE", 500)
+    monkeypatch.setattr(prepare_module, "TASK", 500)
     monkeypatch.setattr(prepare_module, "LONGEST_SPAN", 2000)
     sizes: list[int] = []
 
@@ -299,7 +299,7 @@ def test_openwebtexts_files_are_nanogpts(
     tmp_path: Path, gpt2_files: Path, monkeypatch, hub: Path, val_fraction: float, seed: int, processes: int
 ):
     monkeypatch.setattr(prepare_module, "LARGE", 0)
-    monkeypatch.setattr(prepare_module, "PIECE", 1000)
+    monkeypatch.setattr(prepare_module, "TASK", 1000)
     monkeypatch.setattr(raw_module, "SHARD", 2000)
     write_corpus(download_params(source=f"hf:{hub}"), tmp_path / "raw")
     section = params("gpt2", val_fraction=val_fraction, split_seed=seed)
