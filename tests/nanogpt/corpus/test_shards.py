@@ -36,7 +36,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     prepare(folder / "raw", folder / "whole", CHAR, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "SHARD", SHARD)
-        patch.setattr(prepare_module, "PIECE", 700)
+        patch.setattr(prepare_module, "TASK", 700)
         prepare(folder / "raw", folder / "shards", CHAR, 3)
     return folder / "whole", folder / "shards"
 
