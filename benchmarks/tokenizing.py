@@ -9,7 +9,7 @@ more than the rate where other programs are running.
 import filecmp
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,28 +79,39 @@ def measured(candidate: str, folder: str) -> dict[str, float]:
 # --- the text ---------------------------------------------------------------------------------------------------------
 
 
-def make_text(source: Path | None, size: int) -> str:
-    """About so many bytes of text, the same each time."""
+def make_text(source: Path | None, size: int) -> Iterator[str]:
+    """Pieces of a text of about so many bytes, the same each time."""
     import numpy as np
 
     if source:
         content = source.read_text(encoding="utf-8")
         if len(content.encode()) >= size:
-            return content.encode()[:size].decode(errors="ignore")
+            yield content.encode()[:size].decode(errors="ignore")
+            return
     else:
         from pydoc_data import topics
 
         content = "".join(topics.topics.values())
     lines = content.splitlines(keepends=True)
-    draw, pieces, left = np.random.default_rng(SEED), [], size
+    draw, left = np.random.default_rng(SEED), size
     while left > 0:
         chosen = [lines[i] for i in draw.integers(len(lines), size=10_000)]
         letters = draw.integers(ord("a"), ord("z") + 1, size=10_000 // LINES * LETTERS, dtype=np.uint8)
         for i, word in enumerate(np.frombuffer(letters, dtype=f"S{LETTERS}").tolist()):
             chosen[i * LINES] = f"{word.decode()} {chosen[i * LINES]}"
-        pieces += chosen
-        left -= sum(len(line.encode()) for line in chosen)
-    return "".join(pieces)
+        piece = "".join(chosen)
+        yield piece
+        left -= len(piece.encode())
+
+
+def cut_documents(pieces: Iterable[str]) -> Iterator[str]:
+    """The text in documents of the same length."""
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        *documents, rest = [rest[start : start + DOCUMENT] for start in range(0, len(rest), DOCUMENT)]
+        yield from documents
+    yield rest
 
 
 def write_text_once(folder: Path, source: Path | None, size: int, forms: set[str]) -> None:
@@ -109,16 +120,17 @@ def write_text_once(folder: Path, source: Path | None, size: int, forms: set[str
 
     from nanogpt.corpus.raw_text import Writer
 
-    text = make_text(source, size)
-    documents = [text[start : start + DOCUMENT] for start in range(0, len(text), DOCUMENT)]
-    (folder / "text.txt").write_text(text, encoding="utf-8", newline="")
+    with (folder / "text.txt").open("w", encoding="utf-8", newline="") as file:
+        file.writelines(make_text(source, size))
     for name in forms & {"raw-documents", "raw-text"}:
         writer = Writer(folder / name, 1000.0, lambda done: None)
-        for part in documents if name == "raw-documents" else [text]:
-            writer.add([part])
+        pieces = make_text(source, size)
+        for document in ([part] for part in cut_documents(pieces)) if name == "raw-documents" else [pieces]:
+            writer.add(document)
         writer.close("file:text.txt")
     if "dataset" in forms:
         datasets.disable_progress_bars()
+        documents = list(cut_documents(make_text(source, size)))
         datasets.Dataset.from_dict({"text": documents}).save_to_disk(str(folder / "dataset"))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from benchmarks.checkout import AS_NANOGPT, check_comparable
 from benchmarks.common import TEXT, benchmark, nanogpt_option, shown, with_params, write_tokens
@@ -40,7 +41,7 @@ def main(
     if text:
         with tempfile.TemporaryDirectory() as folder:
             directory = write_tokens(text, params, Path(folder))
-            tokens, vocab_size = load_split(directory, "train").tokens.copy(), load_meta(directory).vocab_size
+            tokens, vocab_size = np.array(load_split(directory, "train").tokens[:]), load_meta(directory).vocab_size
     vocab_size = vocab_size or vocabulary(params.tokenize, known_meta(params.tokenize))
     figures = measure(params, vocab_size, tokens, steps, trace, nanogpt)
     for name, value in figures.items():

@@ -62,7 +62,7 @@ def batch(
         per_step = params.batch_size * params.gradient_accumulation_steps  # samples of all processes
         begins = epoch_offsets(len(tokens), seed, step * per_step + numbers, block_size)
     window = begins[:, None] + np.arange(block_size + 1)  # (B, T + 1)
-    block = np.asarray(tokens)[window]
+    block = tokens[window]
     return block[:, :-1].astype(np.int64), block[:, 1:].astype(np.int64)
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nanogpt.corpus.token_files import Tokens
 from nanogpt.loss import each_cross_entropy
 from nanogpt.model import GPT
-
-Tokens = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)

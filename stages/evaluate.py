@@ -51,7 +51,7 @@ def main(console: Console) -> None:
     }
     summary = f"val loss {val_score.loss:.4f}, {metrics['bits_per_byte']:.4f} bits per byte"
     if meta.corpus.source == "grammar":
-        floor = floor_nats(val.tokens, gpt.tokenizer)
+        floor = floor_nats(val.tokens[:], gpt.tokenizer)
         check_leakage(val_score.nats, floor)
         metrics["floor"] = floor / val_score.tokens
         metrics["floor_bits_per_byte"] = Score(floor, val_score.tokens).bits_per_byte(val.meta.bytes)
@@ -77,8 +77,7 @@ def score_split(
     from nanogpt import determinism
     from nanogpt.evaluate import score, windows
 
-    tokens = split.tokens[:limit]
-    targets = len(tokens) - (split.meta.first_context is None)
+    targets = min(limit, len(split.tokens)) - (split.meta.first_context is None)
     block_size = gpt.model.config.block_size
     if params.stride is not None and params.stride > block_size:  # params.py checks it unless model.block_size is null
         raise ValueError(
@@ -89,7 +88,7 @@ def score_split(
     autocast = determinism.autocast(gpt.model.wte.weight.device, dtype)
     with console.progress(f"{split.name} windows", len(cut)) as update:
         counted = counting(cut, update)
-        return score(gpt.model, tokens, counted, params.batch_size, split.meta.first_context, autocast)
+        return score(gpt.model, split.tokens, counted, params.batch_size, split.meta.first_context, autocast)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from nanogpt.corpus.raw_text import (
     utf8_bytes,
 )
 from nanogpt.corpus.split import split_documents
-from nanogpt.corpus.token_files import CorpusMeta, Meta, SplitMeta, SplitName
+from nanogpt.corpus.token_files import CorpusMeta, Meta, SplitMeta, SplitName, shard_path
 from nanogpt.corpus.tokenizer import (
     Alphabet,
     BytePairTokenizer,
@@ -58,6 +58,7 @@ LONGEST_SPAN = 2**22  # bytes of a span, which are in memory at once
 TASK = 2**20  # bytes that a thread encodes at once
 LARGE = 2_000_000  # bytes; tiktoken encodes a smaller corpus in less time than gigatoken takes to start
 TRAINING_BYTES = 100_000_000  # of text, from which a bpe is trained
+SHARD = 1_000_000_000  # bytes of a token file at most
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def prepare(
             tokenizer.use_gigatoken(warn)
         work = functools.partial(encode, raw, tokenizer, info.kind == "documents")
         encoded_parts = _encode_all(_tasks(split(tokenizer.last_cut)), work, processes)
-    files = {name: _TokenWriter(directory / f"{name}.bin") for name in ("train", "val")}
+    files = {name: _TokenWriter(directory / f"{name}.bin", tokenizer.dtype.itemsize) for name in ("train", "val")}
     with ThreadPoolExecutor(1) as thread:
         for name, encoded in _ahead(encoded_parts, thread):
             files[name].write(encoded)
@@ -291,18 +292,25 @@ def _ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
 
 
 class _TokenWriter:
-    """Writes one .bin file and counts its contents for meta.json."""
+    """Writes the token files of one split and counts their contents for meta.json."""
 
-    def __init__(self, path: Path):
-        self.file, self.digest = path.open("wb"), hashlib.sha256()
+    def __init__(self, path: Path, width: int):
+        self.path, self.shard_tokens = path, SHARD // width
+        self.file, self.digest = shard_path(path, 0).open("wb"), hashlib.sha256()
         self.tokens = self.bytes = self.ends = 0
         self.last: int | None = None
 
     def write(self, encoded: Encoded) -> None:
-        data = encoded.ids.data
-        self.digest.update(data)
-        self.file.write(data)
-        self.tokens += len(encoded.ids)
+        self.digest.update(encoded.ids.data)
+        left = encoded.ids
+        while len(left):
+            shard, filled = divmod(self.tokens, self.shard_tokens)
+            if shard and not filled:
+                self.file.close()
+                self.file = shard_path(self.path, shard).open("wb")
+            part, left = np.split(left, [self.shard_tokens - filled])
+            self.file.write(part.data)
+            self.tokens += len(part)
         self.bytes += encoded.bytes
         self.ends += encoded.ends
         if len(encoded.ids):
@@ -310,10 +318,14 @@ class _TokenWriter:
 
     def close(self, end_of_text: int | None, first_context: int | None) -> SplitMeta:
         self.file.close()
+        single = self.tokens <= self.shard_tokens
+        if single:  # under the name that nanoGPT reads
+            shard_path(self.path, 0).rename(self.path)
         return SplitMeta(
             tokens=self.tokens,
             bytes=self.bytes,
             documents=self.ends + (self.last != end_of_text),  # the last document may have no end-of-text token
             sha256=self.digest.hexdigest(),
             first_context=first_context,
+            shard_tokens=None if single else self.shard_tokens,
         )

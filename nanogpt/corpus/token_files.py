@@ -1,12 +1,14 @@
 """Reads data/tokens/ and checks it against meta.json.
 
-It holds train.bin and val.bin (raw little-endian uint16 or uint32, as in nanoGPT), meta.json and tokenizer.json.
+It holds train.bin and val.bin (raw little-endian uint16 or uint32, as in nanoGPT), meta.json and tokenizer.json. A
+split of more than 1 GB lies in shards, train-00000.bin, train-00001.bin, …, which make up train.bin if joined.
 """
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nanogpt.files import Damaged, check_regular, read_model, reading
 
-Tokens = npt.NDArray[np.unsignedinteger]
 SplitName = Literal["train", "val"]
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
@@ -23,6 +24,37 @@ Id = Annotated[int, Field(ge=0, lt=2**32)]
 
 _LARGEST_META = 2**20  # bytes of meta.json
 _BLOCK = 2**20  # bytes per read
+
+
+class Shards:
+    """Arrays of the same length, but for a shorter last one, as one array that is never in memory as a whole."""
+
+    def __init__(self, arrays: Sequence[npt.NDArray[np.unsignedinteger]]):
+        self.arrays, self.dtype = arrays, arrays[0].dtype
+
+    def __len__(self) -> int:
+        return sum(map(len, self.arrays))
+
+    def __getitem__(self, index: slice | npt.NDArray[np.integer]) -> npt.NDArray[np.unsignedinteger]:
+        """A copy of a slice without a step, or of the tokens at the indices (from 0), in the shape of `index`."""
+        each = len(self.arrays[0])
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1, "slices have no step"
+            parts = [
+                self.arrays[i][max(0, start - i * each) : stop - i * each]
+                for i in range(start // each, -(-stop // each))
+            ]
+            return np.concatenate(parts) if parts else self.arrays[0][:0]
+        shards, places = np.divmod(index, each)
+        found = np.empty(index.shape, self.dtype)
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            found[chosen] = self.arrays[shard][places[chosen]]
+        return found
+
+
+Tokens = npt.NDArray[np.integer] | Shards
 
 
 class _Meta(BaseModel):
@@ -40,6 +72,8 @@ class SplitMeta(_Meta):
     documents: Count  # 1 for a part of one text
     sha256: Sha256
     first_context: Id | None  # the token before the first one, needed to score it; None if there is none
+    # In each shard but the last; absent if there is one file, so that its meta.json is that of earlier versions.
+    shard_tokens: Annotated[Count | None, Field(exclude_if=lambda tokens: tokens is None)] = None
 
 
 class Meta(_Meta):
@@ -57,7 +91,7 @@ class Meta(_Meta):
 
 @dataclass(frozen=True)
 class Split:
-    """A verified token file; `tokens` is a read-only memory map of shape (meta.tokens,)."""
+    """A verified split; `tokens` are read-only memory maps of shape (meta.tokens,)."""
 
     name: SplitName
     tokens: Tokens
@@ -70,31 +104,42 @@ def load_meta(directory: Path) -> Meta:
 
 
 def load_split(directory: Path, name: SplitName) -> Split:
-    """Opens train.bin or val.bin. Raises Damaged if size, sha256 or a token contradicts meta.json.
+    """Opens the files of a split. Raises Damaged if a size, the sha256 or a token contradicts meta.json.
 
     Tokens are checked too, because whoever makes both files can make the hashes agree.
     """
     meta = load_meta(directory)
     split: SplitMeta = getattr(meta, name)
-    path, dtype = directory / f"{name}.bin", np.dtype(meta.dtype).newbyteorder("<")
-    with reading(path):
-        check_regular(path)
-        size, expected = path.stat().st_size, split.tokens * dtype.itemsize
-        if size != expected:
-            raise Damaged(path, f"has {size:,} bytes, but meta.json says {expected:,}")
-        digest, largest = _scan(path, dtype)
-    if digest != split.sha256:
-        raise Damaged(path, f"has sha256 {digest}, but meta.json says {split.sha256}")
-    if (largest := max(largest, split.first_context or 0)) >= meta.vocab_size:
+    dtype = np.dtype(meta.dtype).newbyteorder("<")
+    digest, largest, maps = hashlib.sha256(), split.first_context or 0, []
+    for path, length in _files(directory / f"{name}.bin", split):
+        with reading(path):
+            check_regular(path)
+            size, expected = path.stat().st_size, length * dtype.itemsize
+            if size != expected:
+                raise Damaged(path, f"has {size:,} bytes, but meta.json says {expected:,}")
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+                    largest = max(largest, int(np.frombuffer(block, dtype).max()))
+            maps.append(np.memmap(path, dtype=dtype, mode="r"))
+    path = directory / (f"{name}.bin" if split.shard_tokens is None else f"{name}-*.bin")
+    if digest.hexdigest() != split.sha256:
+        raise Damaged(path, f"has sha256 {digest.hexdigest()}, but meta.json says {split.sha256}")
+    if largest >= meta.vocab_size:
         raise Damaged(path, f"has token {largest:,}, but meta.json says that the vocabulary has {meta.vocab_size:,}")
-    return Split(name, np.memmap(path, dtype=dtype, mode="r"), split)
+    return Split(name, maps[0] if len(maps) == 1 else Shards(maps), split)
 
 
-def _scan(path: Path, dtype: np.dtype[Any]) -> tuple[str, int]:
-    """The sha256 of a token file and its largest token."""
-    digest, largest = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            largest = max(largest, int(np.frombuffer(block, dtype).max()))
-    return digest.hexdigest(), largest
+def shard_path(path: Path, number: int) -> Path:
+    """The name of a shard of train.bin or val.bin."""
+    return path.with_name(f"{path.stem}-{number:05d}.bin")
+
+
+def _files(path: Path, split: SplitMeta) -> Iterator[tuple[Path, int]]:
+    """The files of a split in order, and the number of tokens of each."""
+    if split.shard_tokens is None:
+        yield path, split.tokens
+        return
+    for number, begin in enumerate(range(0, split.tokens, split.shard_tokens)):
+        yield shard_path(path, number), min(split.shard_tokens, split.tokens - begin)

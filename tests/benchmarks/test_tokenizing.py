@@ -7,26 +7,31 @@ from click.testing import CliRunner
 from benchmarks import tokenizing
 from nanogpt.corpus.raw_text import read_documents
 
+
+def text_of(source: Path | None, size: int) -> str:
+    return "".join(tokenizing.make_text(source, size))
+
+
 TEXT = "One line.\nAnother, with an é and a \u2019.\n"
 
 
 def test_the_text_is_the_same_each_time_and_as_large_as_asked():
-    text = tokenizing.make_text(None, 300_000)
-    assert text == tokenizing.make_text(None, 300_000)
+    text = text_of(None, 300_000)
+    assert text == text_of(None, 300_000)
     assert 300_000 <= len(text.encode()) < 3_000_000
 
 
 def test_new_words_keep_coming():
     """Ours remembers words, so a text of repeated lines alone would flatter it."""
-    words = tokenizing.make_text(None, 2_000_000).split()
+    words = text_of(None, 2_000_000).split()
     half = len(words) // 2
     assert len(set(words[half:]) - set(words[:half])) > half / 100
 
 
 def test_a_text_that_is_large_enough_is_taken_as_it_is(tmp_path: Path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    assert tokenizing.make_text(tmp_path / "text.txt", 12) == TEXT[:12]
-    assert len(tokenizing.make_text(tmp_path / "text.txt", 1000).encode()) >= 1000
+    assert text_of(tmp_path / "text.txt", 12) == TEXT[:12]
+    assert len(text_of(tmp_path / "text.txt", 1000).encode()) >= 1000
 
 
 def test_every_way_has_its_form_of_the_same_text(tmp_path: Path):
@@ -58,7 +63,7 @@ def test_the_table_tells_the_ratios(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         return {"seconds": seconds, "cpu_seconds": cpu, "peak_megabytes": 50.0}, 0
 
     monkeypatch.setattr(tokenizing, "call", stand_in)
-    monkeypatch.setattr(tokenizing, "make_text", lambda source, size: TEXT * 1000)
+    monkeypatch.setattr(tokenizing, "make_text", lambda source, size: iter([TEXT * 1000]))
     result = CliRunner().invoke(tokenizing.main, ["--megabytes", "1", "--way", "char", flag])
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.output.splitlines()[1:]]

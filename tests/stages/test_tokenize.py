@@ -92,9 +92,8 @@ def test_a_full_disk_changes_no_file(project: Project, monkeypatch: pytest.Monke
     write_raw(folder, DOCUMENTS)
     run()
     first = contents(folder / "data/tokens")
-    open_writer = prepare._TokenWriter.__init__
     # The device /dev/full answers every write as a full disk does.
-    monkeypatch.setattr(prepare._TokenWriter, "__init__", lambda self, path: open_writer(self, Path("/dev/full")))
+    monkeypatch.setattr(prepare, "shard_path", lambda path, number: Path("/dev/full"))
     result = run()
     assert result.exit_code == 1
     assert result.output.startswith("Error: tokenize: [Errno 28] the disk is full; data/tokens is as it was")

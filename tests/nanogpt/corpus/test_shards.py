@@ -1,0 +1,170 @@
+"""A split of several files gives what the same split in one file gives."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt.batches import batch, micro_batches
+from nanogpt.corpus import grammar
+from nanogpt.corpus import prepare as prepare_module
+from nanogpt.corpus.floor import floor_nats
+from nanogpt.corpus.prepare import prepare
+from nanogpt.corpus.token_files import Meta, Shards, load_meta, load_split
+from nanogpt.corpus.tokenizer import load_tokenizer
+from nanogpt.dataset import Dataset, load_dataset
+from nanogpt.files import Damaged
+from nanogpt.params import TokenizeParams
+from nanogpt.train import Evaluator, Observer, train
+from nanogpt.train_state import new_state
+from tests.nanogpt import tiny
+from tests.nanogpt.corpus.made import copy_pair, refuses, write_pair, write_raw
+
+CHAR = TokenizeParams(tokenizer="char", vocab_size=300, val_fraction=0.3, split_seed=1)
+SHARD = 1001  # bytes, of which a shard has 1000
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tokens of the same stories: each split in one file, and in shards."""
+    folder = tmp_path_factory.mktemp("corpora")
+    write_raw(folder / "raw", grammar.documents(1, 20), "grammar")
+    prepare(folder / "raw", folder / "whole", CHAR, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "SHARD", SHARD)
+        patch.setattr(prepare_module, "PIECE", 700)
+        prepare(folder / "raw", folder / "shards", CHAR, 3)
+    return folder / "whole", folder / "shards"
+
+
+def joined(directory: Path, name: str) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(directory.glob(f"{name}-*.bin")))
+
+
+def test_the_shards_make_up_the_file_and_have_its_hash(corpora: tuple[Path, Path]):
+    whole, shards = corpora
+    assert {path.name for path in whole.iterdir()} == {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
+    for name in ("train", "val"):
+        sizes = [path.stat().st_size for path in sorted(shards.glob(f"{name}-*.bin"))]
+        assert len(sizes) > 2
+        assert {*sizes[:-1]} == {1000}
+        assert 0 < sizes[-1] <= 1000
+        assert joined(shards, name) == (whole / f"{name}.bin").read_bytes()
+        assert not (shards / f"{name}.bin").exists()
+    without = {"shard_tokens": None}
+    meta = load_meta(shards)
+    assert meta.train.shard_tokens == 500
+    changed = {name: getattr(meta, name).model_copy(update=without) for name in ("train", "val")}
+    assert meta.model_copy(update=changed) == load_meta(whole)
+    assert "shard_tokens" not in (whole / "meta.json").read_text()
+
+
+@pytest.mark.parametrize(("shard", "files"), [(20, ["train.bin"]), (18, ["train-00000.bin", "train-00001.bin"])])
+def test_a_split_that_just_fits_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int, files: list[str]
+):
+    monkeypatch.setattr(prepare_module, "SHARD", shard)
+    raw = write_pair(tmp_path / "pair", [0, 1] * 5, [1], "ab")
+    prepare(raw, tmp_path / "tokens", CHAR, 1)
+    assert sorted(path.name for path in (tmp_path / "tokens").glob("train*")) == files
+    assert load_split(tmp_path / "tokens", "train").tokens[:].tolist() == [0, 1] * 5
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.integers(1, 30), st.integers(1, 12), st.data())
+def test_shards_are_indexed_as_one_array(length: int, each: int, data: st.DataObject):
+    array = np.arange(length, dtype="<u2")
+    shards = Shards(np.split(array, range(each, length, each)))
+    assert len(shards) == length
+    edges = st.none() | st.integers(-length - 3, length + 3)
+    part = slice(data.draw(edges), data.draw(edges))
+    assert (shards[part].tolist(), shards[part].dtype) == (array[part].tolist(), array.dtype)
+    indices = np.array(data.draw(st.lists(st.integers(0, length - 1), min_size=6, max_size=6))).reshape(2, 3)
+    assert (shards[indices].tolist(), shards[indices].dtype) == (array[indices].tolist(), array.dtype)
+
+
+def test_shards_are_mapped_and_not_read(corpora: tuple[Path, Path]):
+    tokens = load_split(corpora[1], "train").tokens
+    assert isinstance(tokens, Shards)
+    assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in tokens.arrays)
+
+
+@pytest.mark.parametrize("order", ["random", "epochs"])
+def test_batches_are_the_same(corpora: tuple[Path, Path], order: str):
+    whole, shards = (load_split(folder, "train").tokens for folder in corpora)
+    params = tiny.train_params(data_order=order, batch_size=40)
+    for step in range(5):
+        for expected, found in zip(
+            batch(whole, params, step, range(40), 64), batch(shards, params, step, range(40), 64), strict=True
+        ):
+            assert (found == expected).all()
+
+
+class Losses(Observer):
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def on_steps(self, state: Any, steps: Any) -> None:
+        self.found += [step.loss for step in steps]
+
+    def on_evaluation(self, state: Any, train: Any, val: Any) -> None:
+        self.found += [train.nats, val.nats]
+
+
+def losses(data: Dataset, meta: Meta) -> list[float]:
+    """Of a training and its evaluations."""
+    params = tiny.params(tiny.train_params(eval_iters=100))
+    state = new_state(tiny.gpt(vocab_size=meta.vocab_size), params.train, tiny.numerics())
+    batches = micro_batches(data.train.tokens, params.train, 8, 0, range(1), torch.device("cpu"))
+    watcher = Losses()
+    train(state, batches, params, Evaluator(data.train, data.val, params.train), [watcher])
+    return watcher.found
+
+
+def test_losses_and_floor_are_the_same(corpora: tuple[Path, Path]):
+    whole, shards = map(load_dataset, corpora)
+    assert losses(shards, shards.meta) == losses(whole, whole.meta)
+    tokenizer = load_tokenizer(corpora[0] / "tokenizer.json")
+    assert floor_nats(shards.val.tokens[:], tokenizer) == floor_nats(whole.val.tokens[:], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), r"train-00001\.bin cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), r"train-00001\.bin has 998 bytes, but .* 1,000$"),
+        (lambda path: path.write_bytes(bytes(1000)), r"train-\*\.bin has sha256 \w+, but meta\.json says \w+$"),
+    ],
+)
+def test_a_damaged_shard_is_refused(corpora: tuple[Path, Path], tmp_path: Path, damage: Any, message: str):
+    for path in corpora[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    damage(tmp_path / "train-00001.bin")
+    with refuses(message, Damaged):
+        load_split(tmp_path, "train")
+    load_split(tmp_path, "val")
+
+
+def test_parts_that_were_prepared_apart_are_joined_as_token_files(
+    tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As docs/data.md says it for several machines."""
+    monkeypatch.setattr(prepare_module, "SHARD", SHARD)
+    params = CHAR.model_copy(update={"tokenizer": "gpt2"})
+    for part in range(2):
+        write_raw(tmp_path / f"raw-{part}", grammar.documents(part, 20))
+        prepare(tmp_path / f"raw-{part}", tmp_path / f"part-{part}", params, 1)
+    metas = [load_meta(tmp_path / f"part-{part}") for part in range(2)]
+    (tmp_path / "merged").mkdir()
+    for name in ("train", "val"):
+        data = b"".join(path.read_bytes() for path in sorted(tmp_path.glob(f"part-?/{name}*.bin")))
+        (tmp_path / f"merged/{name}.bin").write_bytes(data)
+    meta = prepare(copy_pair(tmp_path / "merged"), tmp_path / "tokens", params, 1)
+    assert joined(tmp_path / "tokens", "train") == (tmp_path / "merged/train.bin").read_bytes()
+    for name in ("train", "val"):
+        for count in ("tokens", "bytes", "documents"):
+            assert getattr(getattr(meta, name), count) == sum(getattr(getattr(each, name), count) for each in metas)
