@@ -4,17 +4,19 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tools.bisect_checks import Bits, Losses, Results
 from tools.command import command, commit_of
 from tools.verify import git_top
 from tracking.bisection import Bisection, Say, ends, find, summary
 from tracking.clean_clone import CouldNotRun
 from tracking.git import git, git_or_none
 from tracking.run_name import SEED
+
+if TYPE_CHECKING:
+    from tools.bisect_checks import Bits, Losses
 
 UNDECIDED = 3  # exit code
 
@@ -46,6 +48,7 @@ def main(
     Exit code 0: found; 3: skipped commits leave several; 1: error.
     """
     from nanogpt.params import parse_assignments
+    from tools.bisect_checks import Bits, Losses, Results
 
     overrides = parse_assignments(assignments)
     if loss and SEED in overrides:
@@ -69,7 +72,7 @@ def main(
     sys.exit(0 if outcome["commit"] else UNDECIDED)
 
 
-def search(root: Path, good: str, bad: str, check: Bits | Losses, say: Say) -> Bisection:
+def search(root: Path, good: str, bad: str, check: "Bits | Losses", say: Say) -> Bisection:
     """`find`, after both ends were run. Raises ValueError if one cannot be run, or they do not differ."""
     try:
         if not check.differ(good, bad):
@@ -79,7 +82,7 @@ def search(root: Path, good: str, bad: str, check: Bits | Losses, say: Say) -> B
     return find(root, good, bad, check, say)
 
 
-def as_dict(root: Path, found: Bisection, check: Bits | Losses, options: list[str]) -> dict[str, Any]:
+def as_dict(root: Path, found: Bisection, check: "Bits | Losses", options: list[str]) -> dict[str, Any]:
     """The outcome as JSON. "commit" is null if several remain; "in_branch" is an outcome like this one."""
     first = found.among[-1]  # it was run; what comes before it was skipped
     parent = parent_of(root, found.good, first) if len(found.among) == 1 else found.good
