@@ -52,13 +52,13 @@ compare: $(READY)  ## which setting is best, by how much, and whether that is no
 ui: $(READY)  ## MLflow's page on http://127.0.0.1:5000 (PORT=… for another port)
 	@exec python -m tools ui --port $(PORT)
 
-verify: $(READY)  ## run all of the commit anew in a clean clone, and compare with its dvc.lock
+verify: $(READY)  ## rerun the whole pipeline of the commit in a clean clone, and compare with its dvc.lock
 	@python -m tools verify --out $(REPORTS)/full
 
 verify-varied: $(READY)  ## the same on one core, in another folder, locale, with other variables set
 	@python -m tools verify --varied --out $(REPORTS)/varied
 
-verify-lock: $(READY)  ## seconds: dvc.lock is complete, and the remote too
+verify-lock: $(READY)  ## seconds: dvc.lock and the remote are complete
 	@python -m tools verify --layer lock --out $(REPORTS)/lock
 
 verify-steps: $(READY)  ## a minute: the first training steps against golden/
@@ -86,16 +86,16 @@ test: $(READY)  ## the fast tests
 test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
 	pytest -n 3 --dist loadfile --no-loadscope-reorder tests/pipeline tests/faults
 
-soak: $(READY)  ## kill the pipeline at 100 random moments; nothing may be left of that (15 minutes)
+soak: $(READY)  ## kill the pipeline at 100 random moments; check that no trace remains (15 minutes)
 	python -m tests.faults.soak --kills 100
 
-pictures: $(READY)  ## the documentation's pictures, of the runs that are here
+pictures: $(READY)  ## the documentation's pictures, from the runs in this repository
 	python -m tests.pictures
 
 deps: $(READY)  ## write dvc.yaml's lists of code from the imports of the stages
 	@python -m tools deps
 
-docs: $(READY)  ## the documentation as a site, in build/site; a link that leads nowhere is an error
+docs: $(READY)  ## the documentation as a site, in build/site; a broken link is an error
 	@python -c 'import material' 2>/dev/null || pip install --quiet --constraint constraints.txt '.[docs]'
 	mkdocs build --strict
 

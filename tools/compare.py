@@ -44,6 +44,8 @@ def main(
         click.echo("\n\n".join(map(markdown_table, comparisons)) or "No finished runs.")
     else:
         click.echo("\n\n".join(map(table, comparisons)) or "no finished runs yet; `dvc repro` makes one")
+        for line in advice(comparisons):
+            click.echo(f"\n{line}")
     if not as_json:
         for line in left_out:
             click.echo(f"left out: {line}", err=True)
@@ -105,6 +107,14 @@ def table(found: Comparison) -> str:
     return "\n".join([*lines, *verdict_lines(found)])
 
 
+def advice(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """What to run next."""
+    if comparisons and not any(found.others for found in comparisons):
+        yield "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"
+    if any(diff.verdict == "cannot tell" for found in comparisons for diff in found.differences):
+        yield "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it can tell"
+
+
 def title(found: Comparison) -> str:
     """Such as "6 runs of 2 settings: validation loss, nats per token; best possible 1.0408"."""
     runs, settings = sum(len(setting.results) for setting in found.settings), len(found.settings)
@@ -128,7 +138,7 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
     if found.score == "bits_per_byte":  # losses per token are not comparable for different tokens
         del columns["val loss"]
     columns = {name: column for name, column in columns.items() if any(column)}
-    head, labels = "setting", [setting.label or "all runs" for setting in found.settings]
+    head, labels = "setting", [setting.title for setting in found.settings]
     if len(found.settings[0].differs) == 1:
         head = next(iter(found.settings[0].differs))
         labels = [setting.differs[head] for setting in found.settings]
@@ -139,7 +149,7 @@ def cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
 def verdict_lines(found: Comparison) -> list[str]:
     """The difference of each setting from the reference."""
     if not found.others:
-        return ["", "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"]
+        return []
     against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
     lines = ["", f"{against}: difference, 95 % interval, p over {count(found.tests, 'comparison')}"]
     for setting, diff in zip(found.others, found.differences, strict=True):

@@ -118,9 +118,9 @@ def part(found: Comparison) -> dict[str, Any]:
             drawing(label, [by[id(setting)] for setting in drawn])
             for label, by in (("tokens", by_tokens), ("seconds of training", by_seconds))
         ],
-        "legend": [setting.label or "all runs" for setting in drawn],
+        "legend": [setting.title for setting in drawn],
         "samples": [
-            {"number": i, "label": setting.label or "all runs", "text": setting.results[0].sample()[:SAMPLE]}
+            {"number": i, "label": setting.title, "text": setting.results[0].sample()[:SAMPLE]}
             for i, setting in enumerate(drawn, 1)
         ],
         "runs": [

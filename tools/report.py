@@ -127,7 +127,7 @@ class Part:
             minutes = [result.seconds / 60 for result in setting.results]
             spread = f" ± {stdev(minutes):.1f}" if len(minutes) > 1 else ""
             sizes = [f"{made[name]:,}" if name in made else "unknown" for name in ("parameters", "tokens")]
-            rows.append([setting.label or "all runs", *sizes, f"{fmean(minutes):.1f}{spread}"])
+            rows.append([setting.title, *sizes, f"{fmean(minutes):.1f}{spread}"])
         return ["setting", "parameters", "tokens", "minutes"], rows
 
     def params(self) -> list[tuple[str, str]]:
@@ -143,7 +143,7 @@ class Part:
             for setting in self.found.settings:
                 position = known.position(setting.values(self.found.score))
                 differs = ", ".join(known.differs(setting)) or "nothing"
-                rows.append([setting.label or "all runs", str(known), position, differs])
+                rows.append([setting.title, str(known), position, differs])
         return ["setting", "reference", "difference", "differs in"], rows
 
     def runs(self) -> tuple[list[str], list[list[str]]]:
@@ -153,7 +153,7 @@ class Part:
             for result in setting.results:
                 seen = run_dict(result)
                 loss = f"{result.scores[self.found.score]:.6f}"
-                rows.append([setting.label or "all runs", seen["name"], str(result.seed), loss])
+                rows.append([setting.title, seen["name"], str(result.seed), loss])
                 rows[-1] += [result.code, result.model[:16], seen["again"]]
         return ["setting", "run", "seed", "loss", "commit", "model (sha256)", "to have it again"], rows
 

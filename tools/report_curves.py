@@ -98,7 +98,7 @@ def by_tokens(setting: Setting) -> list[Place]:
 def curve_rows(found: Comparison, known: Sequence[Reference]) -> list[tuple[str, float, float, float]]:
     """The data of the picture: label, tokens, mean loss over the seeds, its standard deviation."""
     rows = [
-        (setting.label or "all runs", place.x, place.loss, place.spread)
+        (setting.title, place.x, place.loss, place.spread)
         for setting in found.settings[:DRAWN]
         for place in by_tokens(setting)
     ]

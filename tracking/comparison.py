@@ -131,6 +131,12 @@ class Setting:
         """How it differs from the others: "muon_learning_rate=0.04 n_layer=2"; unambiguous keys are shortened."""
         return " ".join(f"{key}={value}" for key, value in self.differs.items())
 
+    @property
+    def title(self) -> str:
+        """The label, or the names of its runs where there is no other setting to differ from."""
+        more = len(self.results) - 1
+        return self.label or self.results[0].name + (f" and {more} more" if more else "")
+
 
 @dataclass
 class Comparison:

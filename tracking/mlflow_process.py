@@ -5,6 +5,7 @@ In the training process, MLflow's import alone would stop the loop for seconds, 
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def describe_system_metrics() -> str:
         importlib.import_module("pynvml").nvmlInit()
         available.append("GPU")
     except ImportError:
-        missing.append("GPU (nvidia-ml-py is not installed)")
+        if shutil.which("nvidia-smi"):  # otherwise there is no GPU to report
+            missing.append("GPU (nvidia-ml-py is not installed)")
     except Exception as error:  # NVML's errors have no common base class without the library
         missing.append(f"GPU ({error})")
     line = f"system metrics: {', '.join(available)}"

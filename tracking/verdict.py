@@ -1,6 +1,7 @@
 """The result of a check, as a table for people, Markdown, JUnit and verify.json."""
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 from nanogpt.files import write_json, write_text
 
 IDENTICAL, TOLERATED, DECLARED = "identical", "within tolerance", "changed, as dvc.lock says"
-DIVERGED, MISSING, ENVIRONMENT_CHANGED, SKIPPED = "DIVERGED", "MISSING", "environment changed", "skipped"
-_CODES = {DIVERGED: 1, MISSING: 1, ENVIRONMENT_CHANGED: 2}
-_JUNIT = {DIVERGED: "failure", MISSING: "failure", ENVIRONMENT_CHANGED: "skipped", SKIPPED: "skipped"}
+DIVERGED, STALE, MISSING = "DIVERGED", "STALE", "MISSING"
+ENVIRONMENT_CHANGED, SKIPPED = "environment changed", "skipped"
+_CODES = {DIVERGED: 1, STALE: 1, MISSING: 1, ENVIRONMENT_CHANGED: 2}
+_JUNIT = {**dict.fromkeys((DIVERGED, STALE, MISSING), "failure"), ENVIRONMENT_CHANGED: "skipped", SKIPPED: "skipped"}
+_HASH = re.compile(r"[0-9a-f]{32,}(\.dir)?")
+_LONGEST = 100  # characters of a cell
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,14 @@ class Finding:
 
     @property
     def cells(self) -> tuple[str, str, str, str, str]:
-        return (self.stage, self.artifact, self.expected[:16], self.found[:16], self.verdict)
+        return (self.stage, self.artifact, _short(self.expected), _short(self.found), self.verdict)
+
+
+def _short(value: str) -> str:
+    """The first digits of a hash; other values whole, unless they are very long."""
+    if _HASH.fullmatch(value):
+        return value[:16]
+    return value if len(value) <= _LONGEST else f"{value[: _LONGEST - 1]}…"
 
 
 @dataclass
@@ -55,7 +66,7 @@ class Report:
             return "could not be run" if self.error or not self.findings else ENVIRONMENT_CHANGED
         verdicts = {finding.verdict for finding in self.findings}
         if self.exit_code == 1:
-            return "DIVERGED" if DIVERGED in verdicts else "INCOMPLETE"
+            return next((name for name in (DIVERGED, STALE) if name in verdicts), "INCOMPLETE")
         return next((name for name in (TOLERATED, DECLARED) if name in verdicts), IDENTICAL)
 
     def table(self) -> str:

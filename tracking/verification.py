@@ -27,6 +27,7 @@ from tracking.verdict import (
     IDENTICAL,
     MISSING,
     SKIPPED,
+    STALE,
     TOLERATED,
     Finding,
     Report,
@@ -56,7 +57,7 @@ def check_lock(root: Path) -> Report:
         stale = ["not in dvc.lock"]
         if stage in lock.stages:
             stale = [*_stale(status.get(stage, [])), *inconsistent[stage]]
-        verdict = IDENTICAL if not stale else MISSING
+        verdict = IDENTICAL if not stale else STALE
         report.findings.append(Finding(stage, "dvc.lock", "up to date", ", ".join(stale) or "up to date", verdict))
     if report.exit_code:
         report.notes.append("run `dvc repro`, and commit dvc.lock with the change")

@@ -33,6 +33,7 @@ TINY = {
     "download.documents": 60,
     "tokenize.vocab_size": 300,
     "model.n_layer": 1,
+    "model.previous_tokens": 0,
     "model.n_head": 2,
     "model.n_embd": 32,
     "model.block_size": 32,

@@ -78,7 +78,9 @@ def test_one_run_and_none(root):
 def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "a", 2.0)
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
-    assert compare().stdout.endswith(" 2  +1.0000  cannot tell from one seed\n")
+    *_, verdict, _, advice = compare().stdout.splitlines()
+    assert verdict == " 2  +1.0000  cannot tell from one seed"
+    assert advice == "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it can tell"
 
 
 def test_what_is_left_out_goes_to_stderr(root):
@@ -97,7 +99,7 @@ def test_only_the_experiment_of_params_yaml_unless_runs_are_named(root):
     (root / "params.yaml").write_text(text.replace("test/one experiment", "another"))
     assert "no finished runs" in compare().stdout
     assert compare("slow-*", "fast-1").stdout.startswith("4 runs of 2 settings")
-    assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-1].endswith("cannot tell from one seed")
+    assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-3].endswith("cannot tell from one seed")
     assert "no finished run is 'slaw-1'" in compare("slaw-1", code=1).stderr
 
 

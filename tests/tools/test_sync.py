@@ -325,6 +325,9 @@ def test_a_clock_that_is_set_back_does_not_stop_the_system_metrics(
 
 def test_the_line_at_the_start_says_what_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "GPU" not in mlflow_process.describe_system_metrics()
+    monkeypatch.setattr("shutil.which", lambda name: name)
     line = mlflow_process.describe_system_metrics()
     assert line.startswith("system metrics: CPU, memory, disk")
     assert line.endswith("this machine cannot report GPU (nvidia-ml-py is not installed)")

@@ -10,6 +10,7 @@ from tracking.verdict import (
     IDENTICAL,
     MISSING,
     SKIPPED,
+    STALE,
     TOLERATED,
     Finding,
     Report,
@@ -31,6 +32,7 @@ def report(*verdicts: str, **fields) -> Report:
         ([IDENTICAL, DECLARED], 0, "changed, as dvc.lock says"),
         ([TOLERATED, DIVERGED], 1, "DIVERGED"),
         ([IDENTICAL, MISSING], 1, "INCOMPLETE"),
+        ([IDENTICAL, STALE, MISSING], 1, "STALE"),
         ([DIVERGED, ENVIRONMENT_CHANGED], 1, "DIVERGED"),
         ([ENVIRONMENT_CHANGED], 2, "environment changed"),
         ([], 2, "could not be run"),
@@ -40,6 +42,17 @@ def test_the_worst_finding_decides(verdicts, code, verdict):
     assert report(*verdicts).exit_code == code
     assert report(*verdicts).verdict == verdict
     assert report(*verdicts).table().endswith(f"full: {verdict}")
+
+
+def test_a_table_shortens_hashes_and_shows_what_has_changed_in_words():
+    words = "params.yaml train.weight_decay modified"
+    found = [
+        Finding("train", "dvc.lock", "up to date", words, STALE),
+        Finding("train", "model", "a" * 32, "", DIVERGED),
+    ]
+    table = Report("lock", "c" * 40, found).table()
+    assert words in table
+    assert f" {'a' * 16} " in table
 
 
 def test_an_error_is_neither_a_success_nor_a_divergence():
