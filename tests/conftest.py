@@ -27,6 +27,7 @@ GPT2 = {  # what makes params.yaml's model and training those of nanoGPT, but fo
     "model.qk_norm": False,
     "model.tie_embeddings": True,
     "model.zero_init": False,
+    "model.previous_tokens": 0,
     "model.embedding_norm": False,
     "train.optimizer": "adamw",
 }

@@ -13,7 +13,7 @@ IDENTICAL, TOLERATED, DECLARED = "identical", "within tolerance", "changed, as d
 DIVERGED, STALE, MISSING = "DIVERGED", "STALE", "MISSING"
 ENVIRONMENT_CHANGED, SKIPPED = "environment changed", "skipped"
 _CODES = {DIVERGED: 1, STALE: 1, MISSING: 1, ENVIRONMENT_CHANGED: 2}
-_JUNIT = {**dict.fromkeys((DIVERGED, STALE, MISSING), "failure"), ENVIRONMENT_CHANGED: "skipped", SKIPPED: "skipped"}
+_JUNIT = {DIVERGED: "failure", STALE: "failure", MISSING: "failure", ENVIRONMENT_CHANGED: "skipped", SKIPPED: "skipped"}
 _HASH = re.compile(r"[0-9a-f]{32,}(\.dir)?")
 _LONGEST = 100  # characters of a cell
 

@@ -7,12 +7,13 @@ from nanogpt.params import Params, load_params, with_values
 from nanogpt.sizing import multiplied
 from tests.conftest import REPOSITORY
 
-OWN = 600 * 4 * 256  # tokens of params.yaml
+PARAMS = load_params(REPOSITORY / "params.yaml")
+OWN = PARAMS.train.max_iters * PARAMS.train.batch_size * PARAMS.model.block_size  # tokens
 
 
 def base(**values: object) -> Params:
     named = {key.replace("__", "."): value for key, value in values.items()}
-    return with_values(load_params(REPOSITORY / "params.yaml"), named)
+    return with_values(PARAMS, named)
 
 
 def test_the_experiment_itself_is_a_setting_of_the_dial():
@@ -26,7 +27,7 @@ def test_depth_keeps_the_shape_and_the_size_of_a_head():
     found = rung(base(), 3, OWN, 1024)
     shape = {key: found.overrides[f"model.{key}"] for key in ("n_layer", "n_head", "n_embd")}
     assert shape == {"n_layer": 3, "n_head": 6, "n_embd": 288}
-    assert found.overrides["train.learning_rate"] == pytest.approx(1e-2 / 3**0.5, rel=1e-3)
+    assert found.overrides["train.learning_rate"] == pytest.approx(PARAMS.train.learning_rate / 3**0.5, rel=1e-3)
     assert found.overrides["train.muon_learning_rate"] == 0.025
     assert found.parameters == 12 * 3 * 288**2 + 1024 * 288
 
@@ -36,13 +37,14 @@ def test_longer_trainings_have_larger_steps_and_higher_learning_rates():
     values = {key.removeprefix("train."): value for key, value in found.overrides.items() if key.startswith("train.")}
     assert values["batch_size"] == 9  # 4 x 8^0.38
     assert values["max_iters"] == round(8 * OWN / (9 * 256))
-    assert values["learning_rate"] == pytest.approx(1.5e-2)
+    assert values["learning_rate"] == pytest.approx(1.5 * PARAMS.train.learning_rate)
     assert values["min_lr"] == pytest.approx(1.5e-3)
     assert values["muon_learning_rate"] == pytest.approx(0.0375)
-    share = values["max_iters"] / 600
+    share = values["max_iters"] / PARAMS.train.max_iters
     assert values["warmup_iters"] == round(60 * share)
     assert values["lr_decay_iters"] == round(300 * share)
-    assert values["max_iters"] / values["eval_interval"] == pytest.approx(6, rel=0.01)
+    evaluations = PARAMS.train.max_iters / PARAMS.train.eval_interval
+    assert values["max_iters"] / values["eval_interval"] == pytest.approx(evaluations, rel=0.01)
     assert found.tokens == pytest.approx(8 * OWN, rel=1e-3)
 
 

@@ -140,7 +140,7 @@ def test_a_filled_cache_takes_one_token_at_a_time():
     model = tiny.gpt()
     cache = KVCache(model.config, 1, torch.device("cpu"), torch.float32)
     model(TOKENS[:1, :2], cache=cache)
-    with pytest.raises(AssertionError, match="token by token"):
+    with pytest.raises(AssertionError, match="one token at a time"):
         model(TOKENS[:1, 2:4], cache=cache)
 
 

@@ -185,7 +185,7 @@ def test_one_preset_after_another_is_the_other_alone() -> None:
 
 
 def test_it_is_laid_on_what_is_committed() -> None:
-    PARAMS.write_text(COMMITTED.replace(" learning_rate: 1e-2", " learning_rate: 4e-2"))
+    PARAMS.write_text(COMMITTED.replace(" learning_rate: 2e-2", " learning_rate: 4e-2"))
     git("commit", "--all", "--message", "second")
     write("short", "train:\n  max_iters: 90\n")
     run("short")

@@ -188,7 +188,7 @@ def test_budgets(root, trainings, monkeypatch, budget, trials):
 
 
 def test_all_combinations_of_a_small_space_are_tried_once(root, trainings):
-    (root / "lr.yaml").write_text("parameters: {train.learning_rate: [0.003, 0.01, 0.03], train.beta1: [0.8, 0.9]}")
+    (root / "lr.yaml").write_text("parameters: {train.learning_rate: [0.005, 0.02, 0.08], train.beta1: [0.8, 0.9]}")
     sweep("--budget", "1000 trials", code=1)
     values = [json.dumps(each["values"]) for each in study(root)]
     assert len(values) == len(set(values)) == 6  # params.yaml is one of them
@@ -259,4 +259,4 @@ def test_another_space_needs_another_name(root, trainings):
 def test_repository_s_params_have_rungs():
     from tools.sweep import rungs
 
-    assert rungs(load_params(REPOSITORY / "params.yaml").train) == [100, 200, 600]
+    assert rungs(load_params(REPOSITORY / "params.yaml").train) == [100, 400, 1200]

@@ -114,7 +114,7 @@ def test_runs_of_other_code_or_without_a_score_are_not_used_again(root, monkeypa
         (("-S", "batch_size"), "write section.key=value"),
         (("-S", "train.seed=3"), "a trial sets the seeds itself"),
         (("-S", "train.max_iters=[1"), "the value is not YAML"),
-        (("-S", "train.max_iters=300"), "idea trains on 307,200 tokens and params.yaml on 614,400"),
+        (("-S", "train.max_iters=300"), "idea trains on 307,200 tokens and params.yaml on 1,228,800"),
         (("-S", "train.max_iters=300", "--budget", "flops"), "leave out -S train.max_iters"),
         (("-S", "download.documents=50"), "differ in download.documents: losses on different text cannot be compared"),
         (("-S", "evaluate.stride=16"), "idea is evaluated with stride 16 and params.yaml with stride null"),
@@ -128,7 +128,7 @@ def test_errors_come_before_any_run_and_have_an_exit_code_of_their_own(root, arg
 def test_a_budget_of_flops_sets_the_steps(root):
     planned = trial.plan(root, "idea", ["model.n_embd=192"], None, "flops")
     steps = planned.idea.params.train.max_iters
-    ratio = steps * trial.flops_per_step(planned.idea) / (600 * trial.flops_per_step(planned.baseline))
-    assert steps < 600
+    ratio = steps * trial.flops_per_step(planned.idea) / (1200 * trial.flops_per_step(planned.baseline))
+    assert steps < 1200
     assert ratio == pytest.approx(1, abs=1 / steps)
     assert planned.idea.overrides == {"model.n_embd": 192, "train.max_iters": steps}
