@@ -28,7 +28,7 @@ def test_the_constant_is_found_and_neither_the_comment_nor_the_rename(fresh: Clo
     outcome = json.loads(clone.run("python -m tools bisect HEAD~3 --json 2>stderr.txt"))
     assert (outcome["subject"], outcome["files"], outcome["skipped"]) == ("A constant", [FILE], [])
     assert outcome["commit"] == clone.run("git rev-parse HEAD").strip()
-    assert "first at step 3: lr 0.01 -> 0.01001" in outcome["difference"]["line"]
+    assert "first at step 3: lr 0.02 -> 0.02002" in outcome["difference"]["line"]
     assert outcome["difference"]["tensor"] == "wte.weight"
     assert "uncommitted changes are ignored" in clone.read("stderr.txt")
     assert clone.run("git status --porcelain --untracked-files=no") == " M params.yaml\n"

@@ -140,7 +140,9 @@ def test_every_python_example_works(page: str, seed: Clone, copy_of: Callable[..
             clone.write("example.py", text.replace("<model id>", published.model_id).replace("sunny", "rainy"))
             uri = f"sqlite:///{clone.path}/mlflow.db"
             output = clone.run("python example.py", MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(clone.path))
-            assert "One rainy morning" in output
+            assert (
+                "One rainy morning" if "sunny" in text else "66244031886"
+            ) in output  # a model's text; a law's optimum
 
 
 def test_the_tests_that_the_readme_names_are_what_ci_runs() -> None:

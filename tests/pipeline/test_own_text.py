@@ -49,7 +49,7 @@ def test_the_way_back_to_the_commit_ends_with_the_committed_result_and_a_lock_th
     clone.run("git checkout --quiet params.yaml dvc.lock && dvc checkout --quiet")
     assert "Running stage 'tokenize'" not in clone.repro()
     assert clone.outs() == seed.outs()
-    assert "bit for bit the committed one: commit it" in clone.run("python -m tools summary")
+    assert "bit for bit the committed one: commit dvc.lock" in clone.run("python -m tools summary")
     clone.run("git commit --quiet --message 'The lock' dvc.lock")
     assert "DIVERGED" not in clone.run("python -m tools verify --layer lock")
     assert clone.run("git status --porcelain") == ""

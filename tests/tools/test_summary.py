@@ -53,7 +53,7 @@ def test_other_bits_from_the_same_code_and_params_are_reported_as_such(repositor
 
 def test_the_same_bits_of_other_code_are_reported_as_such(repository: Path) -> None:
     (repository / "dvc.lock").write_text(lock("a", code="c1"))
-    assert "this result is bit for bit the committed one: commit it" in summary()
+    assert "this result is bit for bit the committed one: commit dvc.lock" in summary()
 
 
 def test_an_untracked_file_is_named_before_a_commit_that_no_clone_could_confirm(repository: Path) -> None:
