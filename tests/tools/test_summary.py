@@ -70,7 +70,7 @@ def test_an_untracked_file_is_named_before_a_commit_that_no_clone_could_confirm(
         "move it away and run `dvc repro`"
     )
     (repository / "texts/left over.txt").unlink()
-    assert "commit it" in summary()
+    assert "commit dvc.lock" in summary()
 
 
 def test_other_params_explain_another_lock(repository: Path) -> None:
