@@ -62,7 +62,10 @@ def lock_state() -> str:
             "away and run `dvc repro`"
         )
     if DvcLock.parse(committed).outs() == DvcLock.parse(LOCK.read_text()).outs():
-        return "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: commit dvc.lock"
+        return (
+            "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: "
+            "commit dvc.lock"
+        )
     if changed.splitlines() == ["dvc.lock"]:
         return (
             "dvc.lock DIFFERS from the committed one though code and params are the same: this result has other bits "
