@@ -1,4 +1,4 @@
-"""Text to token files: megabytes per second and peak memory, ours, nanoGPT's way and the libraries alone beside it.
+"""Text to token files: megabytes per second and peak memory, of ours, of nanoGPT's way and of the libraries alone.
 
 Each measurement is a process of its own; its memory is the sum over that process and all that it starts, sampled. What
 is timed begins with text that lies on the disk in the form that each way downloads it to, and ends with train.bin and
@@ -21,8 +21,8 @@ SIZES = (10, 200)  # MB
 DOCUMENT = 5000  # characters, about as many as OpenWebText's have on average
 LINES, LETTERS = 5, 8  # one word of so many random letters every so many lines
 VAL_FRACTION, SEED, PROCESSES = 0.0005, 2357, 2
-# Way of ours -> what is measured beside it. nanoGPT has no bpe. The libraries alone encode documents that are in
-# memory, and write nothing: tiktoken in one thread, gigatoken in as many as there are cores.
+# Tokenizer -> what ours is compared with. nanoGPT has no bpe. The libraries alone encode documents from memory and
+# write nothing: tiktoken in one thread, gigatoken in one for each core.
 CANDIDATES = {"gpt2": ["nanogpt-gpt2", "gigatoken-alone", "tiktoken-alone"], "char": ["nanogpt-char"], "bpe": []}
 FORMS = {"nanogpt-gpt2": "dataset", "nanogpt-char": "text", "char": "raw-text", "bpe": "raw-text"}
 FORMS |= dict.fromkeys(("gpt2", "gigatoken-alone", "tiktoken-alone"), "raw-documents")

@@ -206,7 +206,7 @@ def attention(
     B, H, T, D = q.shape
     S = k.size(2)
     q, k = _by_position(q) * _log2_scale(D, scale), k.reshape(B * H, S, D)  # (T, G, D), (G, S, D)
-    if T == 1:  # generation: the loops below, without their overhead
+    if T == 1 and not is_causal:  # generation: the loops below, without their overhead
         out, log_sum = _block(q, k, v.reshape(B * H, S, D).mT)
         return _by_head(out, B), log_sum.view(1, B, H).permute(1, 2, 0)
     v = _transposed(_by_position(v))  # (G, D, S)

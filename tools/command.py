@@ -23,6 +23,12 @@ def command() -> Callable[[Callable[..., None]], click.Command]:
     return decorate
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError unless a name suits files and the experiments called NAME-…"""
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"--name {name!r} is invalid: a name consists of letters, digits, - and _")
+
+
 def commit_of(root: Path, name: str) -> str:
     """git's ref of the DVC experiment of that name, otherwise `name` itself. Raises ValueError if it is ambiguous."""
     from tracking.history import experiment_refs

@@ -109,7 +109,7 @@ def table(found: Comparison) -> str:
 
 def advice(comparisons: Sequence[Comparison]) -> Iterator[str]:
     """What to run next."""
-    if comparisons and not any(found.others for found in comparisons):
+    if len(comparisons) == 1 and not comparisons[0].others:
         yield "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"
     if any(diff.verdict == "cannot tell" for found in comparisons for diff in found.differences):
         yield "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it can tell"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt.params import Params, load_params, parse_assignments, with_values
+from tools.command import check_name
 from tools.trial import WITH_OVERRIDES, Side, obtain
 from tracking.comparison import Result
 from tracking.console import repository
@@ -71,8 +72,7 @@ def plan(root: Path, name: str, assignments: Sequence[str], grid: Grid) -> Ladde
     from nanogpt.scaling import check_determined
     from tools.size import known_meta, vocabulary
 
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(f"--name {name!r} is invalid: a name consists of letters, digits, - and _")
+    check_name(name)
     overrides = parse_assignments(assignments)
     if SEED in overrides:
         raise ValueError(f"-S {SEED} is invalid: a ladder sets the seeds itself; --seeds says how many")

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from nanogpt.params import TrainParams, load_params
-from tools.command import command
+from tools.command import check_name, command
 from tools.compare import as_dict, interval, p_value, table
 from tools.sweep_run import Budget, Sweep
 from tools.sweep_space import load_space
@@ -104,8 +104,7 @@ def plan(root: Path, path: Path, budget: Budget, name: str | None, jobs: int) ->
     """The sweep, checked. Raises ValueError."""
     params, name = load_params(root / "params.yaml"), name or path.stem
     space = load_space(path, params)
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(f"--name {name!r} is invalid: a name consists of letters, digits, - and _")
+    check_name(name)
     study = Study(space, rungs(params.train))
     if budget.unit == "steps" and budget.amount < study.rungs[-1]:
         raise ValueError(

@@ -149,6 +149,7 @@ def test_the_number_of_threads_changes_no_bit():
         (2, 2, 10, 10, 6, True),  # no whole vectors
         (2, 2, 129, 129, 4, False),
         (3, 2, 1, 37, 8, False),  # the next token
+        (1, 2, 1, 37, 8, True),  # a first token, which sees the first key alone
         (1, 2, 1, 1, 2, False),
     ],
 )

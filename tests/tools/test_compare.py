@@ -75,6 +75,14 @@ def test_one_run_and_none(root):
     assert compare().stdout.endswith("there is only one setting; `dvc exp run -S KEY=VALUE` adds another one\n")
 
 
+def test_runs_on_two_texts_go_by_their_names_and_need_no_other_setting(root):
+    scored_run(root, "stories", 2.0)
+    scored_run(root, "book", 1.0, profile={"bytes": 901})
+    printed = compare().stdout
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith(" 1 ")] == ["stories", "book"]
+    assert "there is only one setting" not in printed
+
+
 def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "a", 2.0)
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
