@@ -47,6 +47,7 @@ LEVELS = [
         "portable",
         "scaling",
         "schedule",
+        "sharding",
     },
     {"known_answers", "params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
     {
@@ -91,6 +92,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "pretrained",
         "recipe",
         "saved_model",
+        "sharding",
         "sizing",
         "timing",
     ),

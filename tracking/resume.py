@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from nanogpt.checkpoint import Checkpoints
+from nanogpt.checkpoint import Checkpoints, restore_on_all_ranks
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten
 from nanogpt.train_state import TrainState
@@ -96,8 +96,7 @@ def restore_newest(
                 f"{journal.path} lacks records that checkpoint {checkpoint.directory.name} relies on; "
                 f"remove {journal.path.parent} to train afresh"
             )
-        checkpoint.restore(state)
-    state.broadcast()
+    restore_on_all_ranks(state, checkpoint)
     if checkpoint is not None:
         console.say(f"resuming at step {state.progress.step:,} of {last_step:,}")
 
