@@ -22,8 +22,8 @@ from torch import Tensor, nn
 def shard(model: nn.Module, device_type: str, dtype: str) -> None:
     """Divides the weights of a GPT, which is on the CPU, among all processes and moves the shards to their devices.
 
-    dtype: the one of matrix products. The weights of blocks are gathered in it, as autocast would round them anyway;
-    gradients are always averaged in float32.
+    dtype: the one of matrix products. The weights of linear layers are gathered in it, as autocast would round them
+    anyway. All others, and gradients, travel in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -33,6 +33,9 @@ def shard(model: nn.Module, device_type: str, dtype: str) -> None:
         policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
     blocks: Any = model.h
     for block in blocks:
+        norms = [norm for norm in (block.ln_1, block.ln_2) if next(norm.parameters(), None) is not None]
+        if norms and dtype != "float32":
+            fully_shard(norms, mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "token_losses")
