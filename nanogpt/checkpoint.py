@@ -30,8 +30,8 @@ class Checkpoint:
 
     def restore(self, state: TrainState) -> None:
         """Restores the exact state of the training, whole or this process's shards, whichever was saved."""
-        parameters = dict(state.model.named_parameters()) if state.sharded else {}
-        state.restore(self._tensors(parameters), self.scaler, self.progress)
+        parameters = state.model.named_parameters() if state.sharded else ()
+        state.restore(self._tensors(dict[str, Tensor](parameters)), self.scaler, self.progress)
 
     def load_weights(self, model: nn.Module) -> None:
         """Loads the weights into the model."""

@@ -91,9 +91,7 @@ class MuonAdamW(AdamW):
             gradient, state = parameter.grad, self.state[parameter]
             if not state:
                 state["step"], state["momentum_buffer"] = torch.zeros(()), torch.zeros_like(parameter)
-            state["step"] = state["step"].cpu()  # load_state_dict puts it where the parameter is
-            momentum, buffer = momentum_at(int(state["step"]), self.momentum), state["momentum_buffer"]
-            state["step"] += 1
+            momentum, buffer = momentum_at(self.count_step(state), self.momentum), state["momentum_buffer"]
             buffer.lerp_(gradient, 1 - momentum)
             update = gradient.lerp(buffer, momentum)  # Nesterov's form
             pairs = [(parameter, update)]
@@ -106,6 +104,13 @@ class MuonAdamW(AdamW):
             lr = group["lr"] * math.sqrt(max(1.0, shape[0] / _parts(shape) / shape[1]))
             for (matrix, _), update in zip(pairs, orthogonal, strict=True):
                 sharding.local(matrix).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=lr)
+
+    def count_step(self, state: dict[str, Tensor]) -> int:
+        """Counts a step of a parameter; returns how many were before."""
+        state["step"] = state["step"].cpu()  # load_state_dict puts it where the parameter is
+        done = int(state["step"])
+        state["step"] += 1
+        return done
 
     def _orthogonal(self, updates: list[Tensor]) -> Iterable[Tensor]:
         """Returns the updates, which have one shape, with their singular values moved; of shards, the new shards."""

@@ -1,8 +1,8 @@
 """Training in shards by torch's FSDP2: each process keeps one part of every weight, gradient and moment.
 
-A block's weights are gathered before it computes and dropped afterwards; its gradients are averaged and divided at once,
-also those of a micro-batch that is not the step's last. Embeddings, final norm and head are one more such unit. Only
-calls of the model, its blocks and `token_losses` gather weights, and all processes must make the same calls.
+A block's weights are gathered before it computes and dropped afterwards. Its gradients are averaged and divided at
+once, after each micro-batch, so that no process ever has all of them. Embeddings, final norm and head are one more such
+unit. Only calls of the model and of `token_losses` gather weights, and all processes must make the same calls.
 
 Checkpoints are one safetensors file for each process, by the planner and the storage of torch.distributed.checkpoint.
 Its `save` and `load` would pickle their plans to exchange them, which shards that are known from the mesh do not need.
@@ -12,23 +12,25 @@ torch imports its compiler for FSDP, so all imports of it are inside functions.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-def shard(model: nn.Module, device_type: str, dtype: str) -> None:
-    """Divides the weights of a GPT, which is on the CPU, among all processes and moves the shards to their devices.
+
+def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str) -> None:
+    """Divides the weights of a GPT, which is on the CPU, among the processes of a mesh, on whose devices they then are.
 
     dtype: the one of matrix products. The weights of linear layers are gathered in it, as autocast would round them
     anyway. All others, and gradients, travel in float32.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh, policy = init_device_mesh(device_type, (dist.get_world_size(),)), MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
     if dtype != "float32":
         policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
     blocks: Any = model.h
@@ -59,12 +61,12 @@ def is_shard(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """Gathers a tensor that is in shards; all processes must call it. Returns any other tensor as it is."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard, which shares its memory; any other tensor as it is."""
-    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def by_owners(tensors: list[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -103,7 +105,8 @@ def _exchange(tensors: list[Tensor], sent: list[int], received: list[int]) -> tu
 
 def save_shards(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Writes this process's shards to a file in the directory, and process 0 what all have in common."""
-    from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.tensor import DTensor
 
     rank = dist.get_rank()
@@ -120,12 +123,15 @@ def load_shards(directory: Path, parameters: Mapping[str, Tensor], prefix: str =
     Those as large as the parameter that their names contain are divided among processes as it is; this process reads
     only its shards. With no parameters, all are whole and on the CPU. Any number of processes may have written them.
     """
-    from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     planner, reader = DefaultLoadPlanner(), HuggingFaceStorageReader(str(directory))
     metadata = reader.read_metadata()
     tensors: dict[str, Tensor] = {}
     for name, found in metadata.state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)  # the only kind in safetensors
         parameter = parameters.get(name.split("/")[1])
         if parameter is not None and parameter.shape == found.size:
             tensors[name] = torch.empty_like(parameter.detach())

@@ -115,8 +115,8 @@ def train(
 
     `batches` yields this process's micro-batches, inputs and targets (B, T), from that step on. Without an `evaluator`
     nothing is evaluated. A training that resumes continues exactly: batches and dropout are functions of the step, and
-    the checkpoint holds the rest. All ranks run this loop and take the same decisions; only rank 0 has `checkpoints`, to
-    which the others add their shards if the state is sharded.
+    the checkpoint holds the rest. All ranks run this loop and take the same decisions; only rank 0 has `checkpoints`,
+    to which the others add their shards if the state is sharded.
     """
     settings, progress = params.train, state.progress
     decay_iters = settings.lr_decay_iters or settings.max_iters

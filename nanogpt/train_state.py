@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt import sharding
-from nanogpt.determinism import Numerics, autocast
+from nanogpt.determinism import Numerics, autocast, return_freed_memory
 from nanogpt.distributed import Ranks
 from nanogpt.model import GPT
 from nanogpt.optimizer import make_optimizer
@@ -113,8 +113,10 @@ def new_state(model: GPT, params: TrainParams, numerics: Numerics, ranks: Ranks 
     """Returns the state before the first step, with a new optimizer for the model, which moves to its device."""
     ranks, device = ranks or Ranks(), torch.device(numerics.device)
     if sharded := params.parallel == "fsdp" and ranks.size > 1:
-        sharding.shard(model, device.type, numerics.dtype)
-    model = model.to(device)
+        return_freed_memory()
+        sharding.shard(model, ranks.mesh(device.type), numerics.dtype)
+    else:
+        model = model.to(device)
     compiled: Any = torch.compile(model) if numerics.compile else model
     return TrainState(
         model=model,

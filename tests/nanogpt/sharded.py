@@ -12,8 +12,11 @@ from nanogpt import portable, seeds, sharding
 from nanogpt.batches import micro_batches
 from nanogpt.checkpoint import Checkpoints, add_shards, restore_on_all_ranks
 from nanogpt.distributed import Ranks, join
+from nanogpt.dry_run import Meter, measured
 from nanogpt.evaluate import Score, score, windows
 from nanogpt.generate import Sampling, generate
+from nanogpt.model import GPT
+from nanogpt.params import TrainParams
 from nanogpt.train import Observer, Stopped, train
 from nanogpt.train_state import new_state
 from tests.nanogpt import tiny
@@ -29,6 +32,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "shape": MODERN},
 }
 PORTABLE = ("adamw", "muon")
+LARGER = tiny.config(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=257)
 
 
 class Training(Observer):
@@ -93,7 +97,9 @@ def held(training: Training) -> dict[str, list[int]]:
     gradients = [p.grad for p in weights]
     moments = [t for entries in state.optimizer.state.values() for t in entries.values() if t.dim()]
     kinds = {"weights": weights, "gradients": gradients, "moments": moments}
-    return {name: [sum(sharding.local(t).numel() for t in ts), sum(t.numel() for t in ts)] for name, ts in kinds.items()}
+    return {
+        name: [sum(sharding.local(t).numel() for t in ts), sum(t.numel() for t in ts)] for name, ts in kinds.items()
+    }
 
 
 def generated(training: Training, folder: Path) -> list[list[list[int]]]:
@@ -136,6 +142,17 @@ def restored(training: Training, folder: Path, expected: dict[str, torch.Tensor]
     return [same, tiny.same(again.shards(), expected)]
 
 
+def larger(size: int, optimizer: str) -> TrainParams:
+    several = {"processes": size, "gradient_accumulation_steps": 2 * size, "parallel": "fsdp"}
+    return tiny.train_params(batch_size=2, optimizer=optimizer, **several)
+
+
+def costs(ranks: Ranks, optimizer: str) -> dict[str, Any]:
+    """What a real step of a larger model costs."""
+    params = larger(ranks.size, optimizer)
+    return measured(new_state(GPT(LARGER), params, tiny.numerics(), ranks), params, Meter(ranks.size))
+
+
 def not_shared(training: Training, folder: Path) -> str:
     try:
         add_shards(training.state, folder / "elsewhere")
@@ -148,6 +165,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     with join("cpu") as ranks:
         found: dict[str, Any] = {"trained": {}, "resumed": {}}
+        found["costs"] = {optimizer: costs(ranks, optimizer) for optimizer in ("adamw", "muon")}
         for name, settings in TRAININGS.items():
             if name in PORTABLE:
                 portable.install()

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from nanogpt import sharding
+from nanogpt import dry_run, sharding
 from nanogpt.distributed import Ranks
-from tests.nanogpt import sharded
+from tests.nanogpt import sharded, tiny
 from tracking.launch import launch
 
 
@@ -53,6 +53,17 @@ def test_each_matrix_has_one_owner(four):
 
 def test_a_checkpoint_in_shards_is_restored_whole_and_a_whole_one_in_shards(four):
     assert [found["restored"] for found in four] == [[True, True]] * 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_dry_run_without_the_others_shows_what_a_real_step_costs(four, optimizer):
+    predicted = dry_run.costs(sharded.LARGER, sharded.larger(4, optimizer), tiny.numerics())
+    for found in four:
+        real = found["costs"][optimizer]
+        assert real["sent"] == predicted["sent"]
+        assert set(real["sent"]) == {"all_gather", "reduce_scatter", *(["all_to_all"] if optimizer == "muon" else [])}
+        for name in ("weights", "gradients", "moments", "peak"):
+            assert predicted[name] == pytest.approx(real[name], rel=0.15), name
 
 
 def test_a_directory_that_a_process_does_not_share_is_reported(four):
