@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, UntypedStorage
-from torch.distributed.distributed_c10d import HashStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -149,7 +148,8 @@ def step(state: TrainState, params: TrainParams) -> int:
 def _fake_group(size: int) -> Iterator[None]:
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  # registers it
 
-    dist.init_process_group("fake", store=HashStore(), rank=0, world_size=size)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("fake", store=store, rank=0, world_size=size)
     try:
         yield
     finally:

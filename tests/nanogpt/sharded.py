@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanogpt import portable, seeds, sharding
+from nanogpt import portable, sharding
 from nanogpt.batches import micro_batches
 from nanogpt.checkpoint import Checkpoints, add_shards, restore_on_all_ranks
 from nanogpt.distributed import Ranks, join
@@ -93,7 +93,7 @@ def held(training: Training) -> dict[str, list[int]]:
     """The numbers that this process and a whole training hold: of weights, gradients and moments."""
     state, x = training.state, torch.from_numpy(TOKENS[:9].astype("int64"))[None]
     state.loss(x[:, :-1], x[:, 1:]).backward()
-    weights = [p for p in state.model.parameters()]
+    weights = list(state.model.parameters())
     gradients = [p.grad for p in weights]
     moments = [t for entries in state.optimizer.state.values() for t in entries.values() if t.dim()]
     kinds = {"weights": weights, "gradients": gradients, "moments": moments}
