@@ -3,7 +3,7 @@
 Real processes on this machine take steps of GPT-2. Held are their weights, gradients and moments. The peak is what a
 process grows by after its imports, once the model is built, by the kernel's count: it includes activations, gathered
 weights, the collectives' buffers and what the allocator keeps. Of several processes it is the largest.
-Wire is what a process sent in a step through the loopback interface, and what else used it
+Wire is what a process sent in a step through the loopback interface, with what else used it
 meanwhile: `unshare --net` gives the benchmark one of its own. The predictions come from a dry run in one more process.
 """
 

