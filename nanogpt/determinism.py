@@ -158,9 +158,14 @@ def _keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Has glibc hand each freed tensor back: weights that are gathered and dropped would fragment what it keeps."""
+    """Has glibc hand freed tensors back: those so far, and each from now on.
+
+    Weights that are gathered and dropped fragment what glibc keeps, to twice what a training in shards needs.
+    """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+        libc.malloc_trim(0)
 
 
 def _pin_environment(determinism: str, threads: int) -> None:

@@ -113,8 +113,8 @@ def new_state(model: GPT, params: TrainParams, numerics: Numerics, ranks: Ranks 
     """Returns the state before the first step, with a new optimizer for the model, which moves to its device."""
     ranks, device = ranks or Ranks(), torch.device(numerics.device)
     if sharded := params.parallel == "fsdp" and ranks.size > 1:
-        return_freed_memory()
         sharding.shard(model, ranks.mesh(device.type), numerics.dtype)
+        return_freed_memory()
     else:
         model = model.to(device)
     compiled: Any = torch.compile(model) if numerics.compile else model

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TOKENS = Path("data/tokens")
 GPT2_VOCABULARY = 50_257
+SHARED = {"processes", "parallel"}  # how processes share a step
 
 
 @command()
@@ -111,27 +112,15 @@ def size(
         if share is not None and peak is not None:
             seconds = sizing.step_seconds(config, process_tokens, share, peak)
     chinchilla, numerics_params = sizing.chinchilla_tokens(config), params.numerics
-    setup = sizing.Setup(
-        train.batch_size,
-        micro_steps > 1,
-        numerics_params.dtype,
-        device,
-        numerics_params.determinism,
-        parallel=train.processes > 1,
-    )
+    precision = numerics_params.dtype, device, numerics_params.determinism
+    setup = sizing.Setup(train.batch_size, micro_steps > 1, *precision, parallel=train.processes > 1)
     of_model = model_figures(config, setup)
     if train.processes > 1:
         of_model["bytes"] |= per_process(params, config)
+    of_step = {"batch_size": train.batch_size, "micro_steps": micro_steps}
     return {
         "model": asdict(config),
-        "setup": {
-            "device": device,
-            "dtype": setup.dtype,
-            "batch_size": setup.batch_size,
-            "micro_steps": micro_steps,
-            "processes": train.processes,
-            "parallel": train.parallel,
-        },
+        "setup": {"device": device, "dtype": setup.dtype, **of_step, **train.model_dump(include=SHARED)},
         **of_model,
         "tokens": {
             "per_step": tokens,

@@ -123,7 +123,8 @@ def test_gpt2_as_nanogpt_trains_it() -> None:
     assert sum(found["parameters"]["total"].values()) == 124_439_808
     assert found["tokens"]["total"] == 600_000 * 491_520
     assert found["tokens"]["chinchilla"] == 20 * 124_439_808
-    assert found["setup"] == {"device": "cuda", "dtype": "bfloat16", "batch_size": 12, "micro_steps": 40}
+    setup = {"device": "cuda", "dtype": "bfloat16", "batch_size": 12, "micro_steps": 40}
+    assert found["setup"] == setup | {"processes": 1, "parallel": "ddp"}
     # 8 x A100 at 312 TFLOP/s: nanoGPT's README says some four days, which is an MFU of about 0.4
     assert found["time"]["seconds"] == pytest.approx(600_000 * 491_520 * 855_166_464 / (0.4 * 2496e12))
     assert found["bytes"]["checkpoint"] == 12 * 124_439_808
@@ -173,3 +174,21 @@ def test_a_measured_run_needs_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {"measured": True, "peak_flops": None, "mfu": None, "seconds_per_step": 0.5, "seconds": 350.0}
     assert found == expected
     assert time_line(found).startswith("6 min for all steps")
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_trains_in_shards_holds_its_part_and_sends_what_it_shows() -> None:
+    alone, shards, copies = figures(), figures("--ranks", "8", "--parallel", "fsdp"), figures("--ranks", "8")
+    assert shards["setup"]["processes"] == 8
+    assert shards["setup"]["micro_steps"] == 1  # at least one for each process
+    for name in ("weights", "gradients", "moments"):
+        assert shards["bytes"][name] < 0.2 * alone["bytes"][name]
+        assert copies["bytes"][name] == alone["bytes"][name]
+    assert set(shards["bytes"]["sent"]) == {"all_gather", "reduce_scatter", "all_to_all"}
+    assert copies["bytes"]["sent"] == {"all_reduce": 2 * alone["bytes"]["gradients"] * 7 // 8}
+    assert "sent" not in alone["bytes"]
+    text = run("--ranks", "8").output
+    assert "of each of 8 processes (ddp)" in text
+    assert re.search(r"^all reduce +[\d.]+   sent in a step", text, re.MULTILINE)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from nanogpt.files import sha256_file, sha256_json, sha256_tree
+from nanogpt.recipe import Recipe
+from tests.conftest import committed_params
 from tracking import fingerprint as provenance
 from tracking.fingerprint import code_hash, code_of, fingerprint, import_closure
 
@@ -229,3 +231,26 @@ def test_the_environment_has_versions_and_the_processor_but_no_host():
     assert {"python", "libc", "cpu", "machine", "numpy"} <= found.keys()
     assert all(isinstance(value, str) and value for value in found.values())
     assert Path("/proc/sys/kernel/hostname").read_text().strip() not in found.values()
+
+
+# --- how the processes share a step -----------------------------------------------------------------------------------
+
+
+def counted(determinism, **train):
+    """Of train.processes and train.parallel, what a training's fingerprint contains."""
+    ours = committed_params()
+    params = ours.model_copy(
+        update={
+            "train": ours.train.model_copy(update=train),
+            "numerics": ours.numerics.model_copy(update={"determinism": determinism}),
+        }
+    )
+    values = provenance._params_of(Recipe(params, numerics=None, data=None, initial=None))
+    return {name: values[f"train.{name}"] for name in ("processes", "parallel") if f"train.{name}" in values}
+
+
+def test_training_in_shards_is_part_of_what_decides_a_result_where_it_changes_bits():
+    assert counted("portable", processes=2, parallel="fsdp") == {"processes": 2, "parallel": "fsdp"}
+    assert counted("portable", processes=2, parallel="ddp") == {"processes": 2}
+    assert counted("portable", processes=1, parallel="fsdp") == {"processes": 1}
+    assert counted("off", processes=2, parallel="fsdp") == {}
