@@ -31,16 +31,18 @@ COLLECTIVES = {
     "alltoall_base_": ("all_to_all", 1),
     "allreduce_": ("all_reduce", 0),
 }
+# those that send everything twice, once to add up and once to spread the sums; gloo scatters what it has spread
+SENT_TWICE = {"gloo": {"all_reduce", "reduce_scatter"}, "nccl": {"all_reduce"}}
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that are created in a block and exist: now, and at most.
 
-    `sent` has, by collective, the bytes that a process sends if each part of a tensor goes where it is needed once, as
-    in a ring.
+    `sent` has the bytes that a process sends by collective, in a ring, as the backend does it.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.sent_twice = SENT_TWICE[backend]
         super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.bytes, self.peak, self.sent = size, 0, 0, dict[str, int]()
         self._known: dict[int, tuple[Any, int]] = {}  # by the storage's id: a weak reference to it and its bytes
@@ -93,8 +95,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind, position = COLLECTIVES[name]
             everything = sum(t.nbytes for t in tree_iter(args[position]) if isinstance(t, Tensor))
             sent = everything * (self.size - 1) // self.size
-            if kind == "all_reduce":
-                sent *= 2  # to add up, and to give the sums to all
+            if kind in self.sent_twice:
+                sent *= 2
             elif kind == "all_to_all":
                 parts = args[4]  # numbers for each process
                 sent = everything * (sum(parts) - parts[dist.get_rank()]) // max(1, sum(parts))
@@ -111,8 +113,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes -= self._known.pop(key)[1]
 
 
-def costs(config: GPTConfig, params: TrainParams, numerics: Numerics) -> dict[str, Any]:
-    """Bytes of one of params.processes that train in shards: of a step in memory at most, by part, and sent."""
+def costs(config: GPTConfig, params: TrainParams, numerics: Numerics, backend: str = "gloo") -> dict[str, Any]:
+    """Bytes of one of params.processes that train in shards: in memory, by part and at most, and sent in a step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     ranks = Ranks(0, params.processes)
@@ -121,7 +123,7 @@ def costs(config: GPTConfig, params: TrainParams, numerics: Numerics) -> dict[st
         with FakeTensorMode(allow_non_fake_inputs=True):
             state = new_state(GPT(config, numerics.attention), params, numerics, ranks)
             state.optimizer.count_step = lambda _: 0  # type: ignore[attr-defined]  # a fake count has no value
-            return measured(state, params, Meter(ranks.size))
+            return measured(state, params, Meter(ranks.size, backend))
 
 
 def measured(state: TrainState, params: TrainParams, meter: Meter) -> dict[str, Any]:

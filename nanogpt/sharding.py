@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str) -> None:
+def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str, compiled: bool = False) -> None:
     """Divides the weights of a GPT, which is on the CPU, among the processes of a mesh, on whose devices they then are.
 
     dtype: the one of matrix products. The weights of linear layers are gathered in it, as autocast would round them
-    anyway. All others, and gradients, travel in float32.
+    anyway. All others, and gradients, travel in float32. If `compiled`, each block is, without what gathers weights.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -39,6 +39,8 @@ def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str) -> None:
         if norms and dtype != "float32":
             fully_shard(norms, mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+        if compiled:
+            block.forward = torch.compile(block.forward)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "token_losses")
 

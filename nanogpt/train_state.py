@@ -61,7 +61,7 @@ class TrainState:
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the mean loss of a micro-batch, x and y (B, T), in nats per token: a scalar with a gradient."""
         with self.precision:
-            return (self.forward or self.model)(x, y)
+            return (self.model if self.forward is None else self.forward)(x, y)  # a compiled model has no truth value
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns all tensors of the state by name: `model/<parameter>` and `optimizer/<parameter>/<entry>`.
@@ -113,11 +113,11 @@ def new_state(model: GPT, params: TrainParams, numerics: Numerics, ranks: Ranks 
     """Returns the state before the first step, with a new optimizer for the model, which moves to its device."""
     ranks, device = ranks or Ranks(), torch.device(numerics.device)
     if sharded := params.parallel == "fsdp" and ranks.size > 1:
-        sharding.shard(model, ranks.mesh(device.type), numerics.dtype)
+        sharding.shard(model, ranks.mesh(device.type), numerics.dtype, numerics.compile)
         return_freed_memory()
     else:
         model = model.to(device)
-    compiled: Any = torch.compile(model) if numerics.compile else model
+    compiled: Any = torch.compile(model) if numerics.compile and not sharded else model
     return TrainState(
         model=model,
         optimizer=make_optimizer(model, params, device.type, numerics.dtype),

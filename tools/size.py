@@ -116,7 +116,7 @@ def size(
     setup = sizing.Setup(train.batch_size, micro_steps > 1, *precision, parallel=train.processes > 1)
     of_model = model_figures(config, setup)
     if train.processes > 1:
-        of_model["bytes"] |= per_process(params, config)
+        of_model["bytes"] |= per_process(params, config, "nccl" if device == "cuda" else "gloo")
     of_step = {"batch_size": train.batch_size, "micro_steps": micro_steps}
     return {
         "model": asdict(config),
@@ -161,7 +161,7 @@ def model_figures(config: "GPTConfig", setup: "Setup") -> dict[str, Any]:
     }
 
 
-def per_process(params: "Params", config: "GPTConfig") -> dict[str, Any]:
+def per_process(params: "Params", config: "GPTConfig", backend: str) -> dict[str, Any]:
     """The bytes in which one of several processes differs from one that trains alone, and those that it sends."""
     from nanogpt import sizing
 
@@ -174,7 +174,7 @@ def per_process(params: "Params", config: "GPTConfig") -> dict[str, Any]:
 
     own = params.numerics
     numerics = Numerics(own.determinism, 1, own.dtype, False, own.attention, "cpu", "", "", "")
-    return {**costs(config, train, numerics), "buckets": 0}
+    return {**costs(config, train, numerics, backend), "buckets": 0}
 
 
 # --- the device and its speed -----------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     parts = [line(f"  {name}", megabytes(number)) for name, number in amount["activations_by_part"].items()]
     where = f"{setup['batch_size']} sequences at a time, {setup['dtype']} on {setup['device']}"
     sent = [
-        line(name, megabytes(number)) + "   sent in a step, if nothing travels twice"
+        line(name, megabytes(number)) + "   sent in a step"
         for name, number in amount.get("sent", {}).items()
     ]
     if sent:

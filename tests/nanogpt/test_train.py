@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import math
 import time
@@ -586,3 +587,13 @@ def test_with_a_gradient_scaler_an_infinite_gradient_is_a_skipped_step(tmp_path)
     norms = [record["grad_norm"] for record in run.records("step")]
     assert [math.isfinite(norm) for norm in norms] == [True, True, False, True, True, True, True]
     assert all(torch.isfinite(weight).all() for weight in run.model.parameters())
+
+
+def test_a_compiled_model_computes_the_loss(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    x = torch.from_numpy(TOKENS[:16].astype("int64")).view(2, 8)
+    plain, compiled = (
+        new_state(tiny.gpt(n_layer=1), tiny.train_params(), tiny.numerics(compile=compile)) for compile in (False, True)
+    )
+    assert compiled.forward is not compiled.model
+    assert torch.equal(compiled.loss(x, x), plain.loss(x, x))
