@@ -116,6 +116,8 @@ def trained(folder: str, size: int, vocab_size: int, **options: Any) -> None:
     config = GPTConfig(vocab_size=vocab_size, **params.model.model_dump())
     with join("cpu") as ranks:
         before = resident()
+        if size > 1:  # as Recipe.new_state
+            determinism.return_freed_memory()
         state = new_state(GPT(config), params.train, numerics, ranks)
         forget_peak()
         for _ in range(2):

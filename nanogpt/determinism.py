@@ -158,14 +158,14 @@ def _keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Has glibc hand freed tensors back: those so far, and each from now on.
+    """Has glibc hand each tensor back that is freed from now on.
 
     Weights that are gathered and dropped fragment what glibc keeps, to twice what a training in shards needs.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-        libc.malloc_trim(0)
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD):
+            libc.mallopt(parameter, 2**17)
 
 
 def _pin_environment(determinism: str, threads: int) -> None:

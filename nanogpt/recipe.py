@@ -10,12 +10,12 @@ from torch import Tensor
 
 from nanogpt.batches import check_block_size, micro_batches
 from nanogpt.dataset import Dataset, load_dataset
-from nanogpt.determinism import Numerics
+from nanogpt.determinism import Numerics, return_freed_memory
 from nanogpt.distributed import Ranks
 from nanogpt.params import Params, flatten
 from nanogpt.pretrained import Initial, load_initial
 from nanogpt.train import Evaluator
-from nanogpt.train_state import TrainState, new_state
+from nanogpt.train_state import TrainState, new_state, trains_in_shards
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Recipe:
 
     def new_state(self, ranks: Ranks | None = None) -> TrainState:
         """The state before the first step."""
+        if ranks is not None and trains_in_shards(self.params.train, ranks):
+            return_freed_memory()
         model = self.initial.build(self.params.train.seed, self.params.numerics.attention, torch.device("cpu"))
         return new_state(model, self.params.train, self.numerics, ranks)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt import sharding
-from nanogpt.determinism import Numerics, autocast, return_freed_memory
+from nanogpt.determinism import Numerics, autocast
 from nanogpt.distributed import Ranks
 from nanogpt.model import GPT
 from nanogpt.optimizer import make_optimizer
@@ -109,12 +109,17 @@ def load_weights(tensors: dict[str, Tensor], model: nn.Module) -> None:
     model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model/")})
 
 
+def trains_in_shards(params: TrainParams, ranks: Ranks) -> bool:
+    """Whether each process is to hold a part of the state only."""
+    return params.parallel == "fsdp" and ranks.size > 1
+
+
 def new_state(model: GPT, params: TrainParams, numerics: Numerics, ranks: Ranks | None = None) -> TrainState:
     """Returns the state before the first step, with a new optimizer for the model, which moves to its device."""
     ranks, device = ranks or Ranks(), torch.device(numerics.device)
-    if sharded := params.parallel == "fsdp" and ranks.size > 1:
+    sharded = trains_in_shards(params, ranks)
+    if sharded:
         sharding.shard(model, ranks.mesh(device.type), numerics.dtype, numerics.compile)
-        return_freed_memory()
     else:
         model = model.to(device)
     compiled: Any = torch.compile(model) if numerics.compile and not sharded else model

@@ -234,10 +234,7 @@ def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     rows = [line(name, megabytes(amount[name])) + (f"   {notes[name]}" if name in notes else "") for name in names]
     parts = [line(f"  {name}", megabytes(number)) for name, number in amount["activations_by_part"].items()]
     where = f"{setup['batch_size']} sequences at a time, {setup['dtype']} on {setup['device']}"
-    sent = [
-        line(name, megabytes(number)) + "   sent in a step"
-        for name, number in amount.get("sent", {}).items()
-    ]
+    sent = [line(name, megabytes(number)) + "   sent in a step" for name, number in amount.get("sent", {}).items()]
     if sent:
         where += f"; of each of {setup['processes']} processes ({setup['parallel']})"
     return [
