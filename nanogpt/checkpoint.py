@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogpt import sharding
 from nanogpt.files import reason, replacing, sha256_file, sha256_json, sha256_tree
-from nanogpt.train_state import Progress, TrainState, load_weights
+from nanogpt.train_state import Progress, TrainState, weights
 
 WHOLE, SHARDS = "state.safetensors", "state"
 
@@ -33,14 +33,9 @@ class Checkpoint:
         parameters = state.model.named_parameters() if state.sharded else ()
         state.restore(self._tensors(dict[str, Tensor](parameters)), self.scaler, self.progress)
 
-    def load_weights(self, model: nn.Module) -> None:
-        """Loads the weights into the model."""
-        load_weights(self._tensors({}, "model/"), model)
-
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights by name, whole and on the CPU."""
-        tensors = self._tensors({}, "model/")
-        return {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+        return weights(self._tensors({}, "model/"))
 
     def _tensors(self, parameters: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """Returns at least the tensors whose names begin with `prefix`, divided among processes as `parameters` are."""

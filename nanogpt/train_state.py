@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogpt import sharding
 from nanogpt.determinism import Numerics, autocast
@@ -77,7 +77,7 @@ class TrainState:
 
     def restore(self, tensors: dict[str, Tensor], scaler: dict[str, Any], progress: Progress) -> None:
         """Restores the state from which `tensors()`, `scaler.state_dict()` and `progress` were taken, exactly."""
-        load_weights(tensors, self.model)
+        self.model.load_state_dict(weights(tensors))
         names = self._names()
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -104,9 +104,9 @@ class TrainState:
         return [name_of[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-def load_weights(tensors: dict[str, Tensor], model: nn.Module) -> None:
-    """Loads the weights among the tensors of a state into a model."""
-    model.load_state_dict({key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model/")})
+def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights among the tensors of a state, by name."""
+    return {key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model/")}
 
 
 def trains_in_shards(params: TrainParams, ranks: Ranks) -> bool:

@@ -106,7 +106,7 @@ def held(training: Training) -> dict[str, list[int]]:
 def generated(training: Training, folder: Path) -> list[list[list[int]]]:
     """Tokens of the model in shards, and of a whole one with the same weights."""
     whole = tiny.gpt(**MODERN)
-    Checkpoints(folder, "run").read(STEPS).load_weights(whole)
+    whole.load_state_dict(Checkpoints(folder, "run").read(STEPS).weights())
     return [[*generate(model, [1, 2, 3], 2, 12, Sampling())] for model in (training.state.model, whole)]
 
 

@@ -103,7 +103,7 @@ def test_before_the_first_evaluation_the_best_loss_is_infinite_and_survives(chec
 def test_weights_alone_can_be_loaded(checkpoints):
     first, other = Trained(), tiny.gpt(seed=9)
     first.save(checkpoints, 5)
-    checkpoints.read(5).load_weights(other)
+    other.load_state_dict(checkpoints.read(5).weights())
     assert tiny.same(tiny.weights(other), tiny.weights(first.model))
 
 
@@ -129,7 +129,7 @@ def test_a_step_saved_again_replaces_itself(saved):
     other.save(saved, 30, best_step=10)
     assert len(steps(saved)) == 3
     again = tiny.gpt()
-    saved.read(30).load_weights(again)
+    again.load_state_dict(saved.read(30).weights())
     assert tiny.same(tiny.weights(again), tiny.weights(other.model))
 
 

@@ -541,7 +541,7 @@ def diverged(run, match=None):
         run.go()
     for path in run.checkpoints.directory.glob("step-*"):
         model = copy.deepcopy(run.model)
-        run.checkpoints.read(int(path.name[5:])).load_weights(model)
+        model.load_state_dict(run.checkpoints.read(int(path.name[5:])).weights())
         assert all(torch.isfinite(weight).all() for weight in model.parameters()), path
     return caught.value.step
 
