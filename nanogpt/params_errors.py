@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _ABBREVIATIONS = {"lr": "learning_rate", "wd": "weight_decay"}  # as other trainers call them
 
@@ -13,7 +14,7 @@ class ParamsError(ValueError):
     """A parameter is wrong; the message names key, value and remedy in one line."""
 
 
-def explain(error: Any, params: type[BaseModel]) -> str:
+def explain(error: Any, params: "type[BaseModel]") -> str:
     """Formats an error of pydantic about `params`, a model whose fields are the sections."""
     loc = [part if part.isprintable() else repr(part) for part in (str(part)[:60] for part in error["loc"])]
     # Pydantic appends the branch of a union that it tried; only the names in the file help the user.
@@ -32,7 +33,7 @@ def explain(error: Any, params: type[BaseModel]) -> str:
     return f"{key} = {_value(error)} is invalid: {problem}"
 
 
-def _in_its_section(key: str, params: type[BaseModel]) -> str:
+def _in_its_section(key: str, params: "type[BaseModel]") -> str:
     """The remedy for an unknown "section.key" or section: the key's own section if only that is wrong."""
     sections = {name: list(field.annotation.model_fields) for name, field in params.model_fields.items()}  # type: ignore[union-attr]
     section, _, name = key.rpartition(".")

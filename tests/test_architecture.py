@@ -56,6 +56,7 @@ LEVELS = [
         "corpus.nanogpt_bins",
         "corpus.separators",
         "corpus.floor",
+        "corpus.parts",
         "batches",
         "dataset",
         "determinism",
