@@ -14,6 +14,7 @@ from nanogpt.corpus.tokenizer import Tokenizer
 from nanogpt.files import Damaged, read_bytes
 from nanogpt.generate import Sampling, generate
 from nanogpt.saved_model import PublishedModel
+from nanogpt.sharding import is_sharded
 
 PROMPTS = Path("inputs/prompts")  # the folder whose changes are noticed
 _LARGEST_PROMPT = 2**24  # bytes of a file
@@ -39,7 +40,7 @@ def continuations(
             ended[i] = ended[i] or token == end
             if not ended[i]:
                 texts[i].append(token)
-        if all(ended):
+        if all(ended) and not is_sharded(gpt.model):  # ranks whose bits differ must not end at different tokens
             break
     return [gpt.tokenizer.decode(text) for text in texts]
 

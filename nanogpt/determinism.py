@@ -157,6 +157,12 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TOP_PAD, 2**26)
 
 
+def return_freed_memory() -> None:
+    """Has glibc hand each freed tensor back: weights that are gathered and dropped would fragment what it keeps."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
 def _pin_environment(determinism: str, threads: int) -> None:
     """Environment variables win over the caller's: read by OpenMP, MKL, oneDNN, ATen and cuBLAS when torch loads."""
     pinned = {

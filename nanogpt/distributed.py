@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 RENDEZVOUS = 120.0  # seconds within which all processes must have connected
 _COLLECTIVE = 3600.0  # seconds that others wait for rank 0 to evaluate, write samples and save
@@ -40,6 +43,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None):
         self.rank, self.size, self._store, self._broadcasts = rank, size, store, 0
+        self._mesh: DeviceMesh | None = None
 
     @property
     def store(self) -> Store:
@@ -68,6 +72,13 @@ class Ranks:
         if self.size == 1:
             return module
         return DistributedDataParallel(module, find_unused_parameters=fixed_order)
+
+    def mesh(self, device_type: str) -> "DeviceMesh":
+        """Returns all processes and their devices, for training in shards (sharding.py)."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self._mesh = self._mesh or init_device_mesh(device_type, (self.size,))
+        return self._mesh
 
     def mean(self, values: list[float]) -> list[float]:
         """Averages each value over all processes, added in the order of the ranks so that the bits never change."""

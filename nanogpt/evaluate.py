@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 
 from nanogpt.corpus.token_files import Tokens
-from nanogpt.loss import each_cross_entropy
 from nanogpt.model import GPT
 
 
@@ -92,8 +91,7 @@ def score(
         inputs, targets = stream[:, :-1], stream[:, 1:]
         skip = batch[0].scored - batch[0].begin
         with precision or nullcontext():
-            hidden = model.hidden(inputs)[:, skip:].flatten(0, 1)
-            losses = each_cross_entropy(hidden, model.head, targets[:, skip:].flatten())  # (B * scored,)
+            losses = model.token_losses(inputs, targets, skip)  # (B * scored,)
         nats += losses.cpu().double().sum().item()
         count += losses.numel()
     model.train(was_training)

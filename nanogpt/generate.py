@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt import portable, seeds
+from nanogpt import portable, seeds, sharding
 from nanogpt.model import GPT, KVCache, rotation
 
 LARGE = 2**22  # weights, 16 MiB of float32; copying a larger matrix by columns takes too long
@@ -29,7 +29,6 @@ class Sampling:
     seed: int = 1337
 
 
-@torch.inference_mode()
 def generate(
     model: GPT, prompt: list[int], samples: int, max_new_tokens: int, sampling: Sampling
 ) -> Iterator[list[int]]:
@@ -38,7 +37,17 @@ def generate(
     The draw for a token is a function of (seed, sample, position) and depends on no other sample. When block_size is
     reached, the older half of the context is dropped and the rest is read again: a window that slid by one would change
     every position, and with it every cached key.
+
+    If the model is in shards, all processes must generate the same tokens, and each of them gathers all weights anew.
     """
+    # What inference mode gathers cannot be trained on afterwards.
+    without_gradients = torch.no_grad if sharding.is_sharded(model) else torch.inference_mode
+    return without_gradients()(_generate)(model, prompt, samples, max_new_tokens, sampling)
+
+
+def _generate(
+    model: GPT, prompt: list[int], samples: int, max_new_tokens: int, sampling: Sampling
+) -> Iterator[list[int]]:
     was_training = model.training
     model.eval()
     try:
@@ -54,7 +63,7 @@ def _tokens(
     cache = KVCache(model.config, samples, weight.device, weight.dtype)
     # Of a prompt that is too long keep the end, as nanoGPT does.
     fresh = torch.tensor([prompt[-block_size:]] * samples, device=weight.device)  # (B, T)
-    decoder = Decoder(model, cache)
+    decoder = functools.partial(model, cache=cache) if sharding.is_sharded(model) else Decoder(model, cache)
     for uniform in uniforms(sampling.seed, samples, max_new_tokens):
         if cache.length == block_size:
             fresh = torch.cat([cache.tokens[:, block_size // 2 + 1 :], fresh], dim=1)

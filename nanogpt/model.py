@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.gpt_config import Attention, GPTConfig
-from nanogpt.loss import cross_entropy
+from nanogpt.loss import cross_entropy, each_cross_entropy
 from nanogpt.startup import NothingDrawn
 
 RECOMPUTED = 2**22  # elements, 16 MiB of float32; larger activations are recomputed instead of kept
@@ -223,6 +223,13 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(x, self.head)  # (B, T, V)
         return cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
+
+    def token_losses(self, tokens: Tensor, targets: Tensor, skip: int = 0) -> Tensor:
+        """tokens, targets (B, T) -> cross-entropies of the targets from position `skip` on, (B * (T - skip),).
+
+        Without gradients; in nats, in float32.
+        """
+        return each_cross_entropy(self.hidden(tokens)[:, skip:].flatten(0, 1), self.head, targets[:, skip:].flatten())
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> the input of the head, (B, T, C); with a cache that of the last position, (B, 1, C)."""

@@ -1,12 +1,13 @@
 """The optimizers: AdamW and Muon."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nanogpt import sharding
 from nanogpt.params import TrainParams
 from nanogpt.startup import AdamW
 
@@ -63,7 +64,7 @@ class MuonAdamW(AdamW):
 
     Muon's update is the momentum with all singular values set to about one, so that every direction of a matrix learns
     at the same rate. Matrices of one shape are processed together. Queries, keys and values are three matrices in one
-    tensor.
+    tensor. Of weights in shards, each matrix is processed whole by one process (sharding.by_owners).
     """
 
     def __init__(self, groups: list[Group], momentum: float, dtype: torch.dtype, **adamw: Any):
@@ -85,28 +86,51 @@ class MuonAdamW(AdamW):
                 self._step_muon(group)
 
     def _step_muon(self, group: Group) -> None:
-        updates: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by shape: matrices and their updates
+        updates: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # by shape: matrices and their updates
         for parameter in group["params"]:
             gradient, state = parameter.grad, self.state[parameter]
             if not state:
                 state["step"], state["momentum_buffer"] = torch.zeros(()), torch.zeros_like(parameter)
-            state["step"] = state["step"].cpu()  # load_state_dict puts it where the parameter is
-            momentum, buffer = momentum_at(int(state["step"]), self.momentum), state["momentum_buffer"]
-            state["step"] += 1
+            momentum, buffer = momentum_at(self.count_step(state), self.momentum), state["momentum_buffer"]
             buffer.lerp_(gradient, 1 - momentum)
             update = gradient.lerp(buffer, momentum)  # Nesterov's form
-            for matrix, part in zip(_matrices(parameter), _matrices(update), strict=True):
-                updates.setdefault(tuple(part.shape), []).append((matrix, part))  # type: ignore[arg-type]
-        for (rows, columns), pairs in updates.items():
-            orthogonal = orthogonalize(torch.stack([update for _, update in pairs]), self.dtype)
-            lr = group["lr"] * math.sqrt(max(1.0, rows / columns))
+            pairs = [(parameter, update)]
+            if not sharding.is_shard(update):
+                pairs = list(zip(_matrices(parameter), _matrices(update), strict=True))
+            for matrix, part in pairs:
+                updates.setdefault(tuple(part.shape), []).append((matrix, part))
+        for shape, pairs in updates.items():
+            orthogonal = self._orthogonal([update for _, update in pairs])
+            lr = group["lr"] * math.sqrt(max(1.0, shape[0] / _parts(shape) / shape[1]))
             for (matrix, _), update in zip(pairs, orthogonal, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=lr)
+                sharding.local(matrix).mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=lr)
+
+    def count_step(self, state: dict[str, Tensor]) -> int:
+        """Counts a step of a parameter; returns how many were before."""
+        state["step"] = state["step"].cpu()  # load_state_dict puts it where the parameter is
+        done = int(state["step"])
+        state["step"] += 1
+        return done
+
+    def _orthogonal(self, updates: list[Tensor]) -> Iterable[Tensor]:
+        """Returns the updates, which have one shape, with their singular values moved; of shards, the new shards."""
+        if not sharding.is_shard(updates[0]):
+            return orthogonalize(torch.stack(updates), self.dtype)
+        rows, columns = updates[0].shape
+        each = rows // _parts((rows, columns))
+        return sharding.by_owners(
+            updates, lambda stack: orthogonalize(stack.view(-1, each, columns), self.dtype).reshape(stack.shape)
+        )
+
+
+def _parts(shape: Sequence[int]) -> int:
+    """How many matrices a weight (out, in) holds: three for queries, keys and values, (3 * in, in), otherwise one."""
+    return 3 if shape[0] == 3 * shape[1] else 1
 
 
 def _matrices(weight: Tensor) -> tuple[Tensor, ...]:
-    """Returns a weight (out, in) as matrices: three for queries, keys and values, (3 * in, in), otherwise one."""
-    return weight.chunk(3) if weight.size(0) == 3 * weight.size(1) else (weight,)
+    """Returns the matrices that a weight holds."""
+    return weight.chunk(_parts(weight.shape))
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:

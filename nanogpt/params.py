@@ -96,6 +96,7 @@ class TrainParams(Section):
     eval_only: bool
     seed: Seed
     processes: Natural
+    parallel: Literal["ddp", "fsdp"]
     max_iters: Natural
     batch_size: Natural
     gradient_accumulation_steps: Natural

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from nanogpt.batches import check_block_size, micro_batches
 from nanogpt.dataset import Dataset, load_dataset
 from nanogpt.determinism import Numerics
 from nanogpt.distributed import Ranks
-from nanogpt.params import Params
+from nanogpt.params import Params, flatten
 from nanogpt.pretrained import Initial, load_initial
 from nanogpt.train import Evaluator
 from nanogpt.train_state import TrainState, new_state
@@ -26,10 +27,19 @@ class Recipe:
     data: Dataset
     initial: Initial
 
+    def settings(self) -> dict[str, Any]:
+        """The parameters of model and training that decide the result, by name.
+
+        How the processes share a step counts only where it changes bits: with several that train in shards.
+        """
+        values = flatten(self.params.model, "model.") | flatten(self.params.train, "train.")
+        if self.params.train.processes == 1 or self.params.train.parallel == "ddp":
+            del values["train.parallel"]
+        return values
+
     def new_state(self, ranks: Ranks | None = None) -> TrainState:
         """The state before the first step."""
-        device = torch.device(self.numerics.device)
-        model = self.initial.build(self.params.train.seed, self.params.numerics.attention, device)
+        model = self.initial.build(self.params.train.seed, self.params.numerics.attention, torch.device("cpu"))
         return new_state(model, self.params.train, self.numerics, ranks)
 
     def batches(self, state: TrainState) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import seeds
-from nanogpt.checkpoint import Checkpoints
+from nanogpt import seeds, sharding
+from nanogpt.checkpoint import Checkpoints, add_shards
 from nanogpt.corpus.token_files import Split
 from nanogpt.distributed import synchronizing
 from nanogpt.evaluate import Score, score, spread, windows
@@ -69,7 +69,8 @@ class Observer:
 class Evaluator:
     """Scores train.eval_iters batches of each split: windows spread evenly over it, the same ones every time.
 
-    Rank 0 scores them and broadcasts the result, so that all ranks take the same decisions.
+    Rank 0 scores them and broadcasts the result, so that all ranks take the same decisions. With a sharded model all
+    ranks compute, since each has only a part of the weights.
     """
 
     def __init__(self, train: Split, val: Split, params: TrainParams):
@@ -77,7 +78,9 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> tuple[Score, Score]:
         """Returns the scores on train and on validation."""
-        scores = [asdict(self._estimate(state, split)) for split in self.splits] if state.ranks.first else None
+        scores = None
+        if state.ranks.first or state.sharded:
+            scores = [asdict(self._estimate(state, split)) for split in self.splits]
         train, val = (Score(**score) for score in state.ranks.broadcast(scores))
         return train, val
 
@@ -112,7 +115,8 @@ def train(
 
     `batches` yields this process's micro-batches, inputs and targets (B, T), from that step on. Without an `evaluator`
     nothing is evaluated. A training that resumes continues exactly: batches and dropout are functions of the step, and
-    the checkpoint holds the rest. All ranks run this loop and take the same decisions; only rank 0 has `checkpoints`.
+    the checkpoint holds the rest. All ranks run this loop and take the same decisions; only rank 0 has `checkpoints`,
+    to which the others add their shards if the state is sharded.
     """
     settings, progress = params.train, state.progress
     decay_iters = settings.lr_decay_iters or settings.max_iters
@@ -140,6 +144,8 @@ def train(
                 observer.on_evaluation(state, train_score, val_score)
         if saving and checkpoints is not None:
             save(state, checkpoints, observers)
+        elif saving and state.sharded and not state.ranks.first:
+            add_shards(state)
         if has_ended(progress, settings):
             return
         if reason is not None:
@@ -213,9 +219,11 @@ def save(state: TrainState, checkpoints: Checkpoints, observers: Sequence[Observ
 
 def clip_gradient(model: GPT, highest: float) -> Tensor:
     """Scales the gradient down to a norm of at most `highest` (0: no limit). Returns its norm before that, a scalar."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = sharding.whole(torch.nn.utils.get_total_norm(gradients))
     if highest:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), highest)
-    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), highest, norm)
+    return norm
 
 
 def diverged(step: int, measured: str) -> Diverged:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt.determinism import Numerics, autocast
+from nanogpt import sharding
+from nanogpt.determinism import Numerics, autocast, return_freed_memory
 from nanogpt.distributed import Ranks
 from nanogpt.model import GPT
 from nanogpt.optimizer import make_optimizer
@@ -49,6 +50,11 @@ class TrainState:
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a part of the weights and of the optimizer's state."""
+        return sharding.is_sharded(self.model)
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -58,7 +64,11 @@ class TrainState:
             return (self.forward or self.model)(x, y)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns all tensors of the state by name: `model/<parameter>` and `optimizer/<parameter>/<entry>`."""
+        """Returns all tensors of the state by name: `model/<parameter>` and `optimizer/<parameter>/<entry>`.
+
+        If the state is sharded, all but the steps are this process's shards.
+        """
+        sharding.reshard(self.model)  # an evaluation leaves some weights gathered
         found = {f"model/{name}": parameter.detach().contiguous() for name, parameter in self.model.named_parameters()}
         states = (self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"])
         for name, state in zip(self._names(), states, strict=True):
@@ -80,7 +90,7 @@ class TrainState:
         self.progress = progress
 
     def broadcast(self) -> None:
-        """Copies rank 0's state to all ranks. Before the first step theirs is the same already."""
+        """Copies rank 0's whole state to all ranks. Before the first step theirs is the same already."""
         meta = self.ranks.broadcast({"progress": asdict(self.progress), "scaler": self.scaler.state_dict()})
         if self.ranks.size > 1 and (meta["progress"]["step"] or meta["progress"]["evaluated"] >= 0):
             tensors = {name: t.cpu() for name, t in self.tensors().items()} if self.ranks.first else {}
@@ -100,15 +110,19 @@ def load_weights(tensors: dict[str, Tensor], model: nn.Module) -> None:
 
 
 def new_state(model: GPT, params: TrainParams, numerics: Numerics, ranks: Ranks | None = None) -> TrainState:
-    """Returns the state before the first step, with a new optimizer for a model that is on its device already."""
-    ranks = ranks or Ranks()
-    device = next(model.parameters()).device
+    """Returns the state before the first step, with a new optimizer for the model, which moves to its device."""
+    ranks, device = ranks or Ranks(), torch.device(numerics.device)
+    if sharded := params.parallel == "fsdp" and ranks.size > 1:
+        return_freed_memory()
+        sharding.shard(model, ranks.mesh(device.type), numerics.dtype)
+    else:
+        model = model.to(device)
     compiled: Any = torch.compile(model) if numerics.compile else model
     return TrainState(
         model=model,
         optimizer=make_optimizer(model, params, device.type, numerics.dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=numerics.dtype == "float16"),
-        forward=ranks.parallel(compiled, fixed_order=numerics.determinism != "off"),
+        forward=compiled if sharded else ranks.parallel(compiled, fixed_order=numerics.determinism != "off"),
         precision=autocast(device, numerics.dtype),
         ranks=ranks,
     )

@@ -83,14 +83,18 @@ def run(console: Console, params: "Params", numerics: "Numerics", ranks: "Ranks"
 
 def follow(recipe: "Recipe", ranks: "Ranks") -> None:
     """Trains as another rank than 0."""
-    from nanogpt.train import Stopped, train
-    from tracking.observers import StopRequest
+    from nanogpt.checkpoint import restore_on_all_ranks
+    from nanogpt.train import Observer, Stopped, train
+    from tracking.observers import SamplePreview, StopRequest
 
     stop = StopRequest(ranks.max)
     state = recipe.new_state(ranks)
-    state.broadcast()
+    restore_on_all_ranks(state)
+    observers: list[Observer] = [stop]
+    if state.sharded:  # a sample takes the weights of all ranks
+        observers.append(SamplePreview(None, recipe.params.tracking, recipe.data.tokenizer))
     try:
-        train(state, recipe.batches(state), recipe.params, recipe.evaluator(), [stop])
+        train(state, recipe.batches(state), recipe.params, recipe.evaluator(), observers)
     except Stopped:
         sys.exit(stop.exit_code)
 
@@ -134,22 +138,20 @@ def save_models(
     recipe: "Recipe", hashes: dict[str, str], run: Run, state: "TrainState", checkpoints: "Checkpoints"
 ) -> dict[str, Any]:
     """Writes models/best and models/last of the run; returns the result for the end of the journal."""
-    from nanogpt.params import flatten
     from nanogpt.saved_model import save_model
 
     params, progress = recipe.params, state.progress
     evaluations = {record["step"]: record for record in run.records("eval")}
     steps = {"best": progress.best_step, "last": progress.step}
     for name, step in steps.items():
-        checkpoints.read(step).load_weights(state.model)
         info = {
             "step": step,
             "train_loss": evaluations[step]["train_loss"],
             "val_loss": evaluations[step]["val_loss"],
             "tokens_sha256": hashes["tokens.sha256"],
-            "params": flatten(params.model, "model.") | flatten(params.train, "train."),
+            "params": recipe.settings(),
         }
-        weights = {name: weight.detach().cpu() for name, weight in state.model.named_parameters()}
+        weights = checkpoints.read(step).weights()
         save_model(run.models / name, state.model.config, weights, recipe.data.tokenizer_path, info)
     published = params.train.publish
     chosen = evaluations[steps[published]]

@@ -48,6 +48,7 @@ LEVELS = [
         "portable",
         "scaling",
         "schedule",
+        "sharding",
     },
     {"known_answers", "params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
     {
@@ -66,7 +67,7 @@ LEVELS = [
     {"corpus.prepare", "corpus.text_files", "evaluate", "flops", "generate", "train_state", "weights"},
     {"checkpoint", "corpus.sources", "huggingface", "nanogpt_checkpoint", "saved_model", "sizing"},
     {"complete", "pretrained", "train"},
-    {"dial", "recipe", "timing"},
+    {"dial", "dry_run", "recipe", "timing"},
 ]
 
 MLFLOW = {"mlflow_client", "mlflow_model", "mlflow_models", "mlflow_run", "mlflow_server", "mlflow_sync"}
@@ -78,6 +79,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "determinism",
         "dial",
         "distributed",
+        "dry_run",
         "evaluate",
         "flops",
         "generate",
@@ -93,6 +95,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "pretrained",
         "recipe",
         "saved_model",
+        "sharding",
         "sizing",
         "timing",
     ),

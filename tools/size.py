@@ -24,21 +24,35 @@ GPT2_VOCABULARY = 50_257
 @click.option("--vocab-size", type=click.IntRange(1, 2**21), help="[default: that of data/tokens or tokenize.*]")
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Expected share of the peak, such as 0.3.")
 @click.option("--peak", type=click.FloatRange(0, min_open=True), help="10^12 FLOP/s.  [default: that of this device]")
+@click.option("--ranks", type=click.IntRange(1), help="Processes that share a step.  [default: train.processes]")
+@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), help="How they share it.  [default: train.parallel]")
 @click.option("--measure", "measuring", is_flag=True, help="Time some steps of this model here, on random tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(vocab_size: int | None, mfu: float | None, peak: float | None, measuring: bool, as_json: bool) -> None:
+def main(vocab_size: int | None, ranks: int | None, parallel: str | None, as_json: bool, **speed: Any) -> None:
     """Shows what the training that params.yaml describes will cost.
 
-    Prints the model's parameters and the training's FLOPs, memory, tokens and time.
+    Prints the model's parameters and the training's FLOPs, memory, tokens and time. With several processes, memory and
+    communication are those of each; for fsdp they come from a dry run of one of them, without the others.
     """
-    if measuring and mfu is not None:
+    if speed["measuring"] and speed["mfu"] is not None:
         raise click.UsageError("--measure and --mfu exclude each other, because --measure finds the MFU")
     from nanogpt.params import load_params
 
-    params = load_params()
+    params = shared(load_params(), ranks, parallel)
     meta = known_meta(params.tokenize)
-    figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, mfu, peak, measuring)
+    figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, **speed)
     click.echo(json.dumps(figures, indent=1) if as_json else table(figures))
+
+
+def shared(params: "Params", ranks: int | None, parallel: str | None) -> "Params":
+    """The training with another number of processes, each of which takes at least one micro-batch of a step."""
+    from nanogpt.params import with_values
+
+    train = params.train
+    processes = ranks or train.processes
+    micros = -(-train.gradient_accumulation_steps // processes) * processes
+    values = {"processes": processes, "gradient_accumulation_steps": micros, "parallel": parallel or train.parallel}
+    return with_values(params, {f"train.{name}": value for name, value in values.items()})
 
 
 def known_meta(params: "TokenizeParams") -> "Meta | None":
@@ -67,10 +81,10 @@ def vocabulary(params: "TokenizeParams", meta: "Meta | None") -> int:
 
 
 def size(
-    params: "Params", vocab_size: int, meta: "Meta | None", share: float | None, peak: float | None, measuring: bool
+    params: "Params", vocab_size: int, meta: "Meta | None", mfu: float | None, peak: float | None, measuring: bool
 ) -> dict[str, Any]:
     """All figures, as --json prints them; unknown ones are None."""
-    seconds = None
+    seconds, share = None, mfu
     if measuring:
         from nanogpt import determinism
 
@@ -105,10 +119,20 @@ def size(
         numerics_params.determinism,
         parallel=train.processes > 1,
     )
+    of_model = model_figures(config, setup)
+    if train.processes > 1:
+        of_model["bytes"] |= per_process(params, config)
     return {
         "model": asdict(config),
-        "setup": {"device": device, "dtype": setup.dtype, "batch_size": setup.batch_size, "micro_steps": micro_steps},
-        **model_figures(config, setup),
+        "setup": {
+            "device": device,
+            "dtype": setup.dtype,
+            "batch_size": setup.batch_size,
+            "micro_steps": micro_steps,
+            "processes": train.processes,
+            "parallel": train.parallel,
+        },
+        **of_model,
         "tokens": {
             "per_step": tokens,
             "steps": steps,
@@ -146,6 +170,22 @@ def model_figures(config: "GPTConfig", setup: "Setup") -> dict[str, Any]:
             "checkpoint": sizing.checkpoint_bytes(config),
         },
     }
+
+
+def per_process(params: "Params", config: "GPTConfig") -> dict[str, Any]:
+    """The bytes in which one of several processes differs from one that trains alone, and those that it sends."""
+    from nanogpt import sizing
+
+    train = params.train
+    if train.parallel == "ddp":
+        gradients = sizing.FLOAT32 * sum(sizing.parameters(config).values())
+        return {"sent": {"all_reduce": 2 * gradients * (train.processes - 1) // train.processes}}
+    from nanogpt.determinism import Numerics
+    from nanogpt.dry_run import costs
+
+    own = params.numerics
+    numerics = Numerics(own.determinism, 1, own.dtype, False, own.attention, "cpu", "", "", "")
+    return {**costs(config, train, numerics), "buckets": 0}
 
 
 # --- the device and its speed -----------------------------------------------------------------------------------------
@@ -205,6 +245,12 @@ def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     rows = [line(name, megabytes(amount[name])) + (f"   {notes[name]}" if name in notes else "") for name in names]
     parts = [line(f"  {name}", megabytes(number)) for name, number in amount["activations_by_part"].items()]
     where = f"{setup['batch_size']} sequences at a time, {setup['dtype']} on {setup['device']}"
+    sent = [
+        line(name, megabytes(number)) + "   sent in a step, if nothing travels twice"
+        for name, number in amount.get("sent", {}).items()
+    ]
+    if sent:
+        where += f"; of each of {setup['processes']} processes ({setup['parallel']})"
     return [
         "",
         f"{line('memory', 'MB')}   {where}",
@@ -212,6 +258,7 @@ def memory_lines(figures: Mapping[str, Any]) -> list[str]:
         *parts,
         rows[6],
         line("peak", megabytes(amount["peak"])) + "   not all exist at the same time; the process itself needs more",
+        *sent,
         line("checkpoint", megabytes(amount["checkpoint"])) + "   on disk; training keeps the two newest and the best",
     ]
 

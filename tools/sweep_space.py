@@ -41,6 +41,7 @@ _SHARED = {
     "train.eval_only": "there would be no training",
     "train.pretrained": "it is no hyperparameter",
     "train.processes": "it is no hyperparameter",
+    "train.parallel": "it is no hyperparameter",
     "train.batch_size": _TOKENS,
     "train.gradient_accumulation_steps": _TOKENS,
     "model.block_size": _TOKENS,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import sha256_json, sha256_tree
-from nanogpt.params import flatten
 
 if TYPE_CHECKING:
     from nanogpt.distributed import Ranks
@@ -118,10 +117,10 @@ def check_agreement(recipe: "Recipe", hashes: dict[str, str], ranks: "Ranks") ->
 
 def _params_of(recipe: "Recipe") -> dict[str, Any]:
     """The parameters that a training depends on."""
-    params = recipe.params
-    values = flatten(params.model, "model.") | flatten(params.train, "train.")
-    if params.numerics.determinism == "off":
-        del values["train.processes"]  # it changes only the last bits, so another number may continue a run
+    values = recipe.settings()
+    if recipe.params.numerics.determinism == "off":  # they change only the last bits, so others may continue a run
+        values.pop("train.processes")
+        values.pop("train.parallel", None)
     return values
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import sha256_json, write_json
-from nanogpt.params import flatten, load_params
+from nanogpt.params import load_params
 from tracking.dvc_files import DvcLock
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def first_steps() -> dict[str, Any]:
     recipe = load_recipe(params, numerics, TOKENS)
     hashes = identify(recipe)
     made_of = {
-        "params": sha256_json(flatten(params.model, "model.") | flatten(params.train, "train.")),
+        "params": sha256_json(recipe.settings()),
         "tokens": hashes["tokens.sha256"],
         "code": hashes["code.sha256"],
     }

@@ -113,9 +113,12 @@ class LossCurve(Observer):
 
 
 class SamplePreview(Observer):
-    """Continues each of tracking.prompts at each evaluation, with the same random draws: the run's table of samples."""
+    """Continues each of tracking.prompts at each evaluation, with the same random draws: the run's table of samples.
 
-    def __init__(self, journal: Journal, params: TrackingParams, tokenizer: Tokenizer):
+    Without a journal it computes the same for another rank, and records nothing.
+    """
+
+    def __init__(self, journal: Journal | None, params: TrackingParams, tokenizer: Tokenizer):
         self.journal, self.tokenizer, self.length = journal, tokenizer, params.sample_tokens
         self.prompts = read_prompts(tokenizer, params.prompts, "tracking.prompts")
 
@@ -123,7 +126,8 @@ class SamplePreview(Observer):
         gpt = PublishedModel(state.model, self.tokenizer, {})
         for prompt in self.prompts:
             (text,) = continuations(gpt, prompt, 1, self.length, Sampling())
-            self.journal.append("sample", step=state.progress.step, prompt=prompt, text=text)
+            if self.journal is not None:
+                self.journal.append("sample", step=state.progress.step, prompt=prompt, text=text)
 
 
 class StopRequest(Observer):

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from nanogpt.checkpoint import Checkpoints
+from nanogpt.checkpoint import Checkpoints, restore_on_all_ranks
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten
 from nanogpt.train_state import TrainState
@@ -90,14 +90,12 @@ def restore_newest(
 ) -> None:
     """Restores the newest undamaged checkpoint, if there is one, on all ranks."""
     checkpoint = checkpoints.newest(on_damage=console.warn)
-    if checkpoint is not None:
-        if not journal.has_position(checkpoint.extra["journal"]):
-            raise ValueError(
-                f"{journal.path} lacks records that checkpoint {checkpoint.directory.name} relies on; "
-                f"remove {journal.path.parent} to train afresh"
-            )
-        checkpoint.restore(state)
-    state.broadcast()
+    if checkpoint is not None and not journal.has_position(checkpoint.extra["journal"]):
+        raise ValueError(
+            f"{journal.path} lacks records that checkpoint {checkpoint.directory.name} relies on; "
+            f"remove {journal.path.parent} to train afresh"
+        )
+    restore_on_all_ranks(state, checkpoint)
     if checkpoint is not None:
         console.say(f"resuming at step {state.progress.step:,} of {last_step:,}")
 

@@ -54,6 +54,7 @@ def train_params(**changes: Any) -> TrainParams:
         "eval_only": False,
         "seed": 1337,
         "processes": 1,
+        "parallel": "ddp",
         "max_iters": 7,
         "batch_size": 3,
         "gradient_accumulation_steps": 1,

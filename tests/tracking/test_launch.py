@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 
 from nanogpt.corpus.prepare import prepare
 from nanogpt.corpus.raw_text import Writer
@@ -35,6 +36,7 @@ SETTINGS = {
     "threads": 1,
     "log_interval": 7,
     "checkpoint_interval": 1_000_000,
+    "prompts": [],
 }
 
 
@@ -69,11 +71,10 @@ class Stage:
         yaml = YAML()
         params = yaml.load(self.folder / "params.yaml")
         for name, value in values.items():
-            (section,) = [key for key in ("tokenize", "model", "train", "numerics", "runtime") if name in params[key]][
-                :1
-            ]
+            sections = ("tokenize", "model", "train", "numerics", "runtime", "tracking")
+            section = next(key for key in sections if name in params[key])
             params[section][name] = value
-        params["train"]["batch_size"], params["tracking"]["prompts"] = 2, []
+        params["train"]["batch_size"] = 2
         yaml.dump(params, self.folder / "params.yaml")
         return self
 
@@ -141,6 +142,26 @@ def test_a_stopped_training_resumes_with_the_next_batch_on_any_number_of_process
     assert stage.losses() != reference.losses()  # they were added in another order
     assert [r["processes"] for r in stage.records("start")] == [2, 1, 2]
     assert [r["status"] for r in stage.records("end")] == ["KILLED", "KILLED", "FINISHED"]
+
+
+def test_shards_of_four_processes_continue_on_two_and_end_on_one(reference, stage):
+    """The only test of the stage with train.parallel = fsdp: saving, resuming, sampling and publishing from shards."""
+    stage.set(processes=4, parallel="fsdp", prompts=["Story"]).run(143, DO="2 20 SIGTERM")
+    assert "train: stopped at step 21 (SIGTERM), everything is saved" in stage.output
+    (saved,) = stage.folder.glob(".runs/*/attempt-1/checkpoints/step-00000021")
+    assert len([*saved.glob("state/*.safetensors")]) == 4
+    stage.set(processes=2).run(143, DO="0 30 SIGTERM")
+    assert "train: resuming at step 21 of 50" in stage.output
+    stage.set(processes=1).run()
+    assert "train: resuming at step 31 of 50" in stage.output
+    assert "arning" not in stage.output
+    assert stage.losses() == pytest.approx(reference.losses(), abs=1e-5)
+    evaluations = [[r["val_loss"] for r in each.records("eval")] for each in (stage, reference)]
+    assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
+    assert [r["step"] for r in stage.records("sample")] == [0, 25, 50]
+    weights = [load_file(each.folder / "model/weights.safetensors") for each in (stage, reference)]
+    for name, weight in weights[1].items():
+        assert (weights[0][name] - weight).abs().max() < 1e-3, name
 
 
 def test_an_error_of_one_process_ends_all_and_is_reported_once(stage):
