@@ -20,7 +20,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
-from nanogpt.params import Params, ParamsError
+from nanogpt.params import Params
+from nanogpt.params_errors import ParamsError
 from nanogpt.pretrained import planned_config
 from nanogpt.sizing import forward_flops, multiplied
 

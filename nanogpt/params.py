@@ -1,8 +1,7 @@
 """params.yaml as frozen, strict sections: all parameters of an experiment, checked before any work starts."""
 
-import difflib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,13 +20,10 @@ from nanogpt.gpt_config import (
     Norm,
     Position,
 )
+from nanogpt.params_errors import ParamsError, explain, shortened
 
 _LARGEST_FILE = 2**17  # bytes of params.yaml
 _DEEPEST = 10  # levels of nesting; three are used
-
-
-class ParamsError(ValueError):
-    """A parameter is wrong; the message names key, value and remedy in one line."""
 
 
 class Section(BaseModel):
@@ -203,7 +199,7 @@ def parse_params(text: str, path: Path) -> Params:
         _check_structure(text)
         values = YAML(typ="safe").load(text)
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
-        line = _short(" ".join(str(error).split()), 300)
+        line = shortened(" ".join(str(error).split()), 300)
         raise Damaged(path, f"is not valid YAML ({line}); correct it") from error
     if not isinstance(values, dict):
         raise Damaged(path, "has no sections")
@@ -242,8 +238,8 @@ def _validated(values: dict[str, Any], path: Path, combined: bool = True) -> Par
         # Of several errors, report a misspelt key before the missing one that it causes.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         if first["type"] == "missing":
-            raise Damaged(path, f"is incomplete: {_explain(first)}") from error
-        raise ParamsError(f"{path}: {_explain(first)}") from error
+            raise Damaged(path, f"is incomplete: {explain(first, Params)}") from error
+        raise ParamsError(f"{path}: {explain(first, Params)}") from error
     if combined:
         check_combinations(params, path)
     return params
@@ -267,47 +263,6 @@ def flatten(params: Section, prefix: str = "") -> dict[str, Any]:
         value = getattr(params, name)
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {f"{prefix}{name}": value}
     return flat
-
-
-def _explain(error: Any) -> str:
-    """Formats a pydantic error as one line."""
-    loc = [part if part.isprintable() else repr(part) for part in (str(part)[:60] for part in error["loc"])]
-    # Pydantic appends the branch of a union that it tried; only the names in the file help the user.
-    key = ".".join(loc[:2])
-    section = Params.model_fields[loc[0]].annotation if len(loc) > 1 and loc[0] in Params.model_fields else Params
-    if error["type"] == "extra_forbidden":
-        names = list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
-        value = "" if isinstance(error["input"], dict) else f" = {_value(error)}"
-        return f"{key}{value} is not a known parameter; {suggestion(key, names)}"
-    if error["type"] == "missing":
-        return f"{key} is missing; add it"
-    problem = error["msg"][0].lower() + error["msg"][1:]
-    if error["type"] == "string_pattern_mismatch":
-        choices = error["ctx"]["pattern"].strip("^$()").replace(".+", "…").split("|")
-        problem = f"input should be one of {', '.join(choices)}"
-    if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
-        problem += ", but this is text; if it is in quotes, remove them"
-    return f"{key} = {_value(error)} is invalid: {problem}"
-
-
-def suggestion(key: str, names: Collection[str]) -> str:
-    """The remedy for an unknown key or "section.key": the most similar of the names in its place, or all of them."""
-    section, dot, name = key.rpartition(".")
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {section}{dot}{near[0]}?" if near else f"use one of {', '.join(names)}"
-
-
-def _value(error: Any) -> str:
-    """The invalid value, shortened."""
-    value = error["input"]
-    try:
-        return _short(repr(value), 100)
-    except ValueError:  # Python limits the digits of an integer
-        return "a number with thousands of digits"
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def check_combinations(params: Params, path: Path) -> None:

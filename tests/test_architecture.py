@@ -29,7 +29,7 @@ BELOW = {
     "nanogpt": {"nanogpt.corpus"},
     "nanogpt.corpus": set(),
 }
-LEAVES = {"nanogpt.files", "nanogpt.params", "nanogpt.seeds"}
+LEAVES = {"nanogpt.files", "nanogpt.params", "nanogpt.params_errors", "nanogpt.seeds"}
 
 # Inside the core, low to high: a module imports from below its own line.
 LEVELS = [
@@ -44,6 +44,7 @@ LEVELS = [
         "distributed",
         "gpt_config",
         "loss",
+        "params_errors",
         "portable",
         "scaling",
         "schedule",
@@ -56,6 +57,7 @@ LEVELS = [
         "corpus.nanogpt_bins",
         "corpus.separators",
         "corpus.floor",
+        "corpus.parts",
         "batches",
         "dataset",
         "determinism",

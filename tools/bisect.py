@@ -47,7 +47,7 @@ def main(
 
     Exit code 0: found; 3: skipped commits leave several; 1: error.
     """
-    from nanogpt.params import parse_assignments
+    from nanogpt.params import flatten, load_params, parse_assignments, with_values
     from tools.bisect_checks import Bits, Losses, Results
 
     overrides = parse_assignments(assignments)
@@ -58,6 +58,11 @@ def main(
         click.echo(line, err=True)
 
     root = Path(git_top())
+    if overrides:
+        params = load_params(root / "params.yaml")
+        # A key may exist only in older commits, but a known one must have a value that is valid today.
+        known = {key: value for key, value in overrides.items() if key in flatten(params)}
+        with_values(params, known, Path("-S"), combined=False)
     first, last = ends(root, commit_of(root, good), commit_of(root, bad))
     if git(root, "status", "--porcelain", "--untracked-files=no"):
         say("uncommitted changes are ignored: this compares commits")

@@ -6,12 +6,13 @@ from typing import Any
 import click
 
 from tools.command import command
-from tools.compare import interval, words
+from tools.compare import experiment_here, interval, words
 from tracking import comparison
 from tracking.comparison import Result, journal_results, select
 from tracking.console import repository
 from tracking.history import holders
-from tracking.mlflow_server import connect, explained, resolve_uri
+from tracking.mlflow_results import server_results
+from tracking.mlflow_server import connect, explained, has_run, is_server, resolve_uri
 
 NAME, ALIAS = "nanogpt", "champion"
 
@@ -27,9 +28,9 @@ def main(experiment: str, force: bool) -> None:
     the present champion in `compare`, and its run must be reproduced to the bit in a clean clone.
     """
     root = repository()
-    results, _ = journal_results(root)
-    best = best_of(select(results, experiment, root))
     uri = resolve_uri(root)
+    results = finished_runs(root, uri)
+    best = best_of(select(results, experiment, root))
     with explained(uri):
         client = connect(uri, root)
         present = champion(client)
@@ -46,8 +47,20 @@ def main(experiment: str, force: bool) -> None:
             f"{best.name} does not become the champion: {'; '.join(objections)}. --force registers it anyway"
         )
     with explained(uri):
+        now = champion(client)
+        if now is not None and (present is None or now.version != present.version):  # another member's, meanwhile
+            raise ValueError(f"version {now.version} of {NAME} has become the champion meanwhile; run this again")
         version = register(client, best, objections)
     click.echo(f"{best.name} is the champion: version {version} of {NAME}, val loss {best.scores['val_loss']:.4f}")
+
+
+def finished_runs(root: Path, uri: str) -> list[Result]:
+    """The finished runs of this repository, and those that a team's server has in params.yaml's experiment."""
+    results, _ = journal_results(root)
+    if is_server(uri):
+        here = {result.id for result in results}
+        results += [result for result in server_results(root, experiment_here())[0] if result.id not in here]
+    return results
 
 
 def best_of(found: list[Result]) -> Result:
@@ -71,7 +84,7 @@ def against(results: list[Result], challenger: Result, present: str) -> list[str
     """Why the setting of the challenger does not beat that of the present champion; empty if it does."""
     reigning = next((result for result in results if result.id == present), None)
     if reigning is None:
-        return [f"the champion's run {present} has no journal here, so it cannot be compared"]
+        return [f"the champion's run {present} is neither here nor in this experiment, so it cannot be compared"]
     code, both = reigning.tags.get("code.sha256"), {reigning.setting, challenger.setting}
 
     def reigns(result: Result) -> bool:
@@ -102,9 +115,11 @@ def not_reproduced(root: Path, result: Result) -> list[str]:
 
 def register(client: Any, result: Result, objections: list[str]) -> str:
     """Registers the published model of a run as the champion; returns the version. Raises ValueError."""
+    if result.id == result.tags.get("attempt") or not has_run(client, result.id):
+        raise ValueError(f"MLflow has no run {result.id}; `python -m tools sync` sends it")
     run = client.get_run(result.id)
     found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{result.id}'")
-    models = [model for model in found if model.name == result.tags.get("published", "best")] or list(found)
+    models = [model for model in found if model.name == result.params.get("train.publish", "best")] or list(found)
     if not models:
         raise ValueError(f"MLflow has no model of run {result.id}; `python -m tools sync` sends it")
     if not client.search_registered_models(f"name = '{NAME}'"):

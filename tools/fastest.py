@@ -20,7 +20,8 @@ import click
 
 from nanogpt.determinism import is_emulated
 from nanogpt.files import replacing
-from nanogpt.params import NumericsParams, Params, ParamsError, TokenizeParams, check_combinations, load_params
+from nanogpt.params import NumericsParams, Params, TokenizeParams, check_combinations, load_params
+from nanogpt.params_errors import ParamsError
 from tools.command import command, duration
 from tools.preset import changed
 from tools.size import known_meta, planned_device, vocabulary

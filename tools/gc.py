@@ -37,12 +37,12 @@ class Garbage:
 def main(days: int, yes: bool) -> None:
     """Frees the disk space of old runs and caches, after showing it.
 
-    Lists old run directories, deleted MLflow runs and unused DVC objects, and removes them if you agree. Keeps runs
-    that were not sent to MLflow completely, and all objects of any commit or experiment.
+    Lists old run directories, parts of interrupted tokenizing, deleted MLflow runs and unused DVC objects, and removes
+    them if you agree. Keeps runs that were not sent to MLflow completely, and all objects of any commit or experiment.
     """
     repository = Path.cwd()
     uri = resolve_uri(repository)
-    garbage = [*old_runs(repository, uri, days), *deleted_runs(repository, uri)]
+    garbage = [*old_runs(repository, uri, days), *old_parts(repository, days), *deleted_runs(repository, uri)]
     for item in garbage:
         click.echo(f"{item.megabytes:10.1f} MB  {item.path.relative_to(repository)}  {item.why}")
     objects = unused_objects()
@@ -78,6 +78,18 @@ def old_runs(repository: Path, uri: str, days: int) -> list[Garbage]:
         lock.release()
         if runs and all(run.is_described and Replica(run, uri).finished_run() for run in runs):
             found.append(Garbage(directory, f"{status}, {(time.time() - newest) / DAY:.0f} days old"))
+    return found
+
+
+def old_parts(repository: Path, days: int) -> list[Garbage]:
+    """Parts of token files that an interrupted stage left, none of which is newer than that."""
+    found = []
+    for folder in (path for path in sorted((repository / ".runs/tokens").glob("*")) if path.is_dir()):
+        age = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        lock = RunLock(folder.parent, name=f"{folder.name}.lock")
+        if age >= days * DAY and lock.acquire_now():
+            lock.release()
+            found.append(Garbage(folder, f"interrupted tokenizing, {age / DAY:.0f} days old"))
     return found
 
 

@@ -310,7 +310,7 @@ def _run_lines(found: dict[str, Any]) -> dict[str, list[str]]:
     if run["pulled"]:
         trained_at = f"{UNKNOWN}: the model was pulled, and this run only scored it; its training is recorded elsewhere"
     else:
-        trained_at = f"{run['git.commit']} ({'its baseline' if in_experiment else 'HEAD'}), {dirty}"
+        trained_at = f"{run['git.commit']}{', the baseline of the experiment' if in_experiment else ''}, {dirty}"
     experiment = [f"experiment {run['dvc.experiment']}"] if in_experiment else []
     return {"run": about, "trained at": [trained_at, *experiment]}
 
@@ -320,8 +320,13 @@ def _commit_lines(root: Path, found: dict[str, Any]) -> list[str]:
     if not commit:
         return ["no commit and no experiment: no dvc.lock in git's history contains the model"]
     subject = git(root, "show", "--no-patch", "--no-show-signature", "--format=%cs %s", commit["id"])
-    more = [f"{len(also)} more: {_some(also, 5)}"] if also else []
-    return [f"{commit['id']} ({commit['name'].partition(' ')[2]})", subject, *more]
+    more = [f"and {len(also) - 3} more commits"] if len(also) > 3 else []
+    return [
+        f"{commit['id']} ({commit['name'].partition(' ')[2]})",
+        subject,
+        *(f"also {name}" for name in also[:3]),
+        *more,
+    ]
 
 
 def show(root: Path, found: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nanogpt.files import write_text
-from nanogpt.params import Params, parse_params, suggestion
+from nanogpt.params import Params, parse_params
+from nanogpt.params_errors import suggestion
 from tools.command import command
 from tracking.git import git_or_none
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from nanogpt.files import write_json, write_text
-from tools.command import command, markdown_row
+from tools.command import command, duration, markdown_row
 from tools.compare import (
     TITLES,
     as_dict,
@@ -83,19 +83,19 @@ class Part:
 
     def facts(self) -> list[tuple[str, str]]:
         """What was run, as item and value; what is not known is left out."""
-        minutes = [result.seconds / 60 for result in self.results]
+        seconds = [result.seconds for result in self.results]
         starts = [start for run in self.trainings.values() for start, _ in run.timed("start")]
         dirty = any(result.tags.get("git.dirty") == "true" for result in self.results)
         found = {
             "measure": TITLES[self.found.score] + self._evaluated(),
             "text": _text(self.results[0]),
             "validation tokens": f"sha256 {self.results[0].tokens}" if self.found.score == "val_loss" else "",
-            "trainings": f"{count(len(minutes), 'run')} of {count(len(self.found.settings), 'setting')}",
-            "training time": f"{sum(minutes):.1f} minutes in all, {fmean(minutes):.1f} for a run",
+            "trainings": f"{count(len(seconds), 'run')} of {count(len(self.found.settings), 'setting')}",
+            "training time": f"{duration(sum(seconds))} in all, {duration(fmean(seconds))} for a run",
             "hardware": _distinct(map(_hardware, starts)),
             "software": _distinct(map(_software, starts)),
             "code": _distinct(f"commit {result.code}" for result in self.results)
-            + ("; + had uncommitted changes" if dirty else ""),
+            + ("; + stands for uncommitted changes, such as the values of -S" if dirty else ""),
             "seeds": ", ".join(map(str, sorted({result.seed for result in self.results}))),
             **{f"searched: {key}": values for key, values in self.searched().items()},
             "chosen": CHOSEN if self.found.chosen and self.found.others else "",
@@ -120,15 +120,13 @@ class Part:
         return found
 
     def costs(self) -> tuple[list[str], list[list[str]]]:
-        """The head and a row for each setting: parameters, tokens, minutes."""
+        """The head and a row for each setting: parameters, tokens, time of a run."""
         rows = []
         for setting in self.found.settings:
             made = self.trainings[setting.results[0].id].result
-            minutes = [result.seconds / 60 for result in setting.results]
-            spread = f" ± {stdev(minutes):.1f}" if len(minutes) > 1 else ""
             sizes = [f"{made[name]:,}" if name in made else "unknown" for name in ("parameters", "tokens")]
-            rows.append([setting.title, *sizes, f"{fmean(minutes):.1f}{spread}"])
-        return ["setting", "parameters", "tokens", "minutes"], rows
+            rows.append([setting.title, *sizes, _time([result.seconds for result in setting.results])])
+        return ["setting", "parameters", "tokens", "time"], rows
 
     def params(self) -> list[tuple[str, str]]:
         """The parameters that all settings share."""
@@ -163,6 +161,13 @@ class Part:
         if self.references:
             sections.append(Section("Beside the references", *self.beside(), svg))
         return [*sections, Section("Parameters that all settings share", (), self.params())]
+
+
+def _time(seconds: Sequence[float]) -> str:
+    """The mean, and the standard deviation of several, such as "52 ± 3 s"."""
+    unit, size = ("s", 1) if fmean(seconds) < 120 else ("min", 60)
+    spread = f" ± {stdev(seconds) / size:.1f}" if len(seconds) > 1 else ""
+    return f"{fmean(seconds) / size:.1f}{spread} {unit}"
 
 
 def _text(result: Result) -> str:

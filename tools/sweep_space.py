@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from nanogpt.files import read_bytes
-from nanogpt.params import Params, ParamsError, flatten, suggestion, with_values
+from nanogpt.params import Params, flatten, with_values
+from nanogpt.params_errors import ParamsError, suggestion
 from tracking.run_name import SEED
 
 if TYPE_CHECKING:

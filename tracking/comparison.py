@@ -211,7 +211,7 @@ def _result(run: Run, place: str, report: dict[str, Any] | None) -> Result:
         name=printable(info["name"]),
         experiment=info["experiment"],
         params=run.params,
-        tags={**run.tags, "attempt": place, "published": result.get("published", "best")},
+        tags={**run.tags, "attempt": place},
         profile=info["dataset"].get("profile", {}),
         started=info["started"],
         steps=result["steps"],

@@ -14,7 +14,7 @@ import click
 
 from tracking.dvc_files import dvc_process
 from tracking.errors import errors_in_one_line, warn
-from tracking.launch import rank, world_size
+from tracking.launch import launcher, rank, run_elsewhere, world_size
 from tracking.stop import end_with
 
 if TYPE_CHECKING:
@@ -131,11 +131,13 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
                 console = Console(name)
             except OSError as error:
                 raise click.ClickException(f"{name}: the log cannot be written ({error}); check the disk") from error
-            if world_size() is not None:  # torchrun is the parent, and not DVC
+            if world_size() is not None:  # torchrun or Slurm is the parent, and not DVC
                 end_with(os.getppid(), "the process that launched it", console.warn)
             elif (dvc := dvc_process()) is not None:
                 end_with(dvc, "dvc", console.warn)
             with errors_in_one_line(name, console.warn, console.record):
+                if (elsewhere := launcher(name)) is not None:
+                    sys.exit(run_elsewhere(elsewhere))
                 function(console, **arguments)
 
         return click.command(name)(run)

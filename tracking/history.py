@@ -55,15 +55,18 @@ class Holder:
     def name(self) -> str:
         """For people: "1a2b3c4 main" or "1a2b3c4 experiment slower"."""
         if self.kind == "experiment":
-            return f"{self.commit[:7]} experiment {', '.join(self.experiments)}"
+            return f"{self.commit[:7]} experiment {_first_three([*self.experiments])}"
         names = [ref.split("/", 2)[2] for ref in self.refs if ref.startswith(_NAMES)]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return f"{self.commit[:7]} {', '.join(names[:3]) + more if names else 'in no branch'}"
+        return f"{self.commit[:7]} {_first_three(names) or 'in no branch'}"
 
     @cached_property
     def differs(self) -> list[str]:
         """The deps and params of the commit that differ from its dvc.lock; without any, `dvc repro` makes the model."""
         return _differences(self.root, self.commit, self.lock)
+
+
+def _first_three(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def holders(root: Path, md5: str) -> list[Holder]:

@@ -1,19 +1,25 @@
-"""Starts the processes of a distributed training on this machine; torchrun's job, adapted to a DVC stage.
+"""Starts the processes of a distributed training on this machine, which is torchrun's job, or a stage on a cluster.
 
 torchrun's own store listens on every interface; it turns every exit code into 1, prints a table below our one-line
 errors, and kills a training that takes more than 30 seconds to save. The processes get the same environment variables.
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+# Environment variable: a command that runs the stage whose name is appended to it, such as slurm/submit.
+LAUNCHER = "NANOGPT_LAUNCHER"
+
+_LAUNCHED = ("train", "evaluate", "sample")  # download and tokenize may need the internet, which compute nodes lack
 _INTERVAL = 0.1  # seconds between looks at the processes
 _GRACE = 30.0  # seconds to end after another process has failed, besides the wait for MLflow
 
@@ -24,15 +30,15 @@ def rank() -> int:
 
 
 def world_size() -> int | None:
-    """The number of processes that torchrun or `launch` has started, this one included; None without either."""
+    """The number of processes that torchrun, Slurm or `launch` has started, this one included; None without them."""
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 def check_world_size(processes: int) -> None:
-    """Raises ValueError if torchrun has started another number of processes than train.processes."""
+    """Raises ValueError if torchrun or Slurm has started another number of processes than train.processes."""
     if world_size() not in (None, processes):
         raise ValueError(
-            f"train.processes = {processes}, but torchrun has started {world_size()} processes (WORLD_SIZE); set "
+            f"train.processes = {processes}, but torchrun or Slurm has started {world_size()} (WORLD_SIZE); set "
             f"train.processes to {world_size()}, or start {processes}"
         )
 
@@ -51,6 +57,20 @@ def run_to_exit(main: Callable[[], object]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(end.code or 0))
+
+
+def launcher(stage: str) -> list[str] | None:
+    """Returns the command that runs a stage elsewhere; None if it runs here, or this process was started by it."""
+    command = shlex.split(os.environ.get(LAUNCHER, ""))
+    return [*command, stage] if command and stage in _LAUNCHED and world_size() is None else None
+
+
+def run_elsewhere(command: list[str]) -> int:
+    """Runs a `launcher` and returns its exit code; 128 + n if signal n ended it. SIGINT and SIGTERM are passed on."""
+    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C must not reach it twice
+    with _passing_on([process]):
+        code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
 def launch(processes: int, wait_seconds: float, *arguments: str) -> int:
@@ -76,23 +96,31 @@ def launch(processes: int, wait_seconds: float, *arguments: str) -> int:
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # no warnings among the stage's lines
     }
     running: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in running:
-            process.send_signal(number)
-
-    handlers: dict[int, Any] = {}
     try:
         for number in range(processes):
             environment = {**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(number)}
             # In sessions of their own: the Ctrl-C that is passed on must not reach them twice.
             command = [sys.executable, *arguments]
             running.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        return _wait(running, wait_seconds + _GRACE)
+        with _passing_on(running):
+            return _wait(running, wait_seconds + _GRACE)
     finally:
         for process in running:
             process.kill()
+
+
+@contextmanager
+def _passing_on(running: "list[subprocess.Popen[bytes]]") -> Iterator[None]:
+    """Passes SIGINT and SIGTERM on to the processes for the duration of the block."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in running:
+            process.send_signal(number)
+
+    handlers: dict[int, Any] = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -1,5 +1,6 @@
 """The model as MLflow stores it: prompts in, texts out. MLflow runs this file to load a model; nothing imports it."""
 
+import sys
 from typing import Any
 
 from mlflow.models import set_model
@@ -8,6 +9,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 class TextGenerator:
     def load_context(self, context: PythonModelContext) -> None:
+        sys.path.insert(0, context.artifacts["code"])  # a zip file
+
         from nanogpt.saved_model import load_model
 
         self.gpt = load_model(context.artifacts["model"])

@@ -6,6 +6,7 @@ MLflow creates a new model on each attempt to log one, so this looks first which
 import json
 import tempfile
 import warnings
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _log_model(client: Any, run_id: str, experiment: str, name: str, record: Rec
 def save_pyfunc(model: Path, target: Path, run_id: str | None = None, model_id: str | None = None) -> None:
     """Writes a model directory as an MLflow model: `mlflow.pyfunc.load_model(target).predict(["ROMEO:"])`.
 
-    It contains the weights, the code of the package nanogpt and a list of requirements; nothing is pickled.
+    It contains the weights, the code of the package nanogpt and a list of requirements; nothing is pickled. The code is
+    one zip file, as a server takes each file in a request of its own.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
@@ -84,15 +86,23 @@ def save_pyfunc(model: Path, target: Path, run_id: str | None = None, model_id: 
         ParamSpec("seed", DataType.long, 1337),
     ]
     text = Schema([ColSpec(DataType.string)])
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        code = _zipped(here.parent / "nanogpt", Path(folder) / "nanogpt.zip")
         warnings.simplefilter("ignore", UserWarning)  # it suggests an example input, with which it would run the model
         mlflow.pyfunc.save_model(
             str(target),
             mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
             python_model=str(here / "mlflow_model.py"),
-            artifacts={"model": str(model.absolute())},
-            code_paths=[str(here.parent / "nanogpt")],
+            artifacts={"model": str(model.absolute()), "code": str(code)},
             # Without torch's +cpu, which no package index has.
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
             signature=ModelSignature(text, text, ParamSchema(options)),
         )
+
+
+def _zipped(package: Path, target: Path) -> Path:
+    """Writes the package's modules as a zip file, from which Python can import them; returns its path."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as file:
+        for path in sorted(package.rglob("*.py")):
+            file.write(path, path.relative_to(package.parent))
+    return target

@@ -47,8 +47,16 @@ _ERRORS = (
         "MLflow at {where} cannot be reached ({found[1]})",
     ),
     (
-        r"failed with error code 40[13] ",
+        r"failed with error code 401 ",
         "{where} refuses these credentials: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    ),
+    (
+        r"failed with error code 403 .*Invalid Host",
+        "{where} does not answer under this name: its administrator must add it to MLFLOW_SERVER_ALLOWED_HOSTS",
+    ),
+    (
+        r"failed with error code 403 |PERMISSION_DENIED",
+        "{where} forbids this account to do that: correct MLFLOW_TRACKING_USERNAME, or ask to be made a member",
     ),
     (
         r"response body was not in a valid JSON format|failed with error code 404 .*<html|Exceeded 30 redirects",

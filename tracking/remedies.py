@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from nanogpt.files import Damaged, Missing
+from nanogpt.params_errors import ParamsError
 
 _SYSTEM = {
     errno.EACCES: "check its owner and permissions",
@@ -12,6 +13,7 @@ _SYSTEM = {
     errno.ENOSPC: "free some space",
     errno.EROFS: "make the file system writable",
 }
+_WRITTEN = "`git checkout params.yaml` takes back what -S wrote there"
 _STAGES = {"data/raw": "download", "data/tokens": "tokenize"}  # folder -> the stage that makes it
 
 
@@ -19,6 +21,9 @@ def remedy(error: Exception) -> str:
     """A clause to append to the error's message; empty if the message names the remedy already or none is known."""
     if isinstance(error, Damaged):
         return _restore(error.path)
+    if isinstance(error, ParamsError):
+        in_place = Path(os.environ.get("DVC_ROOT", ".")).samefile(".")  # not with --temp or in the queue
+        return _WRITTEN if "DVC_EXP_NAME" in os.environ and in_place else ""
     if isinstance(error, Missing):
         return (
             "under `dvc exp run --temp` and in the queue, untracked files are absent: commit them, or give an "

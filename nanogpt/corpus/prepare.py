@@ -3,9 +3,10 @@
 As in nanoGPT, a single text is split by position; several documents are shuffled, split by document, and followed by
 an end-of-text token each. Token files from elsewhere are copied.
 
-One thread decides where spans of text begin and end, others read and encode them, and one writes. A text is cut only
-where that does not change its tokens (except in a word of more than LONGEST_SPAN bytes), and results are written in
-order, so they do not depend on the cuts or the number of threads. Memory use is constant, apart from some 30 bytes
+A split is made in parts of at most SHARD bytes of tokens. Each can be encoded alone, here or on another machine. For a
+part, one thread decides where spans of text begin and end, others read and encode them, and one writes. A text is cut
+only where that does not change its tokens (except in a word of more than LONGEST_SPAN bytes), and results are written
+in order, so they do not depend on the cuts or the number of threads. Memory use is constant, apart from some 30 bytes
 per document for the split.
 """
 
@@ -14,10 +15,11 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +28,9 @@ import numpy as np
 from nanogpt.corpus.bpe_training import train_bpe
 from nanogpt.corpus.huggingface_tokenizer import read_huggingface
 from nanogpt.corpus.nanogpt_bins import read_tokens, tokenizer_of_tokens
+from nanogpt.corpus.parts import Encoded, Part, ahead, placing, read_part, write_part
 from nanogpt.corpus.raw_text import (
+    PIECE,
     CorpusInfo,
     DocumentIndex,
     Span,
@@ -43,7 +47,6 @@ from nanogpt.corpus.tokenizer import (
     BytePairTokenizer,
     CharTokenizer,
     Gpt2Tokenizer,
-    Ids,
     Tokenizer,
     load_tokenizer,
 )
@@ -52,6 +55,7 @@ from nanogpt.params import TokenizeParams
 
 Item = TypeVar("Item")
 LastCut = Callable[[str], int]  # Tokenizer.last_cut
+Made = tuple[SplitName, Path, Part]  # a part that is complete, and its file
 Split = Callable[[LastCut], Iterator[tuple[SplitName, Span]]]  # the spans of train, then those of val
 
 LONGEST_SPAN = 2**22  # bytes of a span, which are in memory at once
@@ -61,62 +65,134 @@ TRAINING_BYTES = 100_000_000  # of text, from which a bpe is trained
 SHARD = 1_000_000_000  # bytes of a token file at most
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Tokens, and their contribution to the counts in meta.json."""
+class Preparation:
+    """A corpus that is tokenized part by part in the folder `work`, where parts that are complete already are kept.
 
-    ids: Ids
-    bytes: int  # of text
-    ends: int  # number of end-of-text tokens
+    `work` must be new, or of an interrupted preparation of the same text with the same parameters.
+    """
+
+    def __init__(self, raw: Path, work: Path, params: TokenizeParams, warn: Callable[[str], None]):
+        """Makes the tokenizer. Raises ValueError if the raw text is damaged or too short to split."""
+        work.mkdir(parents=True, exist_ok=True)
+        self.raw, self.work, self.warn, self.info = raw, work, warn, load_info(raw)
+        self._split = _split(raw, self.info, params, warn)
+        path = work / "tokenizer.json"
+        if path.exists():
+            self.tokenizer = load_tokenizer(path)
+        else:
+            self.tokenizer = make_tokenizer(raw, self.info, params, self._split, warn)
+            with placing(path) as temporary:
+                self.tokenizer.save(temporary)
+        if params.tokenizer == "bpe" and self.tokenizer.vocab_size < params.vocab_size:
+            asked = params.vocab_size
+            warn(f"the vocabulary has {self.tokenizer.vocab_size} tokens, not tokenize.vocab_size = {asked}")
+
+    def encode(self, threads: int, update: Callable[[int], None], share: tuple[int, int] = (0, 1)) -> list[Made]:
+        """Encodes the parts that are missing and returns all; `update` receives the bytes of text so far.
+
+        A `share` (i, n) is every n-th part, beginning with number i.
+        """
+        if self.info.bytes >= LARGE and isinstance(self.tokenizer, BytePairTokenizer):
+            self.tokenizer.use_gigatoken(self.warn)
+        made, done = list[Made](), 0
+        for place, (name, path, pieces) in enumerate(self._parts(threads)):
+            if place % share[1] == share[0]:
+                counted = functools.partial(lambda before, size: update(before + size), done)
+                part = read_part(path) or write_part(path, pieces, counted)
+                made.append((name, path, part))
+                done += part.bytes
+                update(done)
+        return made
+
+    def _parts(self, threads: int) -> Iterator[tuple[SplitName, Path, Iterator[Encoded]]]:
+        """The split, the file and the tokens of each part; SHARD bytes at most, or a document that is larger."""
+        if self.info.kind == "tokens":
+            blocks = ((name, each.ids.nbytes, each) for name, each in _counted(self.raw, self.tokenizer, self.warn))
+            for name, number, pieces in _in_parts(blocks):
+                yield name, shard_path(self.work / f"{name}.bin", number), pieces
+            return
+        work = functools.partial(encode, self.raw, self.tokenizer, self.info.kind == "documents")
+        # A text has at most as many tokens as bytes, and a line of JSON has room for the end of text.
+        width = self.tokenizer.dtype.itemsize
+        spans = ((name, span.size * width, span) for name, span in self._split(self.tokenizer.last_cut))
+        for name, number, of_part in _in_parts(spans):
+            yield name, shard_path(self.work / f"{name}.bin", number), _encode_all(_tasks(of_part), work, threads)
+
+    def finish(self, made: Sequence[Made], directory: Path) -> Meta:
+        """Moves all parts to the new `directory` and writes meta.json there; `work` is removed."""
+        directory.mkdir(parents=True)
+        ends, tokenizer = sum(part.ends for _, _, part in made), self.tokenizer
+        splits, context = dict[str, SplitMeta](), tokenizer.end_of_text if ends else None
+        for name in ("train", "val"):
+            files = [(path, part) for of, path, part in made if of == name]
+            splits[name] = _joined(files, directory / f"{name}.bin", tokenizer.end_of_text, context)
+            context = context if ends else files[-1][1].last
+        meta = Meta(
+            dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer.name,
+            tokenizer_sha256=tokenizer.sha256,
+            end_of_text=tokenizer.end_of_text,
+            corpus=CorpusMeta(source=self.info.source, documents=max(1, ends)),
+            train=splits["train"],
+            val=splits["val"],
+        )
+        tokenizer.save(directory / "tokenizer.json")
+        (directory / "meta.json").write_text(json.dumps(meta.model_dump(), sort_keys=True, indent=2) + "\n")
+        shutil.rmtree(self.work)
+        return meta
 
 
 def prepare(
     raw: Path,
     directory: Path,
     params: TokenizeParams,
-    processes: int,
+    threads: int,
     update: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Meta:
-    """Tokenizes `raw` into the new `directory`; `update` receives the bytes of text so far.
-
-    Raises ValueError if the raw text is damaged or too short to split.
-    """
-    directory.mkdir(parents=True)
-    info = load_info(raw)
-    split = _split(raw, info, params, warn)
-    tokenizer = make_tokenizer(raw, info, params, split, warn)
-    if params.tokenizer == "bpe" and tokenizer.vocab_size < params.vocab_size:
-        warn(f"the vocabulary has {tokenizer.vocab_size} tokens, not tokenize.vocab_size = {params.vocab_size}")
-    tokenizer.save(directory / "tokenizer.json")
-    if info.kind == "tokens":
-        encoded_parts = _counted(raw, tokenizer, warn)
-    else:
-        if info.bytes >= LARGE and isinstance(tokenizer, BytePairTokenizer):
-            tokenizer.use_gigatoken(warn)
-        work = functools.partial(encode, raw, tokenizer, info.kind == "documents")
-        encoded_parts = _encode_all(_tasks(split(tokenizer.last_cut)), work, processes)
-    files = {name: _TokenWriter(directory / f"{name}.bin", tokenizer.dtype.itemsize) for name in ("train", "val")}
-    with ThreadPoolExecutor(1) as thread:
-        for name, encoded in _ahead(encoded_parts, thread):
-            files[name].write(encoded)
-            update(sum(file.bytes for file in files.values()))
-    meta = _meta(info, tokenizer, files["train"], files["val"])
-    (directory / "meta.json").write_text(json.dumps(meta.model_dump(), sort_keys=True, indent=2) + "\n")
-    return meta
+    """Tokenizes `raw` into the new `directory`; keeps nothing of an interrupted call."""
+    with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
+        preparation = Preparation(raw, Path(folder, "parts"), params, warn)
+        return preparation.finish(preparation.encode(threads, update), directory)
 
 
-def _meta(info: CorpusInfo, tokenizer: Tokenizer, train: "_TokenWriter", val: "_TokenWriter") -> Meta:
-    ends = train.ends + val.ends
-    return Meta(
-        dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer.name,
-        tokenizer_sha256=tokenizer.sha256,
-        end_of_text=tokenizer.end_of_text,
-        corpus=CorpusMeta(source=info.source, documents=max(1, ends)),
-        train=train.close(tokenizer.end_of_text, tokenizer.end_of_text if ends else None),
-        val=val.close(tokenizer.end_of_text, tokenizer.end_of_text if ends else train.last),
+def _in_parts(items: Iterator[tuple[SplitName, int, Item]]) -> Iterator[tuple[SplitName, int, Iterator[Item]]]:
+    """Groups items, given with the bytes of their tokens at most: split, number of the part, and its items."""
+
+    def numbered() -> Iterator[tuple[SplitName, int, Item]]:
+        for name, of_split in itertools.groupby(items, key=lambda item: item[0]):
+            number = filled = 0
+            for _, size, item in of_split:
+                if filled and filled + size > SHARD:
+                    number, filled = number + 1, 0
+                filled += size
+                yield name, number, item
+
+    for (name, number), group in itertools.groupby(numbered(), key=lambda item: item[:2]):
+        yield name, number, (item for _, _, item in group)
+
+
+def _joined(
+    files: Sequence[tuple[Path, Part]], path: Path, end_of_text: int | None, first_context: int | None
+) -> SplitMeta:
+    """Moves the parts of a split beside `path`, a single one under that name, which nanoGPT reads."""
+    parts = [part for _, part in files]
+    digest = hashlib.sha256()
+    for number, (file, _) in enumerate(files):
+        if len(files) > 1:
+            with file.open("rb") as opened:
+                while block := opened.read(PIECE):
+                    digest.update(block)
+        shutil.move(file, shard_path(path, number) if len(files) > 1 else path)
+    return SplitMeta(
+        tokens=sum(part.tokens for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        # The last document may have no end-of-text token.
+        documents=sum(part.ends for part in parts) + (parts[-1].last != end_of_text),
+        sha256=digest.hexdigest() if len(files) > 1 else parts[0].sha256,
+        first_context=first_context,
+        shards=[part.tokens for part in parts] if len(files) > 1 else None,
     )
 
 
@@ -140,12 +216,12 @@ def make_tokenizer(
     if params.tokenizer == "char":
         alphabet = Alphabet()
         with ThreadPoolExecutor(1) as thread:
-            for text in read_documents(raw) if several else _ahead(read_text(raw), thread):
+            for text in read_documents(raw) if several else ahead(read_text(raw), thread):
                 alphabet.add(text)
         return CharTokenizer(alphabet.characters(), end_of_text=several)
     # All byte-pair tokenizers can be cut at the same places, so training sees whole words.
     gpt2 = Gpt2Tokenizer()
-    tasks = (spans for name, spans in _tasks(split(gpt2.last_cut)) if name == "train")
+    tasks = _tasks(span for name, span in split(gpt2.last_cut) if name == "train")
     some = itertools.islice(tasks, 0, None, math.ceil(info.bytes / TRAINING_BYTES))
     texts = (text for spans in some for text in read_spans(raw, spans))
     words = (part for text in texts for part in gpt2.parts(text))  # the library collects 256 of them
@@ -184,17 +260,17 @@ def _split(raw: Path, info: CorpusInfo, params: TokenizeParams, warn: Callable[[
     return spans
 
 
-def _tasks(spans: Iterator[tuple[SplitName, Span]]) -> Iterator[tuple[SplitName, list[Span]]]:
-    """Groups the spans of each split into tasks of about TASK bytes."""
-    for name, of_split in itertools.groupby(spans, key=lambda item: item[0]):
-        gathered, size = [], 0
-        for _, span in of_split:
-            gathered.append(span)
-            size += span.size
-            if size >= TASK:
-                yield name, gathered
-                gathered, size = [], 0
-        yield name, gathered
+def _tasks(spans: Iterator[Span]) -> Iterator[list[Span]]:
+    """Groups spans into tasks of about TASK bytes."""
+    gathered, size = list[Span](), 0
+    for span in spans:
+        gathered.append(span)
+        size += span.size
+        if size >= TASK:
+            yield gathered
+            gathered, size = [], 0
+    if gathered:
+        yield gathered
 
 
 def _text_spans(
@@ -261,71 +337,15 @@ def _counted(raw: Path, tokenizer: Tokenizer, warn: Callable[[str], None]) -> It
         yield name, Encoded(ids, int(lengths[ids].sum()), int((ids == end).sum()))
 
 
-def _encode_all(
-    tasks: Iterator[tuple[SplitName, list[Span]]], work: Callable[[list[Span]], Encoded], threads: int
-) -> Iterator[tuple[SplitName, Encoded]]:
+def _encode_all(tasks: Iterator[list[Span]], work: Callable[[list[Span]], Encoded], threads: int) -> Iterator[Encoded]:
     """Encodes the tasks in so many threads, in order, at most two for each thread at a time."""
     pool = ThreadPoolExecutor(threads)
     try:
-        submitted = ((name, pool.submit(work, spans)) for name, spans in tasks)
-        pending: deque[tuple[SplitName, Future[Encoded]]] = deque(itertools.islice(submitted, 2 * threads))
+        submitted = (pool.submit(work, spans) for spans in tasks)
+        pending = deque(itertools.islice(submitted, 2 * threads))
         while pending:
-            name, future = pending.popleft()
+            future = pending.popleft()
             pending.extend(itertools.islice(submitted, 1))
-            yield name, future.result()
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
-    """The items; the thread makes the next one while one is in use.
-
-    Reading, hashing, writing and most of encoding release Python's lock.
-    """
-    following = thread.submit(next, items, None)
-    while (item := following.result()) is not None:
-        following = thread.submit(next, items, None)
-        yield item
-
-
-# --- write ------------------------------------------------------------------------------------------------------------
-
-
-class _TokenWriter:
-    """Writes the token files of one split and counts their contents for meta.json."""
-
-    def __init__(self, path: Path, width: int):
-        self.path, self.shard_tokens = path, SHARD // width
-        self.file, self.digest = shard_path(path, 0).open("wb"), hashlib.sha256()
-        self.tokens = self.bytes = self.ends = 0
-        self.last: int | None = None
-
-    def write(self, encoded: Encoded) -> None:
-        self.digest.update(encoded.ids.data)
-        left = encoded.ids
-        while len(left):
-            shard, filled = divmod(self.tokens, self.shard_tokens)
-            if shard and not filled:
-                self.file.close()
-                self.file = shard_path(self.path, shard).open("wb")
-            part, left = np.split(left, [self.shard_tokens - filled])
-            self.file.write(part.data)
-            self.tokens += len(part)
-        self.bytes += encoded.bytes
-        self.ends += encoded.ends
-        if len(encoded.ids):
-            self.last = int(encoded.ids[-1])
-
-    def close(self, end_of_text: int | None, first_context: int | None) -> SplitMeta:
-        self.file.close()
-        single = self.tokens <= self.shard_tokens
-        if single:  # under the name that nanoGPT reads
-            shard_path(self.path, 0).rename(self.path)
-        return SplitMeta(
-            tokens=self.tokens,
-            bytes=self.bytes,
-            documents=self.ends + (self.last != end_of_text),  # the last document may have no end-of-text token
-            sha256=self.digest.hexdigest(),
-            first_context=first_context,
-            shard_tokens=None if single else self.shard_tokens,
-        )

@@ -1,7 +1,7 @@
 """Reads data/tokens/ and checks it against meta.json.
 
 It holds train.bin and val.bin (raw little-endian uint16 or uint32, as in nanoGPT), meta.json and tokenizer.json. A
-split of more than 1 GB lies in shards, train-00000.bin, train-00001.bin, …, which make up train.bin if joined.
+large split lies in shards of at most 1 GB, train-00000.bin, train-00001.bin, …, which make up train.bin if joined.
 """
 
 import hashlib
@@ -27,30 +27,33 @@ _BLOCK = 2**20  # bytes per read
 
 
 class Shards:
-    """Arrays of the same length, but for a shorter last one, as one array that is never in memory as a whole."""
+    """Arrays as one array that is never in memory as a whole."""
 
     def __init__(self, arrays: Sequence[npt.NDArray[np.unsignedinteger]]):
         self.arrays, self.dtype = arrays, arrays[0].dtype
+        self.ends = np.cumsum([len(array) for array in arrays])
+        self.starts = self.ends - [len(array) for array in arrays]
 
     def __len__(self) -> int:
-        return sum(map(len, self.arrays))
+        return int(self.ends[-1])
 
     def __getitem__(self, index: slice | npt.NDArray[np.integer]) -> npt.NDArray[np.unsignedinteger]:
         """A copy of a slice without a step, or of the tokens at the indices (from 0), in the shape of `index`."""
-        each = len(self.arrays[0])
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             assert step == 1, "slices have no step"
+            if stop <= start:
+                return self.arrays[0][:0]
+            first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
             parts = [
-                self.arrays[i][max(0, start - i * each) : stop - i * each]
-                for i in range(start // each, -(-stop // each))
+                self.arrays[i][max(0, start - self.starts[i]) : stop - self.starts[i]] for i in range(first, last + 1)
             ]
-            return np.concatenate(parts) if parts else self.arrays[0][:0]
-        shards, places = np.divmod(index, each)
+            return np.concatenate(parts)
+        shards = np.searchsorted(self.ends, index, side="right")
         found = np.empty(index.shape, self.dtype)
         for shard in np.unique(shards):
             chosen = shards == shard
-            found[chosen] = self.arrays[shard][places[chosen]]
+            found[chosen] = self.arrays[shard][index[chosen] - self.starts[shard]]
         return found
 
 
@@ -72,8 +75,8 @@ class SplitMeta(_Meta):
     documents: Count  # 1 for a part of one text
     sha256: Sha256
     first_context: Id | None  # the token before the first one, needed to score it; None if there is none
-    # In each shard but the last; absent if there is one file, so that its meta.json is that of earlier versions.
-    shard_tokens: Annotated[Count | None, Field(exclude_if=lambda tokens: tokens is None)] = None
+    # The tokens of each shard; absent if there is one file, so that its meta.json is that of earlier versions.
+    shards: Annotated[list[Count] | None, Field(min_length=2, exclude_if=lambda shards: shards is None)] = None
 
 
 class Meta(_Meta):
@@ -123,7 +126,7 @@ def load_split(directory: Path, name: SplitName) -> Split:
                     digest.update(block)
                     largest = max(largest, int(np.frombuffer(block, dtype).max()))
             maps.append(np.memmap(path, dtype=dtype, mode="r"))
-    path = directory / (f"{name}.bin" if split.shard_tokens is None else f"{name}-*.bin")
+    path = directory / (f"{name}.bin" if split.shards is None else f"{name}-*.bin")
     if digest.hexdigest() != split.sha256:
         raise Damaged(path, f"has sha256 {digest.hexdigest()}, but meta.json says {split.sha256}")
     if largest >= meta.vocab_size:
@@ -138,8 +141,11 @@ def shard_path(path: Path, number: int) -> Path:
 
 def _files(path: Path, split: SplitMeta) -> Iterator[tuple[Path, int]]:
     """The files of a split in order, and the number of tokens of each."""
-    if split.shard_tokens is None:
+    if split.shards is None:
         yield path, split.tokens
-        return
-    for number, begin in enumerate(range(0, split.tokens, split.shard_tokens)):
-        yield shard_path(path, number), min(split.shard_tokens, split.tokens - begin)
+    elif sum(split.shards) != split.tokens:
+        raise Damaged(
+            path.with_name("meta.json"), f"says {split.tokens:,} tokens, but its shards have {sum(split.shards):,}"
+        )
+    else:
+        yield from ((shard_path(path, number), tokens) for number, tokens in enumerate(split.shards))

@@ -8,7 +8,8 @@ import pydantic
 import pytest
 
 from nanogpt.files import Damaged
-from nanogpt.params import Params, ParamsError, flatten, load_params, with_values
+from nanogpt.params import Params, flatten, load_params, with_values
+from nanogpt.params_errors import ParamsError
 from tests.conftest import committed_params
 
 SOURCE = Path(__file__).parents[2] / "params.yaml"
@@ -211,6 +212,11 @@ def test_a_wrong_value_is_refused(key, written, message, refused):
         ("model.n_layer", "n layer", "model.n_layer"),
         ("evaluate.stride", "strides", "evaluate.stride"),
         ("sample.top_k", "topk", "sample.top_k"),
+        ("train.muon_learning_rate", "muon_lr", "train.muon_learning_rate"),
+        ("train.learning_rate", "lr", "train.learning_rate"),
+        ("train.muon_weight_decay", "muon_wd", "train.muon_weight_decay"),
+        ("train.max_iters", "dropout", "model.dropout"),
+        ("model.n_layer", "batch_size", "train.batch_size or evaluate.batch_size"),
     ],
 )
 def test_a_misspelt_key_is_reported_with_the_nearest_one(key, misspelt, nearest, refused):

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.common import forget_peak, own_peak
 from nanogpt.files import Damaged
-from nanogpt.params import ParamsError
+from nanogpt.params_errors import ParamsError
 from tracking.journal import JournalDamaged
 
 TRIED: dict[str, list[int]] = {}  # parser -> [inputs, accepted ones]

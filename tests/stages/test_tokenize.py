@@ -3,13 +3,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from nanogpt.corpus import prepare
+from nanogpt.corpus import parts, prepare
 from nanogpt.corpus.raw_text import Writer
 from nanogpt.corpus.split import shuffled
 from nanogpt.corpus.token_files import load_split
@@ -28,8 +29,8 @@ def write_raw(folder: Path, documents: list[str]) -> None:
     writer.close("grammar")
 
 
-def run() -> Result:
-    return CliRunner().invoke(main, [])
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -93,11 +94,44 @@ def test_a_full_disk_changes_no_file(project: Project, monkeypatch: pytest.Monke
     run()
     first = contents(folder / "data/tokens")
     # The device /dev/full answers every write as a full disk does.
-    monkeypatch.setattr(prepare, "shard_path", lambda path, number: Path("/dev/full"))
+    monkeypatch.setattr(parts, "placing", lambda path: nullcontext(Path("/dev/full")))
     result = run()
     assert result.exit_code == 1
     assert result.output.startswith("Error: tokenize: [Errno 28] the disk is full; data/tokens is as it was")
     assert contents(folder / "data/tokens") == first
+
+
+def test_shares_are_joined_by_the_stage(project: Project, monkeypatch: pytest.MonkeyPatch):
+    folder = project(**{"tokenize.tokenizer": "char"})
+    write_raw(folder, DOCUMENTS)
+    run()
+    whole = joined(folder)
+    monkeypatch.setattr(prepare, "SHARD", 500)
+    for number in range(2):
+        result = run("--share", f"{number}/2")
+        assert result.exit_code == 0
+        assert f"tokenize: share {number}/2: " in result.output
+        assert " parts are complete; when all shares are, run `dvc repro tokenize`\n" in result.output
+    assert joined(folder) == whole  # as it was
+    monkeypatch.setattr(prepare, "encode", pytest.fail)
+    assert run().exit_code == 0
+    assert joined(folder) == whole
+    assert len([*(folder / "data/tokens").glob("train-*.bin")]) > 2
+    assert [path.suffix for path in (folder / ".runs/tokens").iterdir()] == [".lock"]
+
+
+def joined(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted((folder / "data/tokens").glob("*.bin")))
+
+
+@pytest.mark.parametrize("share", ["2/2", "1", "a/b", "-1/2"])
+def test_a_wrong_share_is_refused(project: Project, share: str):
+    write_raw(project(), DOCUMENTS)
+    result = run("--share", share)
+    assert result.exit_code == 1
+    assert result.output == (
+        f"Error: tokenize: --share {share} is invalid: give a number and how many there are, such as 0/8 to 7/8\n"
+    )
 
 
 def test_as_a_module_with_gigatoken_and_without_it(project: Project, gpt2_files: Path):

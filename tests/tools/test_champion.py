@@ -62,7 +62,37 @@ def test_a_champion_is_beaten_only_by_a_verdict(root):
     assert (name, version.tags.keys()) == ("fast-1", {"model.sha256"})
     assert re.fullmatch(r"models:/m-[0-9a-f]{32}", version.source)  # no path, which a moved repository would break
     shutil.rmtree(root / ".runs/fast-1")
-    assert "has no journal here" in run("champion", "slow-*", code=1).stderr
+    assert "is neither here nor in this experiment" in run("champion", "slow-*", code=1).stderr
+
+
+def test_a_champion_of_the_meantime_is_not_replaced_without_a_comparison(root, monkeypatch):
+    """While a member's run is verified, which takes minutes, a colleague registers another one."""
+    colleague = next(result for result in journal_results(root)[0] if result.name == "fast-1")
+
+    def verify(root, result):
+        champion.register(connect(resolve_uri(root), root), colleague, [])
+        return []
+
+    monkeypatch.setattr(champion, "not_reproduced", verify)
+    refused = run("champion", "slow-*", code=1).stderr
+    assert "version 1 of nanogpt has become the champion meanwhile; run this again" in refused
+    assert current(root)[0] == "fast-1"
+
+
+def test_a_run_that_only_the_team_has_can_become_and_be_the_champion(root, monkeypatch):
+    monkeypatch.setattr(champion, "is_server", lambda uri: True)
+    monkeypatch.setattr(champion, "experiment_here", lambda: "test/one experiment")
+    shutil.rmtree(root / ".runs/fast-1")
+    assert "fast-1 is the champion: version 1" in run("champion", "fast-*").stdout
+    assert "against fast-1, +0.0999 [" in run("champion", "slow-*", code=1).stderr
+
+
+def test_a_run_that_mlflow_lacks_is_sent_by_sync(root):
+    scored_run(root, "late", 1.8, params={"train.muon_learning_rate": 0.08})
+    assert (
+        "MLflow has no run .runs/late/attempt-1; `python -m tools sync` sends it"
+        in run("champion", "late", "--force", code=1).stderr
+    )
 
 
 def test_what_does_not_come_out_again_needs_force(root, monkeypatch):

@@ -109,6 +109,20 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("out side")
 
 
+def test_parts_of_an_interrupted_tokenizing_are_freed_when_they_are_old(repository: Path, without_dvc: None) -> None:
+    folder = repository / ".runs/tokens/0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "train-00000.bin").write_bytes(bytes(100))
+    assert gc.old_parts(repository, 14) == []
+    for path in (folder / "train-00000.bin", folder):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    with RunLock(folder.parent, name=f"{folder.name}.lock"):
+        assert gc.old_parts(repository, 14) == []
+    result = CliRunner().invoke(main, ["gc", "--yes"])
+    assert ".runs/tokens/0123456789abcdef  interrupted tokenizing, " in result.output
+    assert not folder.exists()
+
+
 def test_artifacts_of_a_run_that_was_deleted_in_mlflow_are_freed_also_in_a_folder_with_a_space(
     repository: Path, outside: Path, without_dvc: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ def test_the_report_says_what_was_run_and_where_each_number_comes_from(root: Pat
         "| seeds | 1, 2, 3 |",
         "| software | python 3.11, determinism unknown |",
         "| code | commit aaaaaaa |",
-        "| muon_learning_rate=0.04 | unknown | unknown | 0.0 ± 0.0 |",
+        "| muon_learning_rate=0.04 | unknown | unknown | 0.4 ± 0.0 s |",
         "| tokenize.tokenizer | bpe |",
     ):
         assert shown in text, shown

@@ -526,8 +526,8 @@ def test_best_model_loads_and_generates_in_another_directory(repository: Path, t
     assert not [p for p in target.rglob("*") if p.suffix in {".pkl", ".pickle", ".cloudpickle"}]
     requirements = (target / "requirements.txt").read_text().split()
     assert [line.split("==")[0] for line in requirements] == list(mlflow_models.REQUIREMENTS)
-    shutil.rmtree(target / "code" / "nanogpt")
-    shutil.copytree(package, target / "code" / "nanogpt")
+    (code,) = target.rglob("nanogpt.zip")
+    shutil.make_archive(str(code.with_suffix("")), "zip", package.parent)
     code = (
         "import mlflow, sys\n"
         f"model = mlflow.pyfunc.load_model({str(target)!r})\n"

@@ -9,6 +9,7 @@ import pytest
 from nanogpt.corpus.sources import write_corpus
 from nanogpt.files import Damaged, Missing
 from nanogpt.params import DownloadParams, load_params
+from nanogpt.params_errors import ParamsError
 from tests.conftest import committed_params
 from tracking.errors import explain
 from tracking.remedies import remedy
@@ -43,6 +44,16 @@ def test_params_are_in_git(tmp_path):
         load_params(path)
     advice = f"`git diff {path}` shows what was lost, and `git checkout {path}` restores it"
     assert explain(caught.value) == f"{path} cannot be read (No such file or directory); {advice}"
+
+
+def test_a_value_that_dvc_wrote_into_params_yaml_is_taken_back(tmp_path, monkeypatch):
+    error = ParamsError("params.yaml: train.max_iters = 0 is invalid: input should be greater than 0")
+    assert remedy(error) == ""  # the user wrote it
+    monkeypatch.setenv("DVC_EXP_NAME", "wide")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert remedy(error) == "`git checkout params.yaml` takes back what -S wrote there"
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path.parent))  # --temp and the queue write into another folder
+    assert remedy(error) == ""
 
 
 def test_every_other_file_has_a_remedy():

@@ -162,7 +162,7 @@ def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, mo
 
     monkeypatch.setattr(prepare_module, "read_text", reading)
     raw = raw_of(tmp_path / "raw", [TEXT])
-    prepare(raw, tmp_path / "tokens", params("gpt2"), processes=2, update=update)
+    prepare(raw, tmp_path / "tokens", params("gpt2"), threads=2, update=update)
     assert written == read == len(TEXT.encode())
     # Five tasks and what is being gathered, each of at most two pieces; much less than the text.
     assert 500 < ahead < 12 * 500 * 1.2 < written / 2

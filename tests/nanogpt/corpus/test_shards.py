@@ -1,5 +1,6 @@
 """A split of several files gives what the same split in one file gives."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.batches import batch, micro_batches
-from nanogpt.corpus import grammar
+from nanogpt.corpus import grammar, raw_text
 from nanogpt.corpus import prepare as prepare_module
 from nanogpt.corpus.floor import floor_nats
-from nanogpt.corpus.prepare import prepare
+from nanogpt.corpus.prepare import Preparation, prepare
 from nanogpt.corpus.token_files import Meta, Shards, load_meta, load_split
 from nanogpt.corpus.tokenizer import load_tokenizer
 from nanogpt.dataset import Dataset, load_dataset
@@ -22,10 +23,10 @@ from nanogpt.params import TokenizeParams
 from nanogpt.train import Evaluator, Observer, train
 from nanogpt.train_state import new_state
 from tests.nanogpt import tiny
-from tests.nanogpt.corpus.made import copy_pair, refuses, write_pair, write_raw
+from tests.nanogpt.corpus.made import refuses, write_pair, write_raw
 
 CHAR = TokenizeParams(tokenizer="char", vocab_size=300, val_fraction=0.3, split_seed=1)
-SHARD = 1001  # bytes, of which a shard has 1000
+SHARD = 3500  # bytes, of two or three stories
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +51,17 @@ def test_the_shards_make_up_the_file_and_have_its_hash(corpora: tuple[Path, Path
     assert {path.name for path in whole.iterdir()} == {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
     for name in ("train", "val"):
         sizes = [path.stat().st_size for path in sorted(shards.glob(f"{name}-*.bin"))]
-        assert len(sizes) > 2
-        assert {*sizes[:-1]} == {1000}
-        assert 0 < sizes[-1] <= 1000
+        assert len(sizes) > 1
+        assert all(0 < size <= SHARD for size in sizes)
         assert joined(shards, name) == (whole / f"{name}.bin").read_bytes()
         assert not (shards / f"{name}.bin").exists()
-    without = {"shard_tokens": None}
+    without = {"shards": None}
     meta = load_meta(shards)
-    assert meta.train.shard_tokens == 500
+    assert meta.train.shards == [path.stat().st_size // 2 for path in sorted(shards.glob("train-*.bin"))]
+    assert {path.name.split("-")[0] for path in shards.iterdir()} == {"meta.json", "tokenizer.json", "train", "val"}
     changed = {name: getattr(meta, name).model_copy(update=without) for name in ("train", "val")}
     assert meta.model_copy(update=changed) == load_meta(whole)
-    assert "shard_tokens" not in (whole / "meta.json").read_text()
+    assert "shards" not in (whole / "meta.json").read_text()
 
 
 @pytest.mark.parametrize(("shard", "files"), [(20, ["train.bin"]), (18, ["train-00000.bin", "train-00001.bin"])])
@@ -68,6 +69,7 @@ def test_a_split_that_just_fits_is_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int, files: list[str]
 ):
     monkeypatch.setattr(prepare_module, "SHARD", shard)
+    monkeypatch.setattr(raw_text, "PIECE", 10)  # bytes of a block
     raw = write_pair(tmp_path / "pair", [0, 1] * 5, [1], "ab")
     prepare(raw, tmp_path / "tokens", CHAR, 1)
     assert sorted(path.name for path in (tmp_path / "tokens").glob("train*")) == files
@@ -75,10 +77,11 @@ def test_a_split_that_just_fits_is_one_file(
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
-@given(st.integers(1, 30), st.integers(1, 12), st.data())
-def test_shards_are_indexed_as_one_array(length: int, each: int, data: st.DataObject):
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_shards_are_indexed_as_one_array(lengths: list[int], data: st.DataObject):
+    length = sum(lengths)
     array = np.arange(length, dtype="<u2")
-    shards = Shards(np.split(array, range(each, length, each)))
+    shards = Shards(np.split(array, np.cumsum(lengths)[:-1]))
     assert len(shards) == length
     edges = st.none() | st.integers(-length - 3, length + 3)
     part = slice(data.draw(edges), data.draw(edges))
@@ -136,8 +139,14 @@ def test_losses_and_floor_are_the_same(corpora: tuple[Path, Path]):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), r"train-00001\.bin cannot be read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-2]), r"train-00001\.bin has 998 bytes, but .* 1,000$"),
-        (lambda path: path.write_bytes(bytes(1000)), r"train-\*\.bin has sha256 \w+, but meta\.json says \w+$"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-2]),
+            r"train-00001\.bin has [\d,]+ bytes, but .* says [\d,]+",
+        ),
+        (
+            lambda path: path.write_bytes(bytes(path.stat().st_size)),
+            r"train-\*\.bin has sha256 \w+, but meta\.json says \w+$",
+        ),
     ],
 )
 def test_a_damaged_shard_is_refused(corpora: tuple[Path, Path], tmp_path: Path, damage: Any, message: str):
@@ -149,22 +158,78 @@ def test_a_damaged_shard_is_refused(corpora: tuple[Path, Path], tmp_path: Path, 
     load_split(tmp_path, "val")
 
 
-def test_parts_that_were_prepared_apart_are_joined_as_token_files(
-    tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """As docs/data.md says it for several machines."""
+def test_lengths_that_contradict_each_other_are_refused(corpora: tuple[Path, Path], tmp_path: Path):
+    for path in corpora[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    meta = load_meta(tmp_path)
+    assert meta.train.shards
+    shorter = meta.train.model_copy(update={"shards": meta.train.shards[:-1]})
+    (tmp_path / "meta.json").write_text(meta.model_copy(update={"train": shorter}).model_dump_json())
+    with refuses(r"meta\.json says [\d,]+ tokens, but its shards have [\d,]+$", Damaged):
+        load_split(tmp_path, "train")
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_parts(corpora: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Preparation]:
+    """Makes the preparation of the stories in tmp_path/work, as another process would go on with it."""
     monkeypatch.setattr(prepare_module, "SHARD", SHARD)
-    params = CHAR.model_copy(update={"tokenizer": "gpt2"})
-    for part in range(2):
-        write_raw(tmp_path / f"raw-{part}", grammar.documents(part, 20))
-        prepare(tmp_path / f"raw-{part}", tmp_path / f"part-{part}", params, 1)
-    metas = [load_meta(tmp_path / f"part-{part}") for part in range(2)]
-    (tmp_path / "merged").mkdir()
-    for name in ("train", "val"):
-        data = b"".join(path.read_bytes() for path in sorted(tmp_path.glob(f"part-?/{name}*.bin")))
-        (tmp_path / f"merged/{name}.bin").write_bytes(data)
-    meta = prepare(copy_pair(tmp_path / "merged"), tmp_path / "tokens", params, 1)
-    assert joined(tmp_path / "tokens", "train") == (tmp_path / "merged/train.bin").read_bytes()
-    for name in ("train", "val"):
-        for count in ("tokens", "bytes", "documents"):
-            assert getattr(getattr(meta, name), count) == sum(getattr(getattr(each, name), count) for each in metas)
+    raw = corpora[0].parent / "raw"
+    return lambda: Preparation(raw, tmp_path / "work", CHAR, print)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_what_an_interrupted_preparation_has_finished_is_kept(
+    corpora: tuple[Path, Path], tmp_path: Path, in_parts: Callable[[], Preparation], monkeypatch: pytest.MonkeyPatch
+):
+    encode, encoded = prepare_module.encode, []
+
+    def broken(*arguments: Any) -> Any:
+        encoded.append(arguments)
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(prepare_module, "encode", broken)
+    with pytest.raises(KeyboardInterrupt):
+        in_parts().encode(1, print)
+    kept = contents(tmp_path / "work")
+    assert {*kept} == {"tokenizer.json", *(f"train-0000{i}.{kind}" for i in range(2) for kind in ("bin", "json"))}
+    monkeypatch.setattr(prepare_module, "make_tokenizer", None)  # it is kept too
+    again, sizes = in_parts(), list[int]()
+    made = again.encode(1, sizes.append)
+    assert len(encoded) == 3 + len(made) - 2
+    assert sizes[0] == made[0][2].bytes
+    assert sizes == sorted(sizes)
+    again.finish(made, tmp_path / "tokens")
+    assert contents(tmp_path / "tokens") == contents(corpora[1])
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("damaged", ["train-00001.bin", "train-00001.json"])
+def test_a_damaged_part_is_made_again(
+    corpora: tuple[Path, Path], tmp_path: Path, in_parts: Callable[[], Preparation], damaged: str
+):
+    in_parts().encode(1, print)
+    path = tmp_path / "work" / damaged
+    path.write_bytes(path.read_bytes()[:-1])
+    again = in_parts()
+    again.finish(again.encode(2, print), tmp_path / "tokens")
+    assert contents(tmp_path / "tokens") == contents(corpora[1])
+
+
+def test_shares_complement_one_another(
+    corpora: tuple[Path, Path], tmp_path: Path, in_parts: Callable[[], Preparation], monkeypatch: pytest.MonkeyPatch
+):
+    shares = [[path.name for _, path, _ in in_parts().encode(1, print, (i, 3))] for i in range(3)]
+    assert all(shares)
+    assert sorted(name for names in shares for name in names) == sorted(path.name for path in corpora[1].glob("*.bin"))
+    monkeypatch.setattr(prepare_module, "encode", pytest.fail)  # nothing is left to encode
+    again = in_parts()
+    again.finish(again.encode(1, print), tmp_path / "tokens")
+    assert contents(tmp_path / "tokens") == contents(corpora[1])

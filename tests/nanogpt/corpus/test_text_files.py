@@ -17,7 +17,8 @@ from ruamel.yaml import YAML
 
 from nanogpt.corpus.raw_text import read_documents
 from nanogpt.corpus.sources import write_corpus
-from nanogpt.params import ParamsError, load_params
+from nanogpt.params import load_params
+from nanogpt.params_errors import ParamsError
 from tests.nanogpt.corpus.made import download_params, refuses
 
 Download = Callable[..., tuple[list[str], list[str]]]
