@@ -1,20 +1,26 @@
 """Four real processes over gloo that hold a training in shards, beside one that holds it whole."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from nanogpt import dry_run, sharding
+from nanogpt.checkpoint import Checkpoints
 from nanogpt.distributed import Ranks
 from tests.nanogpt import sharded, tiny
 from tracking.launch import launch
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("four")
+
+
+@pytest.fixture(scope="module")
+def four(folder):
     """What each of four processes found (tests/nanogpt/sharded.py); starting them takes most of the time."""
-    folder = tmp_path_factory.mktemp("four")
     assert launch(4, 0.0, "-m", "tests.nanogpt.sharded", str(folder)) == 0
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
@@ -65,6 +71,17 @@ def test_a_dry_run_without_the_others_shows_what_a_real_step_costs(four, optimiz
         assert set(real["sent"]) == {"all_gather", "reduce_scatter", *(["all_to_all"] if optimizer == "muon" else [])}
         for name in ("weights", "gradients", "moments", "peak"):
             assert predicted[name] == pytest.approx(real[name], rel=0.15), name
+
+
+@pytest.mark.parametrize("damage", [tiny.flip_bit, lambda shard: shard.unlink(), lambda shard: shard.write_bytes(b"")])
+def test_a_checkpoint_with_a_damaged_shard_is_not_used(four, folder, tmp_path, damage):
+    shutil.copytree(folder / "muon", tmp_path / "copy")
+    checkpoints = Checkpoints(tmp_path / "copy", "run")
+    _, newest = checkpoints.steps()
+    damage(checkpoints.directory / f"step-{newest:08}" / "state" / "shard-00003-model-00001-of-00001.safetensors")
+    told = []
+    assert checkpoints.newest(told.append).progress.step == sharded.STOP
+    assert "is damaged: its hash is wrong" in told[0]
 
 
 def test_a_directory_that_a_process_does_not_share_is_reported(four):
