@@ -23,7 +23,8 @@ from tests.nanogpt import tiny
 from tracking.launch import run_to_exit
 
 STEPS, STOP = 6, 4
-TOKENS = tiny.tokens(200)
+VOCABULARY = 9  # of four processes the last one has no row of it
+TOKENS = tiny.tokens(200, vocab_size=VOCABULARY)
 MODERN = {**tiny.NANOCHAT, "previous_tokens": 1, "zero_init": True}
 TRAININGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"optimizer": "adamw", "dtype": "bfloat16"},
@@ -50,7 +51,7 @@ class Training(Observer):
         steps = {"max_iters": STEPS, "eval_interval": 2, "gradient_accumulation_steps": 8, "batch_size": 1}
         settings = tiny.train_params(parallel="fsdp", processes=ranks.size, optimizer=optimizer, **steps)
         self.params = tiny.params(settings, log_interval=1, checkpoint_interval=STOP)
-        model = tiny.gpt(dropout=dropout, **(shape or {}))
+        model = tiny.gpt(dropout=dropout, vocab_size=VOCABULARY, **(shape or {}))
         self.state = new_state(model, settings, tiny.numerics(dtype=dtype, determinism="portable"), ranks)
         self.checkpoints = Checkpoints(folder, "run")
         self.values: list[list[float]] = []  # losses, norms, scores
@@ -105,7 +106,7 @@ def held(training: Training) -> dict[str, list[int]]:
 
 def generated(training: Training, folder: Path) -> list[list[list[int]]]:
     """Tokens of the model in shards, and of a whole one with the same weights."""
-    whole = tiny.gpt(**MODERN)
+    whole = tiny.gpt(vocab_size=VOCABULARY, **MODERN)
     whole.load_state_dict(Checkpoints(folder, "run").read(STEPS).weights())
     return [[*generate(model, [1, 2, 3], 2, 12, Sampling())] for model in (training.state.model, whole)]
 
