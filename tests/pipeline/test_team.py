@@ -1,0 +1,163 @@
+"""A team's day on real servers: two members train, share, compare and register a champion, by the commands of the page.
+
+The commands are those of docs/team.md; only names, addresses and sizes are replaced.
+"""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from mlflow.server.auth.client import AuthServiceClient
+
+from tests.conftest import REPOSITORY
+from tests.pipeline import team_servers
+from tests.pipeline.clones import Clone, closed_port
+from tests.pipeline.team_servers import PASSWORDS, TeamServers
+
+pytestmark = pytest.mark.pipeline
+
+PAGE = (REPOSITORY / "docs" / "team.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (.+)$", PAGE, re.MULTILINE)
+ALLOWED = 60  # requests of a whole run with one model and two reports
+ADA, BEN = "ada-wide", "ben-deep"
+
+
+def said(beginning: str, **instead: str) -> str:
+    """The only command of the page that begins so, with some of its words replaced."""
+    (command,) = [command for command in COMMANDS if command.startswith(beginning)]
+    for word, other in instead.items():
+        assert word in command
+        command = command.replace(word, other)
+    return command
+
+
+@dataclass
+class Team:
+    """Two clones of one origin, each with its member's variables; what their commands have printed."""
+
+    servers: TeamServers
+    ada: Clone
+    ben: Clone
+    requests: list[str] = field(default_factory=list)  # of the first sync
+
+
+def member(clone: Clone, servers: TeamServers, name: str, password: str) -> Clone:
+    """The clone with the variables that the page has its member set."""
+    values = {
+        "http://mlflow.example.org:5000": servers.uri,
+        "ada": name,
+        "<ada's password>": password,
+        "<MEMBERS_PASSWORD of servers/.env>": PASSWORDS["MEMBERS_PASSWORD"],
+    }
+    for line in (command for command in COMMANDS if command.startswith("export ")):
+        variable, _, value = line.removeprefix("export ").partition("=")
+        clone.variables[variable] = values.get(value, value)
+    return clone
+
+
+@pytest.fixture(scope="module")
+def team(seed: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """Ada has sent a finished pipeline, Ben has cloned it; each has queued and run an experiment and sent it."""
+    if lacking := team_servers.missing():
+        pytest.skip(f"a team's servers need {lacking} (.ci/run installs it)")
+    folder = tmp_path_factory.mktemp("team")
+    with team_servers.team_servers(folder) as servers:
+        passwords = servers.members("ada", "ben")
+        seed.run(f"git clone --quiet --bare . {folder}/origin.git")
+        ada = member(seed.copy(folder / "ada"), servers, "ada", passwords["ada"])
+        team = Team(servers, ada, member(Clone(folder / "ben"), servers, "ben", passwords["ben"]))
+        try:
+            share(team, folder)
+            train(team)
+            yield team
+        finally:
+            for clone in (team.ada, team.ben):
+                clone.end_processes()
+
+
+def share(team: Team, folder: Path) -> None:
+    ada, ben = team.ada, team.ben
+    ada.run(f"git remote add origin {folder}/origin.git")
+    ada.run(said("dvc remote add"))
+    ada.run(said("dvc remote modify", **{"http://mlflow.example.org:8333": team.servers.endpoint}))
+    for beginning in ("git add", "git push", "dvc push"):
+        ada.run(said(beginning))
+    before = len(team.servers.requests())
+    ada.run(said("python -m tools sync"))
+    team.requests = team.servers.requests()[before:]
+    ada.run(said("git clone", **{"git@example.org:team/nanogpt.git": f"{folder}/origin.git {ben.path}"}))
+    ben.run(said("dvc pull"))
+
+
+def train(team: Team) -> None:
+    """Both queues work at the same time."""
+    names = {"ada-wide": BEN, "model.n_embd=192": "model.n_layer=3"}
+    for clone, instead in ((team.ada, {"192": "64"}), (team.ben, names)):
+        clone.run(said("dvc exp run --queue", **instead))
+        clone.run(said("dvc queue start"))
+    for clone, name in ((team.ada, ADA), (team.ben, BEN)):
+        assert re.search(rf"{name} .*Success", clone.wait_for_queue(seconds=300)), clone.logs()
+        clone.run(said("dvc exp push", **{ADA: name}))
+
+
+def test_a_runs_sync_takes_few_requests(team: Team):
+    """The only test that finds a request for each file of a model, which takes a distant server seconds."""
+    asked = team.requests
+    assert sum("runs/create" in request for request in asked) == 1
+    assert len(asked) <= ALLOWED, "\n".join(asked)
+    before = len(team.servers.requests())
+    assert "has everything" in team.ada.tool("sync")
+    assert len(team.servers.requests()) - before <= 10
+
+
+def test_members_compare_everybodys_runs_and_pull_a_colleagues_best(team: Team):
+    """The only test that finds an experiment of a queue whose data or run does not reach the other member."""
+    for clone in (team.ada, team.ben):
+        assert "3 runs of 3 settings" in tool(clone, said("python -m tools compare"))
+    assert f"{ADA}" in team.ben.run(said("dvc exp list"))
+    team.ben.run(said("dvc exp pull"))
+    team.ben.run(said("dvc exp apply"))
+    assert json.loads(team.ben.read("model/model.json"))["config"]["n_embd"] == 64
+    team.ben.run("git checkout --quiet . && dvc checkout")
+
+
+def test_a_colleagues_run_becomes_the_champion_and_loads_without_the_repository(team: Team, tmp_path: Path):
+    """The only test that finds a champion that needs its trainer's clone to be registered, beaten or loaded."""
+    champion = said("python -m tools champion")
+    assert re.search(rf"{ADA} .*is the champion: version 1 of nanogpt", tool(team.ben, champion))
+    refused = tool(team.ben, champion.replace(ADA, BEN), check=1)
+    assert re.search(rf"{BEN} .*does not become the champion: against {ADA} ", refused)
+
+    elsewhere = Clone(tmp_path)
+    elsewhere.variables = team.ada.variables
+    assert "['One sunny morning" in elsewhere.run(said("python -c"), PYTHONPATH="")
+
+
+def test_refusals_say_whose_they_are_and_what_to_do(team: Team):
+    """The only test that finds a guest who can write, or a refusal of the real server that is explained as another."""
+    guest = {"MLFLOW_TRACKING_USERNAME": "eve", "MLFLOW_TRACKING_PASSWORD": "guest-4f1c77db"}
+    with patch.dict(os.environ, team.servers.administrator()):
+        AuthServiceClient(team.servers.uri).create_user(*guest.values())
+    compare = said("python -m tools compare")
+    assert "3 runs of 3 settings" in tool(team.ada, compare, **guest)
+    assert "forbids this account to do that" in team.ada.tool("sync", "--again", check=1, **guest)
+    for variables, refusal in (
+        ({"MLFLOW_TRACKING_PASSWORD": "expired"}, "refuses these credentials"),
+        (
+            {"MLFLOW_TRACKING_URI": team.servers.uri.replace("127.0.0.1", "localhost")},
+            "does not answer under this name",
+        ),
+        ({"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{closed_port()}"}, "cannot be reached"),
+    ):
+        assert refusal in tool(team.ada, compare, check=1, **variables)
+
+
+def tool(clone: Clone, command: str, check: int = 0, **variables: str) -> str:
+    """A command of ours, in this process."""
+    return clone.tool(*shlex.split(command.removeprefix("python -m tools ")), check=check, **variables)
