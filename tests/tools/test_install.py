@@ -27,7 +27,7 @@ def install(tmp_path):
     """`install(...)`: exit code, output and commands of the set-up where `failing` words make pip and uv fail."""
 
     def run(
-        torch: str = "", gpu: bool = False, installed: str = "", failing: str = "none", **more: str
+        torch: str = "", gpu: bool = False, installed: str = "", failing: str = "none", extras: str = ""
     ) -> tuple[int, str, list]:
         stub = f'#!/bin/sh\necho "$(basename "$0") $*" >>{tmp_path}/calls\ncase "$*" in *{failing}*) exit 1;; esac\n'
         stubs = {"pip": stub + "echo Installing collected packages", "uv": stub, "sleep": stub}
