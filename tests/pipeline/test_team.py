@@ -14,7 +14,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from mlflow.server.auth.client import AuthServiceClient
 
 from tests.conftest import REPOSITORY
 from tests.faults.servers import Proxy
@@ -64,11 +63,15 @@ def member(clone: Clone, address: str, name: str, password: str) -> Clone:
     return clone
 
 
-@pytest.fixture(scope="module")
-def team(seed: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    """Ada has sent a finished pipeline, Ben has cloned it; each has queued and run an experiment and sent it."""
+@pytest.fixture(scope="session")
+def installed() -> None:
     if lacking := team_servers.missing():
         pytest.skip(f"a team's servers need {lacking} (.ci/run installs it)")
+
+
+@pytest.fixture(scope="module")
+def team(installed: None, seed: Clone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """Ada has sent a finished pipeline, Ben has cloned it; each has queued and run an experiment and sent it."""
     folder = tmp_path_factory.mktemp("team")
     with team_servers.team_servers(folder) as servers:
         passwords = servers.members("ada", "ben")
@@ -92,8 +95,7 @@ def share(team: Team, folder: Path) -> None:
     ada.run(f"git remote add origin {folder}/origin.git")
     ada.run(said("dvc remote add"))
     ada.run(said("dvc remote modify", **{"http://mlflow.example.org:8333": team.servers.endpoint}))
-    for beginning in ("git add", "git push", "dvc push"):
-        ada.run(said(beginning))
+    ada.run(f"{said('git add')} && {said('git push')} && {said('dvc push')}")
     before, begin, team.proxy.mode = len(team.servers.requests()), time.monotonic(), "far"
     tool(ada, said("python -m tools sync"))
     team.requests, seconds, team.proxy.mode = team.servers.requests()[before:], time.monotonic() - begin, "pass"
@@ -113,6 +115,13 @@ def train(team: Team) -> None:
         clone.run(said("dvc exp push", **{ADA: name}))
 
 
+def test_every_command_of_the_page_is_run():
+    """But those that need Docker, and a member's variables, which are set."""
+    here = tuple(re.findall(r"""said\(["']([^"']+)""", Path(__file__).read_text(encoding="utf-8")))
+    elsewhere = ("cd servers", "for name in ", "echo ", "docker compose ", "pip install ", "export ")
+    assert [command for command in COMMANDS if not command.startswith((*here, *elsewhere))] == []
+
+
 def test_a_runs_sync_takes_few_requests(team: Team):
     """The only test that finds a request for each file of a model, which takes a distant server seconds."""
     asked = team.requests
@@ -127,9 +136,9 @@ def test_members_compare_everybodys_runs_and_pull_a_colleagues_best(team: Team):
     """The only test that finds an experiment of a queue whose data or run does not reach the other member."""
     for clone in (team.ada, team.ben):
         assert "3 runs of 3 settings" in tool(clone, said("python -m tools compare"))
-    assert f"{ADA}" in team.ben.run(said("dvc exp list"))
-    team.ben.run(said("dvc exp pull"))
-    team.ben.run(said("dvc exp apply"))
+    assert ADA in team.ben.run(said("dvc exp list"))
+    assert f"Pulled experiment '{BEN}'" in team.ada.run(said("dvc exp pull", **{ADA: BEN}))
+    team.ben.run(f"{said('dvc exp pull')} && {said('dvc exp apply')}")
     assert json.loads(team.ben.read("model/model.json"))["config"]["n_embd"] == 64
     team.ben.run("git checkout --quiet . && dvc checkout")
 
@@ -149,6 +158,8 @@ def test_a_colleagues_run_becomes_the_champion_and_loads_without_the_repository(
 def test_refusals_say_whose_they_are_and_what_to_do(team: Team):
     """The only test that finds a guest who can write, or a refusal of the real server that is explained as another."""
     guest = {"MLFLOW_TRACKING_USERNAME": "eve", "MLFLOW_TRACKING_PASSWORD": "guest-4f1c77db"}
+    from mlflow.server.auth.client import AuthServiceClient  # which not every environment has
+
     with patch.dict(os.environ, team.servers.administrator()):
         AuthServiceClient(team.servers.uri).create_user(*guest.values())
     compare = said("python -m tools compare")
