@@ -43,4 +43,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except MlflowException as error:
+        sys.exit(f"members.py: {error}; MLFLOW_TRACKING_USERNAME and _PASSWORD must be an administrator's")

@@ -22,6 +22,7 @@ from tests.faults.servers import free_port
 from tests.pipeline.clones import environment
 
 SERVERS = REPOSITORY / "servers"
+NAME = "mlflow.example.org"
 PASSWORDS = {  # of servers/compose.yaml
     "DATABASE_PASSWORD": "database-4f1c77d6",
     "STORE_PASSWORD": "store-4f1c77d7",
@@ -99,7 +100,7 @@ class TeamServers:
 
     def variables(self) -> dict[str, str]:
         """The service's environment, with the addresses of here."""
-        filled = {"SERVER": "127.0.0.1", **PASSWORDS}
+        filled = {"SERVER": NAME, **PASSWORDS}
         named = {
             name: re.sub(r"\$\{(\w+):\?\}", lambda found: filled[found[1]], value)
             for name, value in self._service["environment"].items()
@@ -109,7 +110,7 @@ class TeamServers:
             "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
             "MLFLOW_AUTH_CONFIG_PATH": str(SERVERS / "basic_auth.ini"),
         }
-        hosts = named["MLFLOW_SERVER_ALLOWED_HOSTS"].replace("5000", "*")  # a test's proxies have other ports
+        hosts = named["MLFLOW_SERVER_ALLOWED_HOSTS"].replace("127.0.0.1:5000", "127.0.0.1:*")
         return environment() | named | here | {"MLFLOW_SERVER_ALLOWED_HOSTS": hosts}
 
     @property

@@ -14,12 +14,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import requests
 
 from tests.conftest import REPOSITORY
 from tests.faults.servers import Proxy
 from tests.pipeline import team_servers
 from tests.pipeline.clones import Clone, closed_port
-from tests.pipeline.team_servers import PASSWORDS, TeamServers
+from tests.pipeline.team_servers import NAME, PASSWORDS, TeamServers
 
 pytestmark = pytest.mark.pipeline
 
@@ -52,7 +53,7 @@ class Team:
 def member(clone: Clone, address: str, name: str, password: str) -> Clone:
     """The clone with the variables that the page has its member set."""
     values = {
-        "http://mlflow.example.org:5000": address,
+        f"http://{NAME}:5000": address,
         "ada": name,
         "<ada's password>": password,
         "<MEMBERS_PASSWORD of servers/.env>": PASSWORDS["MEMBERS_PASSWORD"],
@@ -94,7 +95,7 @@ def share(team: Team, folder: Path) -> None:
     ada, ben = team.ada, team.ben
     ada.run(f"git remote add origin {folder}/origin.git")
     ada.run(said("dvc remote add"))
-    ada.run(said("dvc remote modify", **{"http://mlflow.example.org:8333": team.servers.endpoint}))
+    ada.run(said("dvc remote modify", **{f"http://{NAME}:8333": team.servers.endpoint}))
     ada.run(f"{said('git add')} && {said('git push')} && {said('dvc push')}")
     before, begin, team.proxy.mode = len(team.servers.requests()), time.monotonic(), "far"
     tool(ada, said("python -m tools sync"))
@@ -174,6 +175,32 @@ def test_refusals_say_whose_they_are_and_what_to_do(team: Team):
         ({"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{closed_port()}"}, "cannot be reached"),
     ):
         assert refusal in tool(team.ada, compare, check=1, **variables)
+
+
+def test_a_browser_is_answered_under_the_servers_name_alone(team: Team):
+    """The only test that finds a page that shows nothing: a browser names its origin, and our commands do not."""
+
+    def status(host: str, origin: str) -> int:
+        return requests.post(
+            f"{team.servers.uri}/ajax-api/2.0/mlflow/experiments/search",
+            json={"max_results": 1},
+            auth=("ada", team.ada.variables["MLFLOW_TRACKING_PASSWORD"]),
+            headers={"Host": host, "Origin": origin},
+            timeout=60,
+        ).status_code
+
+    for address in (f"http://{NAME}:5000", f"https://{NAME}"):  # the second one by a proxy
+        assert status(address.partition("//")[2], address) == 200
+        assert status(address.partition("//")[2], "http://elsewhere.example.org") == 403
+        assert status("elsewhere.example.org", address) == 403
+
+
+def test_no_password_is_in_a_clone_or_in_the_servers_log(team: Team):
+    secrets = [*PASSWORDS.values(), *(clone.variables["MLFLOW_TRACKING_PASSWORD"] for clone in (team.ada, team.ben))]
+    files = [path for clone in (team.ada, team.ben) for path in clone.path.rglob("*") if path.is_file()]
+    for path in [*files, team.servers.log]:
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
 
 
 def tool(clone: Clone, command: str, check: int = 0, **variables: str) -> str:
