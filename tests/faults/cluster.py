@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -36,7 +35,9 @@ PreemptMode=REQUEUE
 KillWait=2
 MinJobAge=4
 ReturnToService=2
-SlurmdTimeout=5
+SlurmdTimeout=3
+MessageTimeout=2
+TCPTimeout=1
 SlurmdParameters=config_overrides
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
@@ -73,7 +74,13 @@ class Cluster:
         (folder / "slurm.conf").write_text(text)
 
     def __enter__(self) -> "Cluster":
-        files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "munged.log", "seed-file": "seed"}
+        files = {
+            "socket": "socket",
+            "key-file": "key",
+            "pid-file": "pid",
+            "log-file": "munged.log",
+            "seed-file": "seed",
+        }
         options = [f"--{option}={self.folder}/munge.{end}" for option, end in files.items()]
         self._start("munged", "--foreground", "--force", *options)  # even if others may write in a folder above
         _wait_for(lambda: (self.folder / "munge.socket").exists(), self.log)
