@@ -44,8 +44,7 @@ class Job:
     def wait_for_requeue(self, restarts: int) -> None:
         """Waits until the job is in Slurm's queue again, and has it start at once."""
         self._wait_until(lambda: self.cluster.waits(self.log.stem, restarts), f"requeue no. {restarts}")
-        # Slurm has a requeued job wait for two minutes; a node takes a job again in the second after it has ended it.
-        self.cluster.run(f"scontrol update JobId={self.log.stem} StartTime=now+2")
+        self.cluster.start_requeued_now()
 
     @property
     def log(self) -> Path:
