@@ -41,9 +41,10 @@ class Round:
         self.back: list[tuple[float, Callable[[], None]]] = []  # when to start again what
         self.began, self.queued = time.monotonic(), 0
 
-    def finished(self) -> bool:
-        """Whether DVC has stored the experiment."""
-        return f"/{NAME}\n" in self.clone.run("git for-each-ref --format='%(refname)' refs/exps")
+    def commit(self) -> str | None:
+        """The experiment's commit, if DVC has stored it."""
+        refs = self.clone.run("git for-each-ref --format='%(objectname) %(refname)' refs/exps").splitlines()
+        return next((ref.split()[0] for ref in refs if ref.endswith(f"/{NAME}")), None)
 
     def tend(self) -> None:
         """Starts again what was killed when its time has come, requeued jobs, and the task when no worker is left."""
@@ -54,7 +55,7 @@ class Round:
         for start in due:
             start()
         self.cluster.start_requeued_now()
-        if not list(self._workers()) and not self.finished():
+        if not list(self._workers()) and not self.commit():
             self.queue()
 
     def queue(self) -> None:
@@ -64,7 +65,7 @@ class Round:
             self.clone.run(f"dvc queue remove {NAME}", check=None)
         self.queued += 1
         self.clone.run(f"dvc exp run --queue --force --name {NAME}")
-        self.clone.run("dvc queue start", **self.variables)
+        self.clone.run("dvc queue start >/dev/null 2>&1", **self.variables)  # its worker would keep the pipe open
 
     def strike(self, target: str) -> bool:
         """Kills one of that kind; False if there is none."""
@@ -109,9 +110,9 @@ def disturb(this: Round, kills: int, say: Callable[[str], None]) -> list[str]:
     struck: list[str] = []
     this.queue()
     following = time.monotonic() + this.rng.uniform(0, SECONDS)
-    while not this.finished() or this.back or this.cluster.jobs() or this.clone.processes():
+    while not this.commit() or this.back or this.cluster.jobs() or this.clone.processes():
         this.tend()
-        if len(struck) < kills and time.monotonic() > following and not this.finished():
+        if len(struck) < kills and time.monotonic() > following and not this.commit():
             target = this.rng.choice(TARGETS)
             if this.strike(target):
                 struck.append(target)
@@ -124,7 +125,7 @@ def disturb(this: Round, kills: int, say: Callable[[str], None]) -> list[str]:
 
 def assert_nothing_is_lost_or_doubled(this: Round, reference: Clone) -> None:
     clone, server = this.clone, this.server
-    lock = YAML(typ="safe").load(clone.run(f"git show {NAME}:dvc.lock"))["stages"]
+    lock = YAML(typ="safe").load(clone.run(f"git show {this.commit()}:dvc.lock"))["stages"]
     assert lock == reference.lock()
     clone.run(f"dvc exp apply {NAME}")
     assert clone.outs() == reference.outs()
