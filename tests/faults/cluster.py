@@ -125,9 +125,10 @@ class Cluster:
 
     def start_requeued_now(self) -> None:
         """Slurm has a requeued job wait for two minutes; a node takes it again in the second after it has ended it."""
-        for line in self.run("squeue -h -t PENDING -o %i|%r|%S").splitlines():
-            job, reason, start = line.split("|")
-            if reason == "BeginTime" and datetime.fromisoformat(start) > datetime.now() + timedelta(seconds=3):
+        soon = (datetime.now() + timedelta(seconds=3)).isoformat()
+        for line in self.run("squeue -h -t PENDING -o %i|%S").splitlines():
+            job, start = line.split("|")
+            if soon < start < "N/A":
                 self.run(f"scontrol update JobId={job} StartTime=now+2")
 
     def log(self) -> str:
