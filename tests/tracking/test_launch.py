@@ -203,7 +203,7 @@ def test_another_number_of_processes_than_in_the_parameters_is_rejected(monkeypa
     check_world_size(2)  # they are still to be started
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_world_size(2)
-    refusal = r"train\.processes = 1, .* 2 processes \(WORLD_SIZE\); set train\.processes to 2"
+    refusal = r"train\.processes = 1, .* has started 2 \(WORLD_SIZE\); set train\.processes to 2"
     with pytest.raises(ValueError, match=refusal):
         check_world_size(1)
 
