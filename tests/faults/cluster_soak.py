@@ -105,7 +105,7 @@ class Round:
                     yield process
 
 
-def disturb(this: Round, kills: int, say: Callable[[str], None]) -> list[str]:
+def disturb(this: Round, kills: int) -> list[str]:
     """Queues the experiment and kills so many times, then waits for its end. Returns what was killed."""
     struck: list[str] = []
     this.queue()
@@ -117,7 +117,7 @@ def disturb(this: Round, kills: int, say: Callable[[str], None]) -> list[str]:
             if this.strike(target):
                 struck.append(target)
                 step = max(this.clone.steps(), default=0) if this.clone.attempts() else 0
-                say(f"{len(struck):4} {target}, {step} steps are recorded")
+                click.echo(f"{len(struck):4} {target}, {step} steps are recorded")
             following = time.monotonic() + this.rng.uniform(0, SECONDS)
         time.sleep(0.5)
     return struck
@@ -166,7 +166,7 @@ def main(wanted: int, seed: int, folder: Path | None) -> None:
                 clone.forget("train", "evaluate", "sample")
                 clone.commit("Untrained")
                 this = Round(clone, cluster, server, rng)
-                struck += disturb(this, rng.randint(3, 8), click.echo)
+                struck += disturb(this, rng.randint(3, 8))
                 assert_nothing_is_lost_or_doubled(this, reference)
                 shutil.rmtree(clone.path)
     except BaseException as error:
