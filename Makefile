@@ -86,8 +86,9 @@ test: $(READY)  ## the fast tests
 test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
 	pytest -n 3 --dist loadfile --no-loadscope-reorder tests/pipeline tests/faults
 
-soak: $(READY)  ## kill the pipeline at 100 random moments; check that no trace remains (15 minutes)
+soak: $(READY)  ## kill the pipeline at 100 random moments, and ranks, nodes, servers and workers at 30; check that no trace remains
 	python -m tests.faults.soak --kills 100
+	python -m tests.faults.cluster_soak --kills 30
 
 pictures: $(READY)  ## the documentation's pictures, from the runs in this repository
 	python -m tests.pictures

@@ -37,6 +37,12 @@ class PeerFailed(ValueError):
     """Another process of this training failed first and reports it. The message has its rank and its error."""
 
 
+class PeerLost(ValueError):
+    """Another process of this training is gone without having failed: this one did nothing wrong."""
+
+    exit_code = os.EX_TEMPFAIL  # of this process: the same command, started again, continues
+
+
 class Ranks:
     """The processes of a training, and the rank of this one. A single process has no process group, and each method
     returns what it is given."""
@@ -141,7 +147,7 @@ class Ranks:
         except RuntimeError:  # the process that hosted the store is gone
             pass
         if isinstance(error, RuntimeError) and any(sign in text for sign in _CLOSED):
-            return ValueError(
+            return PeerLost(
                 "a process of this training is gone: killed, out of memory, or on a machine that cannot be reached; "
                 "start the training again, and it continues"
             )

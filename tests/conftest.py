@@ -53,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # is left alone with it in the end; the second and the third file do not need the clone that the first one begins with.
 FIRST = [
     *("pipeline/test_docs.py", "pipeline/test_replay.py", "pipeline/test_page.py", "pipeline/test_experiments.py"),
+    "pipeline/test_team.py",
     *("pipeline/test_verify.py", "pipeline/test_lineage.py", "faults/test_damage.py", "faults/test_tracking.py"),
     *("pipeline/test_kills.py", "faults/test_resources.py", "pipeline/test_repro.py", "pipeline/test_trial.py"),
     *("pipeline/test_bad_input.py", "pipeline/test_own_text.py", "pipeline/test_processes.py"),

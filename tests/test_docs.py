@@ -38,8 +38,9 @@ def test_the_pages_that_code_and_parameters_name_exist() -> None:
 
 def test_errors_are_quoted_as_the_code_prints_them() -> None:
     """An ellipsis stands for what differs; what DVC and torch print is marked."""
-    text = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
-    cells = [row.split(" | ")[0] for row in text.split("## A check says")[0].splitlines() if row.startswith("| `")]
+    troubleshooting, team = ((REPOSITORY / f"docs/{name}.md").read_text() for name in ("troubleshooting", "team"))
+    text = troubleshooting.partition("## A check says")[0] + team.partition("## When something fails")[2]
+    cells = [row.split(" | ")[0] for row in text.splitlines() if row.startswith("| `")]
     quoted = [
         text for cell in cells if not cell.endswith(("(DVC)", "(torch)")) for text in re.findall("`([^`]+)`", cell)
     ]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the pinned packages with the pip that comes first on PATH. `make setup` runs it in the virtual environment.
 # TORCH names torch's build as its version does (cpu, cu126, rocm7.2); "default" is the one that pip takes by itself.
+# EXTRAS names extras of pyproject.toml, by default dev.
 # If TORCH is empty, Linux without an NVIDIA GPU gets cpu, because pip's default there is a CUDA build of gigabytes.
 set -euo pipefail
 torch=$(grep '^torch==' constraints.txt)
@@ -47,6 +48,6 @@ if [ "$build" != default ] && [ "$installed" != "$torch+$build" ]; then
         fi
     fi
 fi
-PYTHONUNBUFFERED=1 pip install --no-compile --constraint constraints.txt '.[dev]' | progress
+PYTHONUNBUFFERED=1 pip install --no-compile --constraint constraints.txt ".[${EXTRAS:-dev}]" | progress
 # pip would compile on one core, which takes as long as its other work. What comes later is compiled when it is used.
 [ "$installed" ] || python -m compileall -q -j 0 "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &>/dev/null || true

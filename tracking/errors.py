@@ -36,8 +36,8 @@ def errors_in_one_line(
 ) -> Iterator[None]:
     """Reports the errors of the command `name`; `record` gets their tracebacks.
 
-    ValueError and OSError become one line and exit code 1, Ctrl-C a warning and exit code 130. Click's own errors keep
-    their exit codes. Anything else is a bug and shows its traceback.
+    ValueError and OSError become one line and exit code 1, or the error's own `exit_code`, Ctrl-C a warning and exit
+    code 130. Click's own errors keep their exit codes. Anything else is a bug and shows its traceback.
     """
     try:
         yield
@@ -48,5 +48,7 @@ def errors_in_one_line(
         record(without_secrets(traceback.format_exc()))
         # On a BrokenPipeError nobody reads the output any more; click ends the command silently.
         if isinstance(error, ValueError | OSError) and not isinstance(error, BrokenPipeError):
-            raise click.ClickException(f"{name}: {explain(error)}") from error
+            shown = click.ClickException(f"{name}: {explain(error)}")
+            shown.exit_code = getattr(error, "exit_code", 1)  # type: ignore[misc]
+            raise shown from error
         raise

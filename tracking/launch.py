@@ -67,9 +67,12 @@ def launcher(stage: str) -> list[str] | None:
 
 def run_elsewhere(command: list[str]) -> int:
     """Runs a `launcher` and returns its exit code; 128 + n if signal n ended it. SIGINT and SIGTERM are passed on."""
-    process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C must not reach it twice
-    with _passing_on([process]):
-        code = process.wait()
+    running: list[subprocess.Popen[bytes]] = []
+    with _passing_on(running) as received:
+        running.append(subprocess.Popen(command, start_new_session=True))  # Ctrl-C must not reach it twice
+        for number in received:
+            running[0].send_signal(number)
+        code = running[0].wait()
     return code if code >= 0 else 128 - code
 
 
@@ -110,16 +113,18 @@ def launch(processes: int, wait_seconds: float, *arguments: str) -> int:
 
 
 @contextmanager
-def _passing_on(running: "list[subprocess.Popen[bytes]]") -> Iterator[None]:
-    """Passes SIGINT and SIGTERM on to the processes for the duration of the block."""
+def _passing_on(running: "list[subprocess.Popen[bytes]]") -> Iterator[list[int]]:
+    """Passes SIGINT and SIGTERM on to the processes for the duration of the block; yields those received so far."""
+    received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         for process in running:
             process.send_signal(number)
 
     handlers: dict[int, Any] = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -5,9 +5,11 @@ would store NaN as 0 and infinity as 1.8e308. Keys need no such care: they are c
 """
 
 import math
+import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tracking.run import as_text
 
 _NAME, _PARAM, _TAG, _DATASET, _PROFILE = 250, 6000, 8000, 500, 16_777_215  # characters
 _PARAMS_AT_ONCE, _METRICS_AT_ONCE = 100, 1000
+_SLOW_STORE = 5e6  # bytes per second that a server's own store takes at least
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _UNKNOWN = re.compile(r"[\x80-\x9f\ud800-\udfff]")  # controls without a picture, and lone surrogates
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -96,6 +99,26 @@ class StoreClient:
         with tempfile.TemporaryDirectory() as temporary:
             (Path(temporary) / name).write_bytes(content)
             self.log_artifact(run_id, f"{temporary}/{name}", folder or None)
+
+    def log_model_artifacts(self, model_id: str, folder: str) -> None:
+        """Stores a model's files."""
+        with more_time(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())):
+            self._client.log_model_artifacts(model_id, folder)
+
+
+@contextmanager
+def more_time(size: int) -> Iterator[None]:
+    """Waits longer for an answer to `size` bytes: a server answers after it has sent them to its own store.
+
+    MLflow reads the limit from the environment at each request.
+    """
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name, "120")  # MLflow's default
+    os.environ[name] = str(int(before) + math.ceil(size / _SLOW_STORE))
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 def _fit_tags(tags: dict[str, Any]) -> dict[str, str]:

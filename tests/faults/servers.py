@@ -71,10 +71,13 @@ class Server:
 
 
 class Proxy:
-    """Passes connections on to a port; `mode` may be changed: "pass", "slow" (2 s before each answer), "500"."""
+    """Passes connections on to a port; `mode` may be changed: "pass", "slow" (2 s before each answer), "500", "far".
 
-    def __init__(self, target: int):
-        self.target, self.mode, self.requests = target, "pass", 0
+    "far" delays each answer by 50 ms, once, as a server in another country does.
+    """
+
+    def __init__(self, target: int, mode: str = "pass"):
+        self.target, self.mode, self.requests = target, mode, 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -98,16 +101,21 @@ class Proxy:
                 connection.sendall(head.encode() + body)
                 return
             with socket.create_connection(("127.0.0.1", self.target)) as server:
-                threading.Thread(target=self._answers, args=(server, connection), daemon=True).start()
+                asked = threading.Event()
+                threading.Thread(target=self._answers, args=(server, connection, asked), daemon=True).start()
                 while block := connection.recv(65536):
                     self.requests += 1
+                    asked.set()
                     server.sendall(block)
 
-    def _answers(self, server: socket.socket, connection: socket.socket) -> None:
+    def _answers(self, server: socket.socket, connection: socket.socket, asked: threading.Event) -> None:
         with contextlib.suppress(OSError):
             while block := server.recv(65536):
                 if self.mode == "slow":
                     time.sleep(2)
+                elif self.mode == "far" and asked.is_set():
+                    asked.clear()
+                    time.sleep(0.05)
                 connection.sendall(block)
 
 

@@ -167,7 +167,7 @@ run_to_exit(main)
     assert launch(2, 0.0, "-c", HEAD + program) == 137
     (told,) = tmp_path.iterdir()
     assert told.name == "0"
-    assert told.read_text().startswith("ValueError: a process of this training is gone")
+    assert told.read_text().startswith("PeerLost: a process of this training is gone")
 
 
 def test_a_process_that_meets_nobody_gets_hints(monkeypatch):

@@ -108,11 +108,11 @@ class Clone:
         assert check in (None, process.returncode), f"{command} -> {process.returncode}\n{output}\n{self.logs()}"
         return output
 
-    def tool(self, *arguments: str, **variables: str) -> str:
+    def tool(self, *arguments: str, check: int = 0, **variables: str) -> str:
         """`python -m tools …`, by this repository's code and in this process, which has imported MLflow already."""
-        with contextlib.chdir(self.path), patch.dict(os.environ, environment() | variables):
+        with contextlib.chdir(self.path), patch.dict(os.environ, environment() | self.variables | variables):
             result = CliRunner().invoke(main, arguments)
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == check, result.output
         return result.output
 
     def repro(self, *arguments: str, check: int | None = 0, **variables: str) -> str:

@@ -26,7 +26,9 @@ without_gpu = pytest.mark.skipif(
 def install(tmp_path):
     """`install(...)`: exit code, output and commands of the set-up where `failing` words make pip and uv fail."""
 
-    def run(torch: str = "", gpu: bool = False, installed: str = "", failing: str = "none") -> tuple[int, str, list]:
+    def run(
+        torch: str = "", gpu: bool = False, installed: str = "", failing: str = "none", extras: str = ""
+    ) -> tuple[int, str, list]:
         stub = f'#!/bin/sh\necho "$(basename "$0") $*" >>{tmp_path}/calls\ncase "$*" in *{failing}*) exit 1;; esac\n'
         stubs = {"pip": stub + "echo Installing collected packages", "uv": stub, "sleep": stub}
         stubs["python"] = f"#!/bin/sh\necho {installed}"
@@ -35,7 +37,7 @@ def install(tmp_path):
         for name, text in stubs.items():
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
-        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": torch}
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": torch, "EXTRAS": extras}
         command = [REPOSITORY / "tools" / "install.sh"]
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr, (tmp_path / "calls").read_text().splitlines()
@@ -94,3 +96,8 @@ def test_extras_are_those_of_dvc_and_mlflow():
         assert name in provided
     for package, extra in ((extras["s3"][1], "extras"), (extras["postgres"][0], "db")):
         assert f'{package}; extra == "{extra}"' in requires("mlflow")
+    assert extras["server"][0].removeprefix("mlflow[").removesuffix("]") in metadata("mlflow").get_all("Provides-Extra")
+
+
+def test_ci_installs_the_extras_that_its_tests_need(install):
+    assert install(extras="dev,s3")[2][-1] == REST.replace("dev", "dev,s3")

@@ -18,7 +18,7 @@ from nanogpt.corpus.prepare import prepare
 from nanogpt.corpus.raw_text import Writer
 from nanogpt.params import load_params
 from tests.conftest import REPOSITORY
-from tracking.launch import check_world_size, launch
+from tracking.launch import check_world_size, launch, launcher, run_elsewhere
 
 STEPS = 50
 SETTINGS = {
@@ -224,6 +224,22 @@ def test_another_number_of_processes_than_in_the_parameters_is_rejected(monkeypa
     check_world_size(2)  # they are still to be started
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_world_size(2)
-    refusal = r"train\.processes = 1, .* 2 processes \(WORLD_SIZE\); set train\.processes to 2"
+    refusal = r"train\.processes = 1, .* has started 2 \(WORLD_SIZE\); set train\.processes to 2"
     with pytest.raises(ValueError, match=refusal):
         check_world_size(1)
+
+
+# --- a launcher, which runs a stage elsewhere -------------------------------------------------------------------------
+
+
+def test_a_launcher_runs_the_stages_that_compute_and_none_that_it_has_started(monkeypatch):
+    monkeypatch.setenv("NANOGPT_LAUNCHER", "slurm/submit --partition='a b'")
+    assert launcher("train") == ["slurm/submit", "--partition=a b", "train"]
+    assert launcher("download") is None
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launcher("train") is None
+
+
+@pytest.mark.parametrize(("does", "code"), [("exit 75", 75), ("kill -9 $$", 137), ("kill -TERM $PPID; wait", 7)])
+def test_a_launcher_gets_the_signals_and_gives_the_exit_code(does, code):
+    assert run_elsewhere(["bash", "-c", f"trap 'exit 7' TERM; sleep 60 & {does}"]) == code

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sqlite3
 from pathlib import Path
@@ -103,3 +104,21 @@ def test_a_checkpoint_without_a_finite_loss_becomes_a_model_without_a_loss(repos
     assert models["last"] == []
     table = replica._client.download_artifacts(replica.run_id, "checkpoints.json", str(repository))
     assert json.loads(Path(table).read_text())["data"][-1][:2] == [9, None]
+
+
+def test_a_large_model_has_time_to_reach_the_servers_own_store(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server answers only then; after the 10 s of other requests, the weights of a GPT-2 would be sent for ever."""
+    client = connect(resolve_uri(repository), repository)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    limits: list[str] = []
+    monkeypatch.setattr(
+        client._client, "log_model_artifacts", lambda *_: limits.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+    )
+    (repository / "model" / "data").mkdir(parents=True)
+    with (repository / "model" / "data" / "weights.safetensors").open("wb") as file:
+        file.truncate(500_000_000)
+    client.log_model_artifacts("m-1", str(repository / "model"))
+    assert limits == ["110"]
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
