@@ -107,6 +107,10 @@ def trained(folder: str, size: int, vocab_size: int, **options: Any) -> None:
 
     params = settings(size, **options)
     numerics = determinism.pin(params.numerics, "cpu")
+    import torch.distributed.fsdp
+    import torch.distributed.tensor  # noqa: F401
+    from torch import _dynamo  # noqa: F401  # what FSDP imports at its first step
+
     from nanogpt import dry_run
     from nanogpt.distributed import join
     from nanogpt.gpt_config import GPTConfig
