@@ -37,7 +37,7 @@ COPIED = {"gloo": ("all_gather", "reduce_scatter"), "nccl": ()}  # those that wo
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that are created in a block and exist: now, and at most.
+    """Counts the bytes of the tensors that a block creates or that it was shown: those that exist now, and at most.
 
     `sent` has the bytes that a process sends by collective, in a ring, as the backend does it.
     """
@@ -78,7 +78,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _resize(self, original: Callable[..., Any], storage: UntypedStorage, size: int) -> None:
         original(storage, size)
         if id(storage) in self._known:
-            self._see(storage)
+            self.see(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(each, "full_tensor") for each in types):
@@ -87,7 +87,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._asking:
             for tensor in tree_iter(result):
                 if isinstance(tensor, Tensor) and not sharding.is_shard(tensor):
-                    self._see(tensor.untyped_storage())
+                    self.see(tensor.untyped_storage())
             self._count(func.name().rpartition("::")[2].partition(".")[0], args)
         return result
 
@@ -105,7 +105,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 sent = everything * (sum(parts) - parts[dist.get_rank()]) // max(1, sum(parts))
             self.sent[kind] = self.sent.get(kind, 0) + sent
 
-    def _see(self, storage: UntypedStorage) -> None:
+    def see(self, storage: UntypedStorage) -> None:
+        """Counts the storage of a tensor, once, with the size that it has now."""
         key, size = id(storage), storage.nbytes()
         reference, before = self._known.get(key, (None, 0))
         self._known[key] = (reference or weakref.ref(storage, lambda _: self._forget(key)), size)
@@ -133,13 +134,15 @@ def measured(state: TrainState, params: TrainParams, meter: Meter) -> dict[str, 
     """Takes two steps, the second one with the optimizer's state; returns what that one costs this process."""
     weights = list(state.model.parameters())
     held = {"weights": sum(sharding.local(weight).nbytes for weight in weights)}
+    for weight in weights:
+        meter.see(sharding.local(weight).untyped_storage())
     with meter:
         for _ in range(2):
             meter.sent = {}
             gradients = step(state, params)
     entries = [tensor for entries in state.optimizer.state.values() for tensor in entries.values()]
     held |= {"gradients": gradients, "moments": sum(sharding.local(tensor).nbytes for tensor in entries)}
-    return {**held, "peak": held["weights"] + meter.peak, "sent": meter.sent}
+    return {**held, "peak": meter.peak, "sent": meter.sent}
 
 
 def step(state: TrainState, params: TrainParams) -> int:
