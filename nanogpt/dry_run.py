@@ -31,9 +31,7 @@ COLLECTIVES = {
     "alltoall_base_": ("all_to_all", 1),
     "allreduce_": ("all_reduce", 0),
 }
-# those that send everything twice, once to add up and once to spread the sums; gloo scatters what it has spread
-SENT_TWICE = {"gloo": ("all_reduce", "reduce_scatter"), "nccl": ("all_reduce",)}
-COPIED = {"gloo": ("all_gather", "reduce_scatter"), "nccl": ()}  # those that work on a copy of everything
+COPIED = {"gloo": ("all_gather",), "nccl": ()}  # those that work on a copy of everything
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -43,7 +41,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
-        self.sent_twice, self.copied = SENT_TWICE[backend], COPIED[backend]
+        self.copied = COPIED[backend]
         super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.bytes, self.peak, self.sent = size, 0, 0, dict[str, int]()
         self._known: dict[int, tuple[Any, int]] = {}  # by the storage's id: a weak reference to it and its bytes
@@ -98,11 +96,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             sent = everything * (self.size - 1) // self.size
             if kind in self.copied:
                 self.peak = max(self.peak, self.bytes + everything)
-            if kind in self.sent_twice:
-                sent *= 2
-            elif kind == "all_to_all":
-                parts = args[4]  # numbers for each process
+            if kind == "all_reduce":
+                sent *= 2  # to add up, and to spread the sums
+            elif kind == "all_to_all" and (parts := args[4]):  # numbers for each process
                 sent = everything * (sum(parts) - parts[dist.get_rank()]) // max(1, sum(parts))
+            elif kind == "all_to_all":
+                kind = "reduce_scatter"  # on CPUs, sharding.py takes that in pieces
             self.sent[kind] = self.sent.get(kind, 0) + sent
 
     def see(self, storage: UntypedStorage) -> None:
