@@ -2,7 +2,8 @@
 
 A block's weights are gathered before it computes and dropped afterwards. Its gradients are averaged and divided at
 once, after each micro-batch, so that no process ever has all of them. Embeddings, final norm and head are one more such
-unit. Only calls of the model and of `token_losses` gather weights, and all processes must make the same calls.
+unit. Only calls of the model and of `token_losses` gather weights, and all processes must make the same calls. The
+gradient of an embedding that is also the head is one tensor (tied_gradient.py).
 
 Checkpoints are one safetensors file for each process, by the planner and the storage of torch.distributed.checkpoint.
 Its `save` and `load` would pickle their plans to exchange them, which shards that are known from the mesh do not need.
@@ -19,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogpt.tied_gradient import TiedGradient
-
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
