@@ -37,6 +37,7 @@ LEVELS = [
         "files",
         "seeds",
         "startup",
+        "collector",
         "corpus.decoding",
         "corpus.meta_pickle",
         "corpus.split",
