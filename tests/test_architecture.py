@@ -33,6 +33,7 @@ LEAVES = {"nanogpt.files", "nanogpt.params", "nanogpt.seeds"}
 
 # Inside the core, low to high: a module imports from below its own line.
 LEVELS = [
+    {"portable_products"},
     {
         "files",
         "seeds",
@@ -89,6 +90,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "nanogpt_checkpoint",
         "optimizer",
         "portable",
+        "portable_products",
         "pretrained",
         "recipe",
         "saved_model",
