@@ -31,7 +31,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear(a: Tensor, b: Tensor) -> Tensor:
-    """`product` of operands as oneDNN takes them: two rows or more, a contiguous, b contiguous or the transpose of such."""
+    """`product` as oneDNN takes it: of two rows or more, contiguous; b may be the transpose of a contiguous matrix."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
     return result
 
