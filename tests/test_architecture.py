@@ -50,9 +50,17 @@ LEVELS = [
         "portable",
         "scaling",
         "schedule",
-        "sharding",
+        "tied_gradient",
     },
-    {"known_answers", "params", "corpus.grammar", "corpus.raw_text", "corpus.tokenizer", "corpus.token_files"},
+    {
+        "sharding",
+        "known_answers",
+        "params",
+        "corpus.grammar",
+        "corpus.raw_text",
+        "corpus.tokenizer",
+        "corpus.token_files",
+    },
     {
         "corpus.bpe_training",
         "corpus.huggingface_tokenizer",
@@ -102,7 +110,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "sizing",
         "timing",
     ),
-    *("startup", "train", "train_state", "weights"),
+    *("startup", "tied_gradient", "train", "train_state", "weights"),
 }
 LONGER_FUNCTIONS = {("train.py", "train"): 80}  # the loop, top to bottom in one place
 
