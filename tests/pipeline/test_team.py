@@ -142,7 +142,7 @@ def test_members_compare_everybodys_runs_and_pull_a_colleagues_best(team: Team):
     for clone in (team.ada, team.ben):
         assert "3 runs of 3 settings" in tool(clone, said("python -m tools compare"))
     assert ADA in team.ben.run(said("dvc exp list"))
-    assert f"Pulled experiment '{BEN}'" in team.ada.run(said("dvc exp pull", **{ADA: BEN}))
+    assert "Pulled experiment" in team.ada.run(said("dvc exp pull", **{ADA: BEN}))
     team.ben.run(f"{said('dvc exp pull')} && {said('dvc exp apply')}")
     assert json.loads(team.ben.read("model/model.json"))["config"]["n_embd"] == 64
     team.ben.run("git checkout --quiet . && dvc checkout")
