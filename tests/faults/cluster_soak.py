@@ -28,7 +28,7 @@ from tests.pipeline.clones import Clone, make_fresh
 TARGETS = ("rank", "node", "server", "worker")
 SECONDS = 20.0  # between kills, at most
 LIMIT = 900.0  # seconds of a round
-SETTINGS = {"train.max_iters": 200, "train.processes": 2, "train.gradient_accumulation_steps": 2}
+SETTINGS = {"train.max_iters": 600, "train.processes": 2, "train.gradient_accumulation_steps": 2}
 NAME = "soaked"  # of the experiment
 
 
