@@ -33,10 +33,12 @@ LEAVES = {"nanogpt.files", "nanogpt.params", "nanogpt.params_errors", "nanogpt.s
 
 # Inside the core, low to high: a module imports from below its own line.
 LEVELS = [
+    {"portable_products"},
     {
         "files",
         "seeds",
         "startup",
+        "collector",
         "corpus.decoding",
         "corpus.meta_pickle",
         "corpus.split",
@@ -100,6 +102,7 @@ WITH_TORCH = {  # the only ones of the core that import it, by themselves or by 
         "nanogpt_checkpoint",
         "optimizer",
         "portable",
+        "portable_products",
         "pretrained",
         "recipe",
         "saved_model",

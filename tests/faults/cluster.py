@@ -75,17 +75,11 @@ class Cluster:
         (folder / "slurm.conf").write_text(text)
 
     def __enter__(self) -> "Cluster":
-        files = {
-            "socket": "socket",
-            "key-file": "key",
-            "pid-file": "pid",
-            "log-file": "munged.log",
-            "seed-file": "seed",
-        }
-        options = [f"--{option}={self.folder}/munge.{end}" for option, end in files.items()]
-        self._start("munged", "--foreground", "--force", *options)  # even if others may write in a folder above
+        names = ("socket", "key-file", "pid-file", "log-file", "seed-file")
+        options = [f"--{name}={self.folder}/munge.{name.removesuffix('-file')}" for name in names]
+        self._start("munged", "munged", "--foreground", "--force", *options)  # in any folder
         _wait_for(lambda: (self.folder / "munge.socket").exists(), self.log)
-        self._start("slurmctld", "-D", "-c", "-i")
+        self._start("slurmctld", "slurmctld", "-D", "-c", "-i")
         for node in NODES:
             self.start_node(node)
         return self
@@ -137,7 +131,7 @@ class Cluster:
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                command if command[0] == "unshare" else (name, *command),
+                command,
                 env=os.environ | self.variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

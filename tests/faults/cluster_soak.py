@@ -28,7 +28,7 @@ from tests.pipeline.clones import Clone, make_fresh
 TARGETS = ("rank", "node", "server", "worker")
 SECONDS = 20.0  # between kills, at most
 LIMIT = 900.0  # seconds of a round
-SETTINGS = {"train.max_iters": 200, "train.processes": 2, "train.gradient_accumulation_steps": 2}
+SETTINGS = {"train.max_iters": 400, "train.processes": 2, "train.gradient_accumulation_steps": 2}
 NAME = "soaked"  # of the experiment
 
 
@@ -66,6 +66,19 @@ class Round:
         self.queued += 1
         self.clone.run(f"dvc exp run --queue --force --name {NAME}")
         self.clone.run("dvc queue start >/dev/null 2>&1", **self.variables)  # its worker would keep the pipe open
+
+    def step(self) -> int:
+        """The newest step in the journal."""
+        return max(self.clone.steps(), default=0) if self.clone.attempts() else 0
+
+    def moment(self) -> Callable[[], bool]:
+        """The moment of the next kill, some seconds or some steps from now: whether it has come."""
+        if self.rng.random() < 0.4:
+            at = time.monotonic() + self.rng.uniform(0, SECONDS)
+            return lambda: time.monotonic() > at
+        last = SETTINGS["train.max_iters"]
+        step = min(self.step() + self.rng.randint(1, last // 4), last)
+        return lambda: self.step() >= step
 
     def strike(self, target: str) -> bool:
         """Kills one of that kind; False if there is none."""
@@ -109,16 +122,15 @@ def disturb(this: Round, kills: int) -> list[str]:
     """Queues the experiment and kills so many times, then waits for its end. Returns what was killed."""
     struck: list[str] = []
     this.queue()
-    following = time.monotonic() + this.rng.uniform(0, SECONDS)
+    now = this.moment()
     while not this.commit() or this.back or this.cluster.jobs() or this.clone.processes():
         this.tend()
-        if len(struck) < kills and time.monotonic() > following and not this.commit():
+        if len(struck) < kills and now() and not this.commit():
             target = this.rng.choice(TARGETS)
             if this.strike(target):
                 struck.append(target)
-                step = max(this.clone.steps(), default=0) if this.clone.attempts() else 0
-                click.echo(f"{len(struck):4} {target}, {step} steps are recorded")
-            following = time.monotonic() + this.rng.uniform(0, SECONDS)
+                click.echo(f"{len(struck):4} {target}, {this.step()} steps are recorded")
+                now = this.moment()
         time.sleep(0.5)
     return struck
 
