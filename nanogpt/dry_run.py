@@ -30,18 +30,17 @@ COLLECTIVES = {
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "alltoall_base_": ("all_to_all", 1),
     "allreduce_": ("all_reduce", 0),
+    "broadcast_": ("all_gather", 0),  # on CPUs, sharding.py gathers by one of each process
 }
-COPIED = {"gloo": ("all_gather",), "nccl": ()}  # those that work on a copy of everything
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors that a block creates or that it was shown: those that exist now, and at most.
 
-    `sent` has the bytes that a process sends by collective, in a ring, as the backend does it.
+    `sent` has the bytes that a process sends by collective, in a ring.
     """
 
-    def __init__(self, size: int, backend: str = "gloo") -> None:
-        self.copied = COPIED[backend]
+    def __init__(self, size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.bytes, self.peak, self.sent = size, 0, 0, dict[str, int]()
         self._known: dict[int, tuple[Any, int]] = {}  # by the storage's id: a weak reference to it and its bytes
@@ -94,8 +93,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind, position = COLLECTIVES[name]
             everything = sum(t.nbytes for t in tree_iter(args[position]) if isinstance(t, Tensor))
             sent = everything * (self.size - 1) // self.size
-            if kind in self.copied:
-                self.peak = max(self.peak, self.bytes + everything)
             if kind == "all_reduce":
                 sent *= 2  # to add up, and to spread the sums
             elif kind == "all_to_all" and (parts := args[4]):  # numbers for each process
@@ -116,7 +113,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes -= self._known.pop(key)[1]
 
 
-def costs(config: GPTConfig, params: TrainParams, numerics: Numerics, backend: str = "gloo") -> dict[str, Any]:
+def costs(config: GPTConfig, params: TrainParams, numerics: Numerics) -> dict[str, Any]:
     """Bytes of one of params.processes that train in shards: in memory, by part and at most, and sent in a step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -126,7 +123,7 @@ def costs(config: GPTConfig, params: TrainParams, numerics: Numerics, backend: s
         with FakeTensorMode(allow_non_fake_inputs=True):
             state = new_state(GPT(config, numerics.attention), params, numerics, ranks)
             state.optimizer.count_step = lambda _: 0  # type: ignore[attr-defined]  # a fake count has no value
-            return measured(state, params, Meter(ranks.size, backend))
+            return measured(state, params, Meter(ranks.size))
 
 
 def measured(state: TrainState, params: TrainParams, meter: Meter) -> dict[str, Any]:

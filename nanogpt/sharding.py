@@ -53,6 +53,7 @@ def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str, compiled: bool = Fal
         for module in model.modules():
             if is_sharded(module):
                 module.set_custom_reduce_scatter(_summing_in_pieces())  # type: ignore[operator]
+                module.set_custom_all_gather(_gathering_in_place())  # type: ignore[operator]
     register_fsdp_forward_method(model, "token_losses")
 
 
@@ -79,6 +80,23 @@ def _summing_in_pieces() -> Any:
                 output_tensor.div_(group.size())
 
     return SumInPieces()
+
+
+def _gathering_in_place() -> Any:
+    """Returns an all-gather for gloo, whose own one works on a copy of everything."""
+    from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+
+    class Broadcasts(AllGather):
+        def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return torch.empty(*size, dtype=dtype, device=device)
+
+        def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
+            for rank, part in enumerate(output_tensor.view(group.size(), -1)):
+                if rank == group.rank() and part.data_ptr() != input_tensor.data_ptr():
+                    part.copy_(input_tensor.view(-1))
+                dist.broadcast(part, rank, group=group)
+
+    return Broadcasts()
 
 
 def is_sharded(model: nn.Module) -> bool:

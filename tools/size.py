@@ -128,7 +128,7 @@ def size(params: "Params", vocab_size: int, meta: "Meta | None", speed: Speed) -
     setup = sizing.Setup(train.batch_size, micro_steps > 1, *precision, parallel=train.processes > 1)
     of_model = model_figures(config, setup)
     if train.processes > 1:
-        of_model["bytes"] |= per_process(params, config, "nccl" if device == "cuda" else "gloo")
+        of_model["bytes"] |= per_process(params, config)
     of_step = {"batch_size": train.batch_size, "micro_steps": micro_steps}
     return {
         "model": asdict(config),
@@ -199,7 +199,7 @@ def model_figures(config: "GPTConfig", setup: "Setup") -> dict[str, Any]:
     }
 
 
-def per_process(params: "Params", config: "GPTConfig", backend: str) -> dict[str, Any]:
+def per_process(params: "Params", config: "GPTConfig") -> dict[str, Any]:
     """The bytes in which one of several processes differs from one that trains alone, and those that it sends."""
     from nanogpt import sizing
 
@@ -212,7 +212,7 @@ def per_process(params: "Params", config: "GPTConfig", backend: str) -> dict[str
 
     own = params.numerics
     numerics = Numerics(own.determinism, 1, own.dtype, False, own.attention, "cpu", "", "", "")
-    return {**costs(config, train, numerics, backend), "buckets": 0}
+    return {**costs(config, train, numerics), "buckets": 0}
 
 
 # --- the device and its speed -----------------------------------------------------------------------------------------
