@@ -31,19 +31,17 @@ COLLECTIVES = {
     "alltoall_base_": ("all_to_all", 1),
     "allreduce_": ("all_reduce", 0),
 }
-# those that send everything twice, once to add up and once to spread the sums; gloo scatters what it has spread
-SENT_TWICE = {"gloo": ("all_reduce", "reduce_scatter"), "nccl": ("all_reduce",)}
-COPIED = {"gloo": ("all_gather", "reduce_scatter"), "nccl": ()}  # those that work on a copy of everything
+COPIED = {"gloo": ("all_gather",), "nccl": ()}  # those that work on a copy of everything
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that are created in a block and exist: now, and at most.
+    """Counts the bytes of the tensors that a block creates or that it was shown: those that exist now, and at most.
 
     `sent` has the bytes that a process sends by collective, in a ring, as the backend does it.
     """
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
-        self.sent_twice, self.copied = SENT_TWICE[backend], COPIED[backend]
+        self.copied = COPIED[backend]
         super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.bytes, self.peak, self.sent = size, 0, 0, dict[str, int]()
         self._known: dict[int, tuple[Any, int]] = {}  # by the storage's id: a weak reference to it and its bytes
@@ -78,7 +76,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _resize(self, original: Callable[..., Any], storage: UntypedStorage, size: int) -> None:
         original(storage, size)
         if id(storage) in self._known:
-            self._see(storage)
+            self.see(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(each, "full_tensor") for each in types):
@@ -87,7 +85,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._asking:
             for tensor in tree_iter(result):
                 if isinstance(tensor, Tensor) and not sharding.is_shard(tensor):
-                    self._see(tensor.untyped_storage())
+                    self.see(tensor.untyped_storage())
             self._count(func.name().rpartition("::")[2].partition(".")[0], args)
         return result
 
@@ -98,14 +96,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             sent = everything * (self.size - 1) // self.size
             if kind in self.copied:
                 self.peak = max(self.peak, self.bytes + everything)
-            if kind in self.sent_twice:
-                sent *= 2
-            elif kind == "all_to_all":
-                parts = args[4]  # numbers for each process
+            if kind == "all_reduce":
+                sent *= 2  # to add up, and to spread the sums
+            elif kind == "all_to_all" and (parts := args[4]):  # numbers for each process
                 sent = everything * (sum(parts) - parts[dist.get_rank()]) // max(1, sum(parts))
+            elif kind == "all_to_all":
+                kind = "reduce_scatter"  # on CPUs, sharding.py takes that in pieces
             self.sent[kind] = self.sent.get(kind, 0) + sent
 
-    def _see(self, storage: UntypedStorage) -> None:
+    def see(self, storage: UntypedStorage) -> None:
+        """Counts the storage of a tensor, once, with the size that it has now."""
         key, size = id(storage), storage.nbytes()
         reference, before = self._known.get(key, (None, 0))
         self._known[key] = (reference or weakref.ref(storage, lambda _: self._forget(key)), size)
@@ -133,13 +133,15 @@ def measured(state: TrainState, params: TrainParams, meter: Meter) -> dict[str, 
     """Takes two steps, the second one with the optimizer's state; returns what that one costs this process."""
     weights = list(state.model.parameters())
     held = {"weights": sum(sharding.local(weight).nbytes for weight in weights)}
+    for weight in weights:
+        meter.see(sharding.local(weight).untyped_storage())
     with meter:
         for _ in range(2):
             meter.sent = {}
             gradients = step(state, params)
     entries = [tensor for entries in state.optimizer.state.values() for tensor in entries.values()]
     held |= {"gradients": gradients, "moments": sum(sharding.local(tensor).nbytes for tensor in entries)}
-    return {**held, "peak": held["weights"] + meter.peak, "sent": meter.sent}
+    return {**held, "peak": meter.peak, "sent": meter.sent}
 
 
 def step(state: TrainState, params: TrainParams) -> int:

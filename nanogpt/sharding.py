@@ -2,7 +2,8 @@
 
 A block's weights are gathered before it computes and dropped afterwards. Its gradients are averaged and divided at
 once, after each micro-batch, so that no process ever has all of them. Embeddings, final norm and head are one more such
-unit. Only calls of the model and of `token_losses` gather weights, and all processes must make the same calls.
+unit. Only calls of the model and of `token_losses` gather weights, and all processes must make the same calls. The
+gradient of an embedding that is also the head is one tensor (tied_gradient.py).
 
 Checkpoints are one safetensors file for each process, by the planner and the storage of torch.distributed.checkpoint.
 Its `save` and `load` would pickle their plans to exchange them, which shards that are known from the mesh do not need.
@@ -22,6 +23,8 @@ from nanogpt.tied_gradient import TiedGradient
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+PIECE = 2**20  # numbers for each process that are sent at once
 
 
 def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str, compiled: bool = False) -> None:
@@ -46,7 +49,36 @@ def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str, compiled: bool = Fal
     if model.lm_head is None:
         model.tied_gradient = TiedGradient()
     fully_shard(model, mesh=mesh)
+    if mesh.device_type == "cpu":
+        for module in model.modules():
+            if is_sharded(module):
+                module.set_custom_reduce_scatter(_summing_in_pieces())  # type: ignore[operator]
     register_fsdp_forward_method(model, "token_losses")
+
+
+def _summing_in_pieces() -> Any:
+    """Returns a reduce-scatter for gloo, whose own one works on a copy of all gradients and sends them twice.
+
+    The parts are added up in the order of the processes.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+    class SumInPieces(ReduceScatter):
+        def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return torch.empty(*size, dtype=dtype, device=device)
+
+        def __call__(
+            self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+        ) -> None:
+            parts = input_tensor.view(group.size(), -1).split(PIECE, 1)  # type: ignore[no-untyped-call]
+            for part, total in zip(parts, output_tensor.split(PIECE), strict=True):  # type: ignore[no-untyped-call]
+                received = torch.empty_like(part, memory_format=torch.contiguous_format)
+                dist.all_to_all_single(received, part.contiguous(), group=group)
+                torch.sum(received, 0, out=total)
+            if op == dist.ReduceOp.AVG:
+                output_tensor.div_(group.size())
+
+    return SumInPieces()
 
 
 def is_sharded(model: nn.Module) -> bool:
