@@ -1,8 +1,9 @@
 """What a command costs before its own work: each stage's start, each --help, `dvc repro` with nothing to do, MLflow.
 
 All of it in a clone of HEAD in which a small pipeline has been run once, so that nothing here is touched. The floors,
-Python, torch, DVC and MLflow alone, are measured beside it. The candidates take turns. Beside the time stands that of
-the processor, which others on the machine disturb less.
+Python, torch, DVC and MLflow alone, are measured beside it; DVC's are `dvc status` of an empty project and `dvc repro`
+of one stage without dependencies. The candidates take turns. Beside the time stands that of the processor, which others
+on the machine disturb less.
 """
 
 import importlib
@@ -38,6 +39,7 @@ SMALL = {
 }
 
 # A stage shows its progress when its own work begins; there it is ended, and has not started MLflow's process.
+TORCH, STATUS, REPRO = "import torch", "dvc status, empty project", "dvc repro, nothing to do"
 START = """
 import os, runpy, sys
 from tracking import mlflow_process
@@ -72,16 +74,33 @@ def main(rounds: int) -> dict[str, Any]:
         both = (times, figures["processor_seconds"].get(name))
         cells = (f"{statistics.median(each):.2f} s" if each else "" for each in both)
         click.echo(f"{row(name, *cells, width=10)}  {figures['imports'].get(name, '')}")
+    own = {name: statistics.median(seconds) for name, seconds in figures["processor_seconds"].items()}
+    click.echo(f"processor: {REPRO}, is {own[REPRO] / own[STATUS]:.2f} times {STATUS}")
+    for stage in ("train", "evaluate", "sample"):
+        click.echo(f"processor: stages.{stage} takes {own[f'stages.{stage}'] - own[TORCH]:.2f} s above {TORCH}")
     return figures
+
+
+def make_projects(clone: CleanClone) -> dict[str, list[str]]:
+    """Makes two other DVC projects beside the clone; returns the commands of DVC's floors by name."""
+    empty, one = (clone.path.parent / name for name in ("empty", "one"))
+    for project in (empty, one):
+        clone.run("git", "init", "--quiet", str(project))
+        clone.run("dvc", "--cd", str(project), "init", "--quiet")
+    (one / "dvc.yaml").write_text("stages:\n  only:\n    cmd: echo 1 > out\n    outs: [out]\n", encoding="ascii")
+    clone.run("dvc", "--cd", str(one), "repro")
+    return {STATUS: ["dvc", "--cd", str(empty), "status"], "dvc repro, one stage": ["dvc", "--cd", str(one), "repro"]}
 
 
 def measure(clone: CleanClone, rounds: int) -> dict[str, Any]:
     """Returns the seconds of each command by name, one per round, and what the stages import."""
     commands = {
         "python": [sys.executable, "-c", "pass"],
-        "import torch": [sys.executable, "-c", "import torch"],
+        # It ends as START does: torch's own end takes a quarter as long as its import.
+        TORCH: [sys.executable, "-c", "import os, torch; os._exit(0)"],
         "dvc --version": ["dvc", "--version"],
-        "dvc repro, nothing to do": ["dvc", "repro"],
+        **make_projects(clone),
+        REPRO: ["dvc", "repro"],
         **{f"stages.{name}": [sys.executable, "-c", START, f"stages.{name}", *HEAVY] for name in STAGES},
         **{f"stages.{name} --help": [sys.executable, "-m", f"stages.{name}", "--help"] for name in STAGES},
         "tools --help": [sys.executable, "-m", "tools", "--help"],

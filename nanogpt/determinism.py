@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from nanogpt.collector import collector_paused
 from nanogpt.gpt_config import Attention
 from nanogpt.params import NumericsParams
 
@@ -64,7 +65,8 @@ def pin(params: NumericsParams, device: str) -> Numerics:
         _check_machine(params.determinism)
         _pin_environment(params.determinism, threads)
     _keep_freed_memory()
-    import torch
+    with collector_paused():
+        import torch
 
     if params.determinism == "portable":
         _check_instructions(torch.cpu.get_capabilities())

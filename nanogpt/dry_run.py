@@ -32,7 +32,8 @@ COLLECTIVES = {
     "allreduce_": ("all_reduce", 0),
 }
 # those that send everything twice, once to add up and once to spread the sums; gloo scatters what it has spread
-SENT_TWICE = {"gloo": {"all_reduce", "reduce_scatter"}, "nccl": {"all_reduce"}}
+SENT_TWICE = {"gloo": ("all_reduce", "reduce_scatter"), "nccl": ("all_reduce",)}
+COPIED = {"gloo": ("all_gather", "reduce_scatter"), "nccl": ()}  # those that work on a copy of everything
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -42,7 +43,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
-        self.sent_twice = SENT_TWICE[backend]
+        self.sent_twice, self.copied = SENT_TWICE[backend], COPIED[backend]
         super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.bytes, self.peak, self.sent = size, 0, 0, dict[str, int]()
         self._known: dict[int, tuple[Any, int]] = {}  # by the storage's id: a weak reference to it and its bytes
@@ -95,6 +96,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind, position = COLLECTIVES[name]
             everything = sum(t.nbytes for t in tree_iter(args[position]) if isinstance(t, Tensor))
             sent = everything * (self.size - 1) // self.size
+            if kind in self.copied:
+                self.peak = max(self.peak, self.bytes + everything)
             if kind in self.sent_twice:
                 sent *= 2
             elif kind == "all_to_all":

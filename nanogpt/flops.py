@@ -82,7 +82,7 @@ def device_peak(numerics: Numerics) -> float | None:
 
 
 def measured_peak_flops(
-    seconds: Callable[[], float], dtype: torch.dtype, size: int = 1024, budget: float = 0.3
+    seconds: Callable[[], float], dtype: torch.dtype, size: int = 1024, budget: float = 0.05
 ) -> float:
     """Returns the FLOP/s of the fastest of several matrix products on the CPU, since no table lists CPUs.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt import portable, seeds, sharding
+from nanogpt import portable, portable_products, seeds, sharding
 from nanogpt.model import GPT, KVCache, rotation
 
 LARGE = 2**22  # weights, 16 MiB of float32; copying a larger matrix by columns takes too long
@@ -108,7 +108,7 @@ class Decoder:
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
             onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
             if onednn and (samples > 1 or portable.installed()):
-                return portable.packed_product(weight, samples)
+                return portable_products.packed_product(weight, samples)
             if weight.size(0) > weight.size(1) and weight.numel() <= LARGE:
                 weight = weight.t().contiguous().t()  # by columns: torch reads it in one pass for a single row
         return functools.partial(F.linear, weight=weight)

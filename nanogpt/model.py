@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.loss import cross_entropy, each_cross_entropy
 from nanogpt.startup import NothingDrawn
+from nanogpt.tied_gradient import TiedGradient
 
 RECOMPUTED = 2**22  # elements, 16 MiB of float32; larger activations are recomputed instead of kept
 
@@ -189,13 +190,16 @@ class GPT(nn.Module):
             nn.Embedding(config.padded_vocab_size, config.n_embd) for _ in range(config.previous_tokens)
         )
         self.ln_e = make_norm(config) if config.embedding_norm else nn.Identity()
+        self.tied_gradient: TiedGradient | None = None  # autograd's own way
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.init_weights()
 
     @property
     def head(self) -> Tensor:
         """The weight of the head (V, C), which is the embedding's if they are tied."""
-        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        return self.wte.weight if self.tied_gradient is None else self.tied_gradient.head(self.wte.weight)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -252,7 +256,8 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
         """tokens (B, T) -> the sum of the embeddings of token, position and previous tokens, (B, T, C)."""
         T = tokens.size(1)
-        x: Tensor = self.wte(tokens)
+        tied = self.tied_gradient
+        x: Tensor = self.wte(tokens) if tied is None else tied.lookup(self.wte.weight, tokens)
         if self.wpe is not None:
             x = x + self.wpe.weight[start : start + T]
         if cache is not None:

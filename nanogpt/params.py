@@ -197,7 +197,7 @@ def parse_params(text: str, path: Path) -> Params:
     """Parses the content of params.yaml; errors call it `path`."""
     try:
         _check_structure(text)
-        values = YAML(typ="safe").load(text)
+        values = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         line = shortened(" ".join(str(error).split()), 300)
         raise Damaged(path, f"is not valid YAML ({line}); correct it") from error
@@ -225,7 +225,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         if not equals or "." not in key:
             raise ParamsError(f"-S {assignment} is invalid: write section.key=value, such as train.max_iters=100")
         try:
-            values[key] = YAML(typ="safe").load(text)
+            values[key] = YAML(typ="safe", pure=True).load(text)
         except YAMLError as error:
             raise ParamsError(f"-S {assignment} is invalid: the value is not YAML") from error
     return values
@@ -248,7 +248,7 @@ def _validated(values: dict[str, Any], path: Path, combined: bool = True) -> Par
 def _check_structure(text: str) -> None:
     """Raises ValueError for aliases and deep nesting, with which a short text can grow without bounds."""
     depth = 0
-    for event in YAML(typ="safe").parse(text):
+    for event in YAML(typ="safe", pure=True).parse(text):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         if isinstance(event, AliasEvent):
             raise ValueError(f"an alias, *{event.anchor}, at line {event.start_mark.line + 1}: write out its value")

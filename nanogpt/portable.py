@@ -3,15 +3,10 @@
 torch multiplies matrices by a library that takes another path on each CPU, and a few of its kernels divide their work
 among threads so that the number of threads shows in the last bits. `install` replaces those kernels in torch's
 dispatcher, for the whole process: layers, gradients, optimizers, evaluation and generation all go through this module,
-and the model stays as it is. The signatures are those of the operators that they replace.
+and the model stays as it is. The signatures are those of the operators that they replace. `portable_products.py` has
+the products of matrices.
 
-The definition of a product. For a (M, K) and b (N, K), out[m, n] is the sum over k of a[m, k] * b[n, k], added up as
-acc = fma(a[m, k], b[n, k], acc) from acc = 0, for k = 0, 1, ..., each step rounded to float32. After every PART values
-of k a new chain begins, and the chains are added in order. oneDNN's AVX2 kernels compute exactly that for contiguous
-operands of two rows or more; the tests compare them with the definition written out.
-
-Shapes: M, N rows of the operands, K what is summed over, G groups (products of one shape), B batch, H heads, T queries,
-S keys, D head size.
+Shapes: B batch, H heads, T queries, S keys, D head size, G products of one shape (B * H).
 """
 
 import functools
@@ -25,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library, get_kernel
 
-PART = 1024  # length of a chain, oneDNN's choice for AVX2
-LARGE_PRODUCT = 2**19  # multiplications from which on a call for each group costs less than copying the operands
+from nanogpt.portable_products import PART, addmm, addmm_, baddbmm, bmm, grouped_product, linear, mm
+
 QUERIES = 128  # queries per block of attention; keys after the block are skipped
 SCORES = 2**19  # attention scores held at once: 2 MiB, so that they stay in the cache
 GRAIN = 32768  # elements per thread when torch splits elementwise work and sums
@@ -92,97 +87,6 @@ def _undefined(name: str, *args: Any, **kwargs: Any) -> None:
     )
 
 
-# Products
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K), b (N, K) -> a @ b.T, (M, N), contiguous or the transpose of a contiguous tensor."""
-    if not a.is_contiguous() and (b.is_contiguous() or a.size(0) > b.size(0)):
-        return product(b, a).t()  # the same numbers; oneDNN wants the first one row by row, or else the smaller first
-    a, b = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (a, b))
-    if a.size(0) > 1 and b.size(0) > 1:
-        return _linear(a, b)
-    padded = (F.pad(x, (0, 0, 0, 1)) if x.size(0) == 1 else x for x in (a, b))  # oneDNN adds up a single row otherwise
-    return _linear(*padded)[: a.size(0), : b.size(0)]
-
-
-def _linear(a: Tensor, b: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
-    return result
-
-
-def packed_product(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """Returns x (B, T, K) -> product of x and weight (N, K), (B, T, N), for `rows` = B * T.
-
-    The weight is copied once into the layout that oneDNN's kernel reads; `product` does that in each call.
-    """
-    if weight.size(0) == 1:  # oneDNN adds up a single column otherwise
-        return functools.partial(F.linear, weight=weight)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 2)
-    if rows > 1:
-        return lambda x: _linear(x, packed)
-    return lambda x: _linear(F.pad(x, (0, 0, 0, 0, 0, 1)), packed)[:1]
-
-
-def grouped_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, G, K), b (G, N, K) -> the product of each group, (M, G, N), contiguous.
-
-    It is written as a convolution over single pixels with groups of channels, as oneDNN takes all groups at once there.
-    """
-    (M, _, K), N = a.shape, b.size(1)
-    # oneDNN's kernel wants whole vectors and two pixels; products with zero add nothing.
-    if K % 8 or M == 1:
-        a = F.pad(a, (0, -K % 8, 0, 0, 0, int(M == 1)))
-    if K % 8 or N % 8:
-        b = F.pad(b, (0, -K % 8, 0, -N % 8))
-    result = _convolution(a[..., :PART], b[..., :PART])
-    for start in range(PART, K, PART):
-        result += _convolution(a[..., start : start + PART], b[..., start : start + PART])
-    return result[:M, :, :N].contiguous()
-
-
-def _convolution(a: Tensor, b: Tensor) -> Tensor:
-    M, G, K = a.shape
-    # (1, G * K, M, 1) with channels last: oneDNN adds up another layout in another order
-    image = a.reshape(1, M, 1, G * K).contiguous().permute(0, 3, 1, 2)
-    weight = b.reshape(-1, K, 1, 1)
-    result: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
-        image, weight, None, [0, 0], [1, 1], [1, 1], G, "none", [], ""
-    )
-    return result.permute(0, 2, 3, 1).view(M, G, -1)
-
-
-def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) @ b (K, N)."""
-    return product(a, b.t())
-
-
-def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta * bias + alpha * a @ b."""
-    return _scaled_(product(a, b.t()), alpha).add_(bias, alpha=beta)
-
-
-def addmm_(result: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """result = beta * result + alpha * a @ b, in place."""
-    return _scaled_(result, beta).add_(product(a, b.t()), alpha=alpha)
-
-
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """a (G, M, K) @ b (G, K, N), (G, M, N)."""
-    if a.size(1) * a.size(2) * b.size(2) >= LARGE_PRODUCT:
-        return torch.stack([product(x, y.t()) for x, y in zip(a, b, strict=True)])
-    return grouped_product(a.transpose(0, 1), b.transpose(1, 2)).transpose(0, 1)
-
-
-def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta * bias + alpha * a @ b of each group."""
-    return _scaled_(bmm(a, b), alpha).add_(bias, alpha=beta)
-
-
-def _scaled_(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else x.mul_(factor)
-
-
 # Attention
 
 
@@ -205,10 +109,10 @@ def attention(
     assert attn_mask is None, "and for masks"
     B, H, T, D = q.shape
     S = k.size(2)
-    q, k = _by_position(q) * _log2_scale(D, scale), k.reshape(B * H, S, D)  # (T, G, D), (G, S, D)
-    if T == 1 and not is_causal:  # generation: the loops below, without their overhead
-        out, log_sum = _block(q, k, v.reshape(B * H, S, D).mT)
-        return _by_head(out, B), log_sum.view(1, B, H).permute(1, 2, 0)
+    q = _by_position(q) * _log2_scale(D, scale)  # (T, G, D)
+    if T == 1 and not is_causal and H > 1 and H * D <= PART:
+        return _generating(q, k, v)
+    k = k.reshape(B * H, S, D)
     v = _transposed(_by_position(v))  # (G, D, S)
     out, log_sum = torch.empty_like(q), q.new_empty(T, B * H, 1)
     for group in _slices(B * H, max(1, SCORES // (QUERIES * S))):
@@ -218,6 +122,27 @@ def attention(
             found = _block(q[rows, group], k[group, :seen], v[group, :, :seen], mask)
             out[rows, group], log_sum[rows, group] = found
     return _by_head(out, B), log_sum.view(T, B, H).permute(1, 2, 0)
+
+
+def _generating(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`attention` of one scaled query (1, G, D) to all keys: the numbers of `_block` in less time.
+
+    The heads of a sample are taken in one product, each with zeros in place of the other heads' channels, which add
+    nothing to a chain. Keys are padded, as oneDNN compiles a kernel for each number of them.
+    """
+    B, H, S, D = k.shape
+    more = -S % LANES
+    k, v = (F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, more)).flatten(2) for x in (k, v))  # (B, S + more, H * D)
+    q = torch.diag_embed(q.view(B, H, D).mT, dim1=1, dim2=2).flatten(2)  # (B, H, H * D)
+    scores = torch.cat([linear(a, b) for a, b in zip(q.unbind(), k.unbind(), strict=True)])  # (G, S + more)
+    scores.narrow(1, S, more).fill_(-torch.inf)  # weights of 0
+    largest = scores.amax(-1, keepdim=True)
+    weights = _exp2_(scores.sub_(largest))
+    sums = weights.narrow(1, 0, S).sum(-1, keepdim=True)
+    both = zip(weights.view(B, H, -1).unbind(), v.unbind(), strict=True)
+    values = torch.cat([linear(a, b.t()) for a, b in both]).view(B, H, H, D)
+    out = values.diagonal(dim1=1, dim2=2).mT / sums.view(B, H, 1)
+    return out.view(B, H, 1, D), sums.log2().add_(largest).view(B, H, 1)
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -377,6 +302,9 @@ def _by_vectors(kernel: Kernel, *operands: Tensor, result: Tensor) -> None:
     torch splits such work evenly among threads, and computes the elements left over at the end of each share one at a
     time, often to different bits. Here each share consists of whole vectors, and the remaining elements are padded.
     """
+    if result.numel() <= UNDIVIDED and result.numel() % LANES == 0:
+        kernel(*operands, result)
+        return
     flat = [x.view(-1) for x in (*operands, result)]
     end = flat[0].numel() // LANES * LANES
     for piece in zip(*(_shares(x[:end]) for x in flat), strict=True):

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanogpt.tied_gradient import TiedGradient
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -41,6 +43,8 @@ def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str, compiled: bool = Fal
         fully_shard(block, mesh=mesh, mp_policy=policy)
         if compiled:
             block.forward = torch.compile(block.forward)
+    if model.lm_head is None:
+        model.tied_gradient = TiedGradient()
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "token_losses")
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,16 @@ GPT2_VOCABULARY = 50_257
 SHARED = {"processes", "parallel"}  # how processes share a step
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What the time of a step is estimated from; nothing: the time is unknown."""
+
+    measuring: bool = False
+    mfu: float | None = None
+    peak: float | None = None  # 10^12 FLOP/s; None: that of this device
+    ladder: str | None = None
+
+
 @command()
 @click.option("--vocab-size", type=click.IntRange(1, 2**21), help="[default: that of data/tokens or tokenize.*]")
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), help="Expected share of the peak, such as 0.3.")
@@ -28,20 +38,22 @@ SHARED = {"processes", "parallel"}  # how processes share a step
 @click.option("--ranks", type=click.IntRange(1), help="Processes that share a step.  [default: train.processes]")
 @click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), help="How they share it.  [default: train.parallel]")
 @click.option("--measure", "measuring", is_flag=True, help="Time some steps of this model here, on random tokens.")
+@click.option("--ladder", metavar="NAME", help="Expect the speed of that ladder's trainings at this size.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(vocab_size: int | None, ranks: int | None, parallel: str | None, as_json: bool, **speed: Any) -> None:
+def main(vocab_size: int | None, ranks: int | None, parallel: str | None, as_json: bool, **ways: Any) -> None:
     """Shows what the training that params.yaml describes will cost.
 
     Prints the model's parameters and the training's FLOPs, memory, tokens and time. With several processes, memory and
     communication are those of each; for fsdp they come from a dry run of one of them, without the others.
     """
-    if speed["measuring"] and speed["mfu"] is not None:
-        raise click.UsageError("--measure and --mfu exclude each other, because --measure finds the MFU")
+    speed = Speed(**ways)
+    if speed.measuring + (speed.mfu is not None) + (speed.ladder is not None) > 1:
+        raise click.UsageError("--measure, --mfu and --ladder exclude one another, because each one gives the time")
     from nanogpt.params import load_params
 
     params = shared(load_params(), ranks, parallel)
     meta = known_meta(params.tokenize)
-    figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, **speed)
+    figures = size(params, vocab_size or vocabulary(params.tokenize, meta), meta, speed)
     click.echo(json.dumps(figures, indent=1) if as_json else table(figures))
 
 
@@ -81,12 +93,10 @@ def vocabulary(params: "TokenizeParams", meta: "Meta | None") -> int:
     return GPT2_VOCABULARY if params.tokenizer == "gpt2" else params.vocab_size
 
 
-def size(
-    params: "Params", vocab_size: int, meta: "Meta | None", mfu: float | None, peak: float | None, measuring: bool
-) -> dict[str, Any]:
+def size(params: "Params", vocab_size: int, meta: "Meta | None", speed: Speed) -> dict[str, Any]:
     """All figures, as --json prints them; unknown ones are None."""
-    seconds, share = None, mfu
-    if measuring:
+    seconds, share, peak = None, speed.mfu, speed.peak
+    if speed.measuring:
         from nanogpt import determinism
 
         resolved = determinism.pin(params.numerics, params.runtime.device)
@@ -99,7 +109,7 @@ def size(
     tokens = train.batch_size * train.gradient_accumulation_steps * config.block_size
     micro_steps = train.gradient_accumulation_steps // train.processes  # per process, like time and memory
     process_tokens = tokens // train.processes
-    if measuring:
+    if speed.measuring:
         from nanogpt.timing import median_seconds
 
         of_process = train.model_copy(update={"gradient_accumulation_steps": micro_steps, "processes": 1})
@@ -111,6 +121,8 @@ def size(
         peak = peak * 1e12 if peak else planned_peak
         if share is not None and peak is not None:
             seconds = sizing.step_seconds(config, process_tokens, share, peak)
+        if speed.ladder is not None:
+            seconds = ladder_seconds(speed.ladder, config, process_tokens)
     chinchilla, numerics_params = sizing.chinchilla_tokens(config), params.numerics
     precision = numerics_params.dtype, device, numerics_params.determinism
     setup = sizing.Setup(train.batch_size, micro_steps > 1, *precision, parallel=train.processes > 1)
@@ -131,13 +143,39 @@ def size(
             "chinchilla_steps": -(-chinchilla // tokens),
         },
         "time": {
-            "measured": measuring,
+            "measured": speed.measuring,
+            "ladder": speed.ladder,
             "peak_flops": peak,
             "mfu": share,
             "seconds_per_step": seconds,
             "seconds": None if seconds is None else steps * seconds,
         },
     }
+
+
+def ladder_seconds(name: str, config: "GPTConfig", tokens: int) -> float:
+    """Seconds of a step of so many tokens at the speed of a ladder's trainings, their evaluations included.
+
+    Between two of their sizes the speed (FLOP/s) is interpolated, on logarithmic axes; beyond them it is the nearest's.
+    """
+    import math
+    from statistics import fmean
+
+    from nanogpt.sizing import forward_flops, multiplied
+    from tools.ladder_prediction import prediction_path
+
+    path = prediction_path(name)
+    if not path.exists():
+        raise ValueError(f"{path} is missing: `python -m tools ladder --name {name}` makes it")
+    speeds: dict[int, list[float]] = {}
+    for run in json.loads(path.read_bytes())["runs"]:
+        speeds.setdefault(run["parameters"], []).append(run["flops"] / run["seconds"])
+    points = [(math.log(size), math.log(fmean(speeds[size]))) for size in sorted(speeds)]
+    place = math.log(multiplied(config))
+    below = max((point for point in points if point[0] <= place), default=points[0])
+    above = min((point for point in points if point[0] >= place), default=points[-1])
+    way = (place - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
+    return 3 * sum(forward_flops(config).values()) * tokens / math.exp(below[1] + way * (above[1] - below[1]))
 
 
 def model_figures(config: "GPTConfig", setup: "Setup") -> dict[str, Any]:
@@ -265,11 +303,13 @@ def time_line(speed: Mapping[str, Any]) -> str:
     if speed["seconds"] is None:
         if speed["mfu"] is not None:
             return "unknown: --mfu needs the peak of the device, which is unknown here; add --peak, or use --measure"
-        return "unknown: --measure times some steps here; or give --mfu, and --peak for another device"
+        return "unknown: --measure times some steps here; or give --ladder, or --mfu, and --peak for another device"
     share = "" if speed["mfu"] is None else f", MFU {speed['mfu']:.3f} of {speed['peak_flops'] / 1e12:,.3g} TFLOP/s"
-    how = "measured here" if speed["measured"] else "from --mfu"
+    how, without = "measured here" if speed["measured"] else "from --mfu", ", without evaluations and checkpoints"
+    if speed["ladder"] is not None:
+        how, without = f"at the speed of the ladder {speed['ladder']}", ""
     return (
-        f"{duration(speed['seconds'])} for all steps, without evaluations and checkpoints: "
+        f"{duration(speed['seconds'])} for all steps{without}: "
         f"{1e3 * speed['seconds_per_step']:,.4g} ms a step ({how}){share}"
     )
 

@@ -184,7 +184,7 @@ class Space:
 def load_space(path: Path, params: Params) -> Space:
     """Reads and checks a space. Raises SpaceError, ParamsError."""
     try:
-        content = YAML(typ="safe").load(read_bytes(path, _LARGEST_FILE).decode("utf-8"))
+        content = YAML(typ="safe", pure=True).load(read_bytes(path, _LARGEST_FILE).decode("utf-8"))
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise SpaceError(f"{path} is not valid YAML ({' '.join(str(error).split())[:200]}); correct it") from error
     if not isinstance(content, dict):

@@ -213,10 +213,10 @@ def with_equal_flops(idea: Side, baseline: Side) -> Side:
 
 
 def flops_per_step(side: Side) -> int:
-    from tools.size import known_meta, size, vocabulary
+    from tools.size import Speed, known_meta, size, vocabulary
 
     meta = known_meta(side.params.tokenize)
-    figures = size(side.params, vocabulary(side.params.tokenize, meta), meta, None, None, False)
+    figures = size(side.params, vocabulary(side.params.tokenize, meta), meta, Speed())
     forward_and_backward = 3 * sum(figures["flops_per_token"]["forward"].values())
     return int(forward_and_backward * figures["tokens"]["per_step"])
 

@@ -104,7 +104,7 @@ def stage_names(dvc_yaml: str) -> list[str]:
 def read_yaml(text: str, name: str) -> dict[str, Any]:
     """Parses the text of the YAML file `name`, which must be a mapping. Raises ValueError with a remedy."""
     try:
-        content = YAML(typ="safe").load(text)
+        content = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         if text.startswith("<<<<<<< ") or "\n<<<<<<< " in text:
             mend = f"`git checkout --ours {name}`, then `dvc repro`" if name == "dvc.lock" else "resolve it"

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanogpt.collector import collector_paused
 from nanogpt.files import sha256_json, sha256_tree
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # Code that cannot change a result: it checks parameters, shows progress, chooses the run to continue, or records it. No
 # stage declares it in dvc.yaml, and neither counts what only this code imports.
 PLUMBING = ("nanogpt/params.py", "tracking/")
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def import_closure(root: Path, module: str) -> list[str]:
@@ -25,19 +27,24 @@ def import_closure(root: Path, module: str) -> list[str]:
     Paths are relative to `root`, sorted. Reads the source and runs nothing, so imports inside functions count. The
     `__init__.py` of packages are left out, as they contain only docstrings (a test checks that).
     """
-    seen: set[str] = set()
+    return sorted(_closure(root, module))
+
+
+def _closure(root: Path, module: str) -> dict[str, ast.Module]:
+    """The syntax trees of the files of `import_closure`."""
+    trees: dict[str, ast.Module] = {}
     todo = [module.replace(".", "/") + ".py"]
     while todo:
         path = todo.pop()
-        if path in seen or path.startswith(PLUMBING):
+        if path in trees or path.startswith(PLUMBING):
             continue
-        seen.add(path)
+        trees[path] = ast.parse((root / path).read_text(encoding="utf-8"))
         todo += [
             candidate
-            for name in _imported_names(ast.parse((root / path).read_text(encoding="utf-8")))
+            for name in _imported_names(trees[path])
             if (root / (candidate := name.replace(".", "/") + ".py")).is_file()
         ]
-    return sorted(seen)
+    return trees
 
 
 def _imported_names(tree: ast.AST) -> Iterable[str]:
@@ -51,9 +58,8 @@ def _imported_names(tree: ast.AST) -> Iterable[str]:
 
 def code_hash(root: Path, module: str) -> str:
     """Hash of the code in a module's import closure, without its comments, docstrings and formatting."""
-    return sha256_json(
-        {path: code_of((root / path).read_text(encoding="utf-8")) for path in import_closure(root, module)}
-    )
+    with collector_paused():
+        return sha256_json({path: _as_json(tree) for path, tree in _closure(root, module).items()})
 
 
 def code_of(source: str) -> Any:
@@ -61,18 +67,13 @@ def code_of(source: str) -> Any:
 
     Empty fields are left out, since new versions of Python add some.
     """
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and ast.get_docstring(node, clean=False) is not None
-        ):
-            del node.body[0]
-    return _as_json(tree)
+    return _as_json(ast.parse(source))
 
 
 def _as_json(node: Any) -> Any:
     if isinstance(node, ast.AST):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
         fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
         return [type(node).__name__, {name: _as_json(value) for name, value in fields.items()}]
     return [_as_json(each) for each in node] if isinstance(node, list) else repr(node)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanogpt.collector import collector_paused
 from tracking.journal import Record
 
 MAX_POINTS = 2000  # of a metric
@@ -236,8 +237,9 @@ def report_section(stage: str, metrics: dict[str, float], files: dict[str, str])
 
 def loss_picture(page: Page) -> bytes:
     """The loss curve as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with collector_paused():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)

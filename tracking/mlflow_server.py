@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from nanogpt.collector import collector_paused
 from tracking.journal import JournalDamaged
 from tracking.lock import RunLock
 from tracking.mlflow_client import StoreClient
@@ -117,7 +118,7 @@ def local_folder(location: str) -> Path | None:
 def connect(uri: str, repository: Path) -> Any:
     """Returns a StoreClient; first creates an SQLite database if there is none. Raises TrackingError."""
     prepare_environment()
-    with explained(uri):
+    with explained(uri), collector_paused():
         if path := sqlite_path(uri):
             with RunLock(repository / ".runs", name="mlflow.lock"):
                 _prepare_sqlite(path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from nanogpt.collector import collector_paused
 from tracking import mlflow_server
 from tracking.journal import Journal
 from tracking.lock import holder
@@ -16,11 +17,11 @@ from tracking.mlflow_run import Replica, deliver_report, delivered_to
 from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
-PUSH_SECONDS = 2.0
+PUSH_SECONDS = 10.0  # MLflow's page refreshes every 30 s at most, and a push takes 20 ms besides its points
 SAMPLE_SECONDS = 10.0
 MAX_SYSTEM_KEYS = 12
 _INTERVAL = 0.1  # seconds between looks at the training
-_SLOWEST = 60.0  # seconds between tries while a server is dead
+_FIRST_RETRY, _SLOWEST = 2.0, 60.0  # seconds between tries while a server is dead
 
 Say = Callable[[str], None]
 
@@ -78,11 +79,12 @@ def _importance(key: str) -> tuple[bool, str]:
 
 def _monitors() -> list[Any]:
     """Those of MLflow's monitors that work on this machine; mlflow_process.describe_system_metrics names the others."""
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-    from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+    with collector_paused():
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+        from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 
     found = []
     for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor, ROCMMonitor):
@@ -118,7 +120,7 @@ def follow(run: Run, uri: str, pid: int, wait_seconds: float, say: Say) -> bool:
                 delay, failed = PUSH_SECONDS, False
             except Exception as error:  # of any kind: tracking must not end before the training
                 say(f"will try again: {redact(f'{error}')}")
-                delay, failed = min(2 * delay, _SLOWEST), True
+                delay, failed = min(2 * delay, _SLOWEST) if failed else _FIRST_RETRY, True
             wake = time.monotonic() + delay
             while time.monotonic() < wake and not is_over():
                 time.sleep(_INTERVAL)

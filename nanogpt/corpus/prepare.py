@@ -152,6 +152,7 @@ def prepare(
     warn: Callable[[str], None] = lambda line: None,
 ) -> Meta:
     """Tokenizes `raw` into the new `directory`; keeps nothing of an interrupted call."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         preparation = Preparation(raw, Path(folder, "parts"), params, warn)
         return preparation.finish(preparation.encode(threads, update), directory)

@@ -1,5 +1,6 @@
 """Benchmarks that are only run by hand: that they run, and that their figures fit together."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import sizing, tracking_overhead
+from benchmarks import sharding, sizing, tracking_overhead
 from tests.conftest import GPT2
 
 TINY = GPT2 | {
@@ -59,3 +60,13 @@ def test_a_run_and_its_prediction_are_of_one_shape() -> None:
     assert run["ms"] > 0
     # weights, gradients and two moments of 12 x 16 x 16 + (64 + 8) x 16 + 3 x 16 parameters at the least
     assert run["predicted_mb"] > 4 * 4 * (12 * 256 + 72 * 16 + 48) / 1e6
+
+
+def test_a_process_that_trains_alone_sends_nothing_and_its_prediction_is_of_the_same_shape(tmp_path: Path) -> None:
+    shape = {"size": 1, "vocab_size": 64, "block_size": 8, "layers": 1, "channels": 64, "optimizer": "adamw"}
+    sharding.trained(str(tmp_path), **shape)
+    found = json.loads((tmp_path / "0.json").read_text())
+    held = 16 * (12 * 64**2 + (64 + 8) * 64)  # of the matrices, in weights, gradients and two moments
+    assert held < found["held"] < 1.1 * held
+    assert (found["sent"], sharding.predict(**shape)["sent"]) == ({}, {})
+    assert sharding.predict(**shape)["peak"] > found["held"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogpt import known_answers, portable
+from nanogpt import known_answers, portable, portable_products
 
 # Each of these scripts runs in a process of its own: `install` cannot be undone.
 PINNED = {"GOMP_SPINCOUNT": "0", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
@@ -16,7 +16,7 @@ PINNED = {"GOMP_SPINCOUNT": "0", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_
 PRODUCTS = """
 import json, random
 import numpy as np, torch
-from nanogpt import portable
+from nanogpt import portable, portable_products
 portable.install()
 
 def definition(a, b):  # float64 holds each product exactly; its sum is rounded twice only once in 2**29
@@ -45,12 +45,18 @@ for case in range(20):
         a[0] @ torch.stack([b[0]] * 2, -1)[..., 0].T,  # strided
         torch.nn.functional.linear(a[0][None], b[0])[0],
         (b[0] @ a[0].T).T,
-        portable.packed_product(b[0], M)(a[0][:, None])[:, 0],
+        portable_products.packed_product(b[0], M)(a[0][:, None])[:, 0],
     ]
     shares = [share(form, expected[0]) for form in forms]
     for groups in (a @ b.mT, a.mT.contiguous().mT @ b.mT):
         shares += [share(group, whole) for group, whole in zip(groups, expected)]
     found.append([f"{G} x {M} x {N} x {K}", min(shares)])
+for B, H, S, D in ((1, 2, 1, 8), (1, 6, 37, 64), (3, 5, 16, 20), (2, 3, 1030, 8)):  # the next token, by its short cut
+    q, k, v = torch.randn(B, H, 1, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D)
+    by_groups = portable._by_position(q) * portable._log2_scale(D, None), k.flatten(0, 1), v.flatten(0, 1).mT
+    pairs = zip(portable.attention(q, k, v), portable._block(*by_groups))
+    shares = [share(found_.flatten(), expected.flatten().numpy()) for found_, expected in pairs]
+    found.append([f"attention {B} x {H} x {S} x {D}", min(shares)])
 print(json.dumps(found))
 """
 
@@ -174,12 +180,12 @@ def test_other_products_are_torchs():
     a, b, c = (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3))
     scaled = {"beta": 0.5, "alpha": -2.0}
     close = torch.testing.assert_close
-    close(portable.addmm(c[0], a[0], b[0], **scaled), torch.addmm(c[0], a[0], b[0], **scaled))
-    close(portable.addmm_(c[0].clone(), a[0], b[0], **scaled), torch.addmm(c[0], a[0], b[0], **scaled))
-    close(portable.baddbmm(c, a, b, **scaled), torch.baddbmm(c, a, b, **scaled))
-    close(portable.bmm(a.mT, b), a.mT @ b)
+    close(portable_products.addmm(c[0], a[0], b[0], **scaled), torch.addmm(c[0], a[0], b[0], **scaled))
+    close(portable_products.addmm_(c[0].clone(), a[0], b[0], **scaled), torch.addmm(c[0], a[0], b[0], **scaled))
+    close(portable_products.baddbmm(c, a, b, **scaled), torch.baddbmm(c, a, b, **scaled))
+    close(portable_products.bmm(a.mT, b), a.mT @ b)
     large = torch.randn(2, 130, 130, generator=torch.Generator().manual_seed(4))  # a call for each group
-    close(portable.bmm(large, large), large @ large)
+    close(portable_products.bmm(large, large), large @ large)
 
 
 def test_norms_and_softmax_have_torchs_gradients():

@@ -166,12 +166,43 @@ def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
 
 
+def test_the_time_at_the_speed_of_a_ladder() -> None:
+    """Seeds average; between two sizes the speed is on their line in logarithms, beyond them it is the nearest's."""
+    assert "experiments/ladders/some.json is missing: `python -m tools ladder" in run("--ladder", "some").output
+    shape = figures()
+    per_step = 3 * sum(shape["flops_per_token"]["forward"].values()) * shape["tokens"]["per_step"]
+    channels = shape["model"]["n_embd"]
+    size = shape["model"]["n_layer"] * 12 * channels**2 + shape["model"]["vocab_size"] * channels
+
+    def ladder(*runs: tuple[float, float]) -> float:
+        rows = [{"parameters": parameters, "flops": 2 * speed, "seconds": 2.0} for parameters, speed in runs]
+        Path("experiments/ladders").mkdir(parents=True, exist_ok=True)
+        Path("experiments/ladders/some.json").write_text(json.dumps({"runs": rows}))
+        found = figures("--ladder", "some")["time"]
+        assert (found["ladder"], found["seconds"]) == ("some", 700 * found["seconds_per_step"])
+        return per_step / found["seconds_per_step"]
+
+    assert ladder((size / 9, 1e9), (size / 3, 4e9)) == pytest.approx(4e9)
+    assert ladder((size * 9, 4e9), (size * 3, 1e9)) == pytest.approx(1e9)
+    assert ladder((size / 3, 1e9), (size * 3, 4e9)) == pytest.approx(2e9)
+    assert ladder((size, 1e9), (size, 3e9), (size * 3, 4e9)) == pytest.approx(2e9)
+    assert "at the speed of the ladder some)" in run("--ladder", "some").output
+    assert "exclude one another" in run("--ladder", "some", "--mfu", "0.3").output
+
+
 def test_a_measured_run_needs_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     change(numerics__determinism="off")  # so that pin comes after torch
     monkeypatch.setattr(timing, "median_seconds", lambda *_: 0.5)
     monkeypatch.setattr(flops, "device_peak", lambda _: None)
     found = figures("--measure")["time"]
-    expected = {"measured": True, "peak_flops": None, "mfu": None, "seconds_per_step": 0.5, "seconds": 350.0}
+    expected = {
+        "measured": True,
+        "ladder": None,
+        "peak_flops": None,
+        "mfu": None,
+        "seconds_per_step": 0.5,
+        "seconds": 350.0,
+    }
     assert found == expected
     assert time_line(found).startswith("6 min for all steps")
 

@@ -241,6 +241,7 @@ def test_a_server_that_fails_at_first_is_tried_again(repository: Path, monkeypat
     monkeypatch.setattr(Replica, "push", push)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(mlflow_sync, "PUSH_SECONDS", 0.01)
+    monkeypatch.setattr(mlflow_sync, "_FIRST_RETRY", 0.01)
     assert follow(Run(attempt), resolve_uri(repository), os.getpid(), 60, said.append)
     journal.close()
     refused = "will try again: no server at http://***@host"
