@@ -15,6 +15,8 @@ from tracking.mlflow_page import REPORTED
 pytestmark = pytest.mark.pipeline
 
 WAIT = 3  # seconds of tracking.wait_seconds
+# A training that was stopped has another point of these where it stopped.
+SPEED = {"tokens_per_second", "step_time", "memory_mb", "mfu", "clip_rate"}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,8 @@ def assert_all_is_there_once(server: Server, clone: Clone, seed: Clone, experime
         steps = [step for step, _, _ in points]
         assert steps == sorted(set(steps)), f"{key} holds a step twice"
         if not key.startswith("system/"):
-            assert steps == [step for step, _, _ in expected["metrics"].get(key, points)], key
+            wanted = [step for step, _, _ in expected["metrics"].get(key, points)]
+            assert steps == wanted or (key in SPEED and set(steps) > set(wanted)), key
     losses = {step: value for step, _, value in found["metrics"]["train/loss"]}
     assert losses == {record["step"]: record["loss"] for record in clone.records("step")}
     assert not reports or clone.scores().items() <= found["last"].items()
