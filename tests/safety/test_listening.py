@@ -8,6 +8,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 HERE = "tests/safety/test_listening.py"
+# A team's server answers its members, from a container that has an address of its own; the test starts it here alone.
+TEAM = {"servers/compose.yaml", "tests/pipeline/team_servers.py"}
 
 
 def texts() -> dict[str, str]:
@@ -27,7 +29,7 @@ def texts() -> dict[str, str]:
 def test_nothing_listens_on_every_address() -> None:
     wildcard = re.compile(r"""0\.0\.0\.0|\bINADDR_ANY\b|--host[= ]\*|\[::\]|bind\(\(["']["']""")
     offered = re.compile(r"0\.0\.0\.0`? answers other machines")  # what `serve --host` can be told
-    assert [name for name, text in texts().items() if wildcard.search(offered.sub("", text))] == []
+    assert {name for name, text in texts().items() if wildcard.search(offered.sub("", text))} == TEAM
 
 
 def test_every_server_that_is_started_is_told_this_machine_s_address() -> None:
@@ -37,7 +39,7 @@ def test_every_server_that_is_started_is_told_this_machine_s_address() -> None:
     for name, text in texts().items():
         if not (name in {"Makefile", "tools/ui.py"} or name.startswith(".ci/") or name.endswith((".md", ".yaml"))):
             continue
-        for line in text.replace("\\\n", " ").splitlines():
+        for line in [] if name in TEAM else text.replace("\\\n", " ").splitlines():
             if started.search(line):
                 found.append(name)
                 assert re.search(r"--host[= ]127\.0\.0\.1\b", line), f"{name}: {line}"
