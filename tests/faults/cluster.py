@@ -1,6 +1,7 @@
 """A real Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd, each node a PID namespace."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -120,9 +121,9 @@ class Cluster:
     def start_requeued_now(self) -> None:
         """Slurm has a requeued job wait for two minutes; a node takes it again in the second after it has ended it."""
         soon = (datetime.now() + timedelta(seconds=3)).isoformat()
-        for line in self.run("squeue -h -t PENDING -o %i|%S").splitlines():
-            job, start = line.split("|")
-            if soon < start < "N/A":
+        for job in self.run("squeue -h -t PENDING -o %i").split():
+            begin = re.search(r"EligibleTime=(\d\S+)", self.run(f"scontrol show job {job}"))
+            if begin and begin[1] > soon:
                 self.run(f"scontrol update JobId={job} StartTime=now+2")
 
     def log(self) -> str:

@@ -52,6 +52,11 @@ class Job:
         """Waits until the job is in Slurm's queue again."""
         self.wait_for(lambda: self.cluster.waits(self.log.stem, restarts), f"requeue no. {restarts}")
 
+    def start_again(self, restarts: int) -> None:
+        """Has the requeued job start at once."""
+        started = lambda: self.cluster.start_requeued_now() or not self.cluster.waits(self.log.stem, restarts)  # noqa: E731
+        self.wait_for(started, f"start after requeue no. {restarts}")
+
     def end(self, ctrl_c: bool = False) -> tuple[int, str]:
         """Waits for the end of the command; its exit code and what it has printed."""
         if ctrl_c:
@@ -78,7 +83,7 @@ def test_a_training_goes_on_after_the_loss_of_a_node_and_after_preemption_to_the
     job.wait_for_requeue(1)
     job.log.write_text("")
     cluster.start_node("node2")
-    cluster.start_requeued_now()
+    job.start_again(1)
     job.wait_for_line("resuming at step 5")
     cluster.run("sbatch --partition=urgent --nodes=2 --exclusive --output=/dev/null --wrap true")
     job.wait_for_line("CANCELLED")  # preempted
@@ -146,7 +151,7 @@ def test_an_error_is_final(stage, cluster):
 def test_the_loss_of_a_process_is_not(stage, cluster):
     job = Job(stage("again or rank == '0' or os.kill(os.getpid(), 9)"), cluster, "exec slurm/submit train")
     job.wait_for_requeue(1)
-    cluster.start_requeued_now()
+    job.start_again(1)
     code, output = job.end()
     assert (code, output.count("rank 0"), output.count("rank 1")) == (0, 2, 2)
 
