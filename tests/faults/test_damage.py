@@ -122,7 +122,7 @@ def resume(clone: Clone) -> None:
     checkpoints = clone.checkpoints()
     run = choose(Console("train"), clone.attempts()[0].parent, checkpoints.run)
     with Journal(run.journal) as journal:
-        restore_newest(Console("train"), Mock(progress=Mock(step=30)), checkpoints, journal, 30)
+        restore_newest(Console("train"), Mock(progress=Mock(step=30), sharded=False), checkpoints, journal, 30)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
