@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run: `step-00000500/` with `state.safetensors` and `checkpoint.json`.
+    """The checkpoints of one run: `step-00000500/` with `checkpoint.json` and `state.safetensors` or `state/`.
 
     `run` is the fingerprint of the run; a checkpoint with another one is invalid.
     """
@@ -136,8 +136,8 @@ def add_shards(state: TrainState, directory: Path | None = None) -> None:
     place = Path(state.ranks.broadcast(directory and str(directory.absolute())))
     if not place.is_dir():
         raise ValueError(
-            f"process {state.ranks.rank} has no {place}, to which process 0 saves: train.parallel = fsdp needs a file "
-            "system that all machines share; share the folder, or set train.parallel to ddp"
+            f"process {state.ranks.rank} cannot find {place}, where process 0 saves: train.parallel = fsdp needs a "
+            "file system that all machines share; share the folder, or set train.parallel to ddp"
         )
     sharding.save_shards(state.tensors(), place)
     state.ranks.max(0)

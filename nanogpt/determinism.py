@@ -160,9 +160,9 @@ def _keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Has glibc hand each tensor back that is freed from now on.
+    """Makes glibc return the memory of large freed tensors to the system from now on.
 
-    Weights that are gathered and dropped fragment what glibc keeps, to twice what a training in shards needs.
+    Gathering and dropping weights would fragment the memory that glibc keeps, up to twice what sharded training needs.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

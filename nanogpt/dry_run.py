@@ -35,9 +35,9 @@ COLLECTIVES = {
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that a block creates or that it was shown: those that exist now, and at most.
+    """Counts the bytes of tensors that a block creates or `see` is given: those alive (`bytes`) and their `peak`.
 
-    `sent` has the bytes that a process sends by collective, in a ring.
+    `sent` maps each kind of collective to the bytes that a process sends for it, in a ring.
     """
 
     def __init__(self, size: int) -> None:
@@ -114,7 +114,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def costs(config: GPTConfig, params: TrainParams, numerics: Numerics) -> dict[str, Any]:
-    """Bytes of one of params.processes that train in shards: in memory, by part and at most, and sent in a step."""
+    """Returns the bytes that one of params.processes holds, by part and at the peak, and sends in a sharded step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     ranks = Ranks(0, params.processes)

@@ -26,7 +26,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     a, b = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (a, b))
     if a.size(0) > 1 and b.size(0) > 1:
         return linear(a, b)
-    padded = (F.pad(x, (0, 0, 0, 1)) if x.size(0) == 1 else x for x in (a, b))  # oneDNN adds up a single row otherwise
+    padded = (F.pad(x, (0, 0, 0, 1)) if x.size(0) == 1 else x for x in (a, b))  # oneDNN sums one row in another order
     return linear(*padded)[: a.size(0), : b.size(0)]
 
 
@@ -41,7 +41,7 @@ def packed_product(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
 
     The weight is copied once into the layout that oneDNN's kernel reads; `product` does that in each call.
     """
-    if weight.size(0) == 1:  # oneDNN adds up a single column otherwise
+    if weight.size(0) == 1:  # oneDNN sums one column in another order
         return functools.partial(F.linear, weight=weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 2)
     if rows > 1:

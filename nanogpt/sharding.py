@@ -28,10 +28,10 @@ PIECE = 2**20  # numbers for each process that are sent at once
 
 
 def shard(model: nn.Module, mesh: "DeviceMesh", dtype: str, compiled: bool = False) -> None:
-    """Divides the weights of a GPT, which is on the CPU, among the processes of a mesh, on whose devices they then are.
+    """Divides the weights of a GPT on the CPU among the processes of a mesh, and moves each part to its device.
 
-    dtype: the one of matrix products. The weights of linear layers are gathered in it, as autocast would round them
-    anyway. All others, and gradients, travel in float32. If `compiled`, each block is, without what gathers weights.
+    The weights of linear layers are gathered in `dtype`, that of matrix products, since autocast would round them too.
+    Other weights and all gradients travel in float32. `compiled` compiles each block, but not the gathering of weights.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -126,11 +126,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def by_owners(tensors: list[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Returns this process's shards of function(tensors): of a stack of N whole matrices (N, rows, columns) each time.
+    """Applies `function` to each matrix whole, in one process; returns this process's shards of the results.
 
-    The tensors are shards of matrices of one shape. Each matrix goes to one process, its owner, which computes it and
-    sends the result back. So every matrix is computed once, and two shards of it travel from each process, where
-    gathering them everywhere would send one to each of the others and compute all matrices in all processes.
+    The tensors are shards of matrices of one shape. Each matrix goes to one process, its owner, which calls `function`
+    with a stack (N, rows, columns) of all that it owns and sends the parts of the results back. So every matrix is
+    computed once, and less is sent than if every process gathered all matrices.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     rows, columns = tensors[0].shape
@@ -176,8 +176,8 @@ def save_shards(tensors: Mapping[str, Tensor], directory: Path) -> None:
 def load_shards(directory: Path, parameters: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Returns the tensors in the directory whose names begin with `prefix`.
 
-    Those as large as the parameter that their names contain are divided among processes as it is; this process reads
-    only its shards. With no parameters, all are whole and on the CPU. Any number of processes may have written them.
+    A tensor with the shape of the parameter in its name is sharded like that parameter, and this process reads only its
+    shard. Without parameters, all are whole and on the CPU. Any number of processes may have written them.
     """
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

@@ -18,7 +18,7 @@ RAW, TOKENS = Path("data/raw"), Path("data/tokens")
 
 @command("tokenize")
 @click.option(
-    "--share", metavar="I/N", help="Only encode every N-th part, beginning with number I: for several machines."
+    "--share", metavar="I/N", help="Encode only share I of N (0/N, 1/N, ...), to divide the parts among machines."
 )
 def main(console: Console, share: str | None) -> None:
     """Splits the raw text, makes a tokenizer and encodes the text as in params.yaml (tokenize), into data/tokens/.
@@ -66,7 +66,7 @@ def _parse(share: str) -> tuple[int, int]:
     """ "3/8" as (3, 8)."""
     number, _, of = share.partition("/")
     if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
-        raise ValueError(f"--share {share} is invalid: give a number and how many there are, such as 0/8 to 7/8")
+        raise ValueError(f"--share {share} is invalid: give its number and the number of shares, from 0/8 to 7/8")
     return int(number), int(of)
 
 

@@ -49,7 +49,7 @@ def main(experiment: str, force: bool) -> None:
     with explained(uri):
         now = champion(client)
         if now is not None and (present is None or now.version != present.version):  # another member's, meanwhile
-            raise ValueError(f"version {now.version} of {NAME} has become the champion meanwhile; run this again")
+            raise ValueError(f"version {now.version} of {NAME} became the champion in the meantime; run this again")
         version = register(client, best, objections)
     click.echo(f"{best.name} is the champion: version {version} of {NAME}, val loss {best.scores['val_loss']:.4f}")
 
@@ -84,7 +84,7 @@ def against(results: list[Result], challenger: Result, present: str) -> list[str
     """Why the setting of the challenger does not beat that of the present champion; empty if it does."""
     reigning = next((result for result in results if result.id == present), None)
     if reigning is None:
-        return [f"the champion's run {present} is neither here nor in this experiment, so it cannot be compared"]
+        return [f"the champion's run {present} is neither in this repository nor in tracking.experiment"]
     code, both = reigning.tags.get("code.sha256"), {reigning.setting, challenger.setting}
 
     def reigns(result: Result) -> bool:

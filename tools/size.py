@@ -38,7 +38,7 @@ class Speed:
 @click.option("--ranks", type=click.IntRange(1), help="Processes that share a step.  [default: train.processes]")
 @click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), help="How they share it.  [default: train.parallel]")
 @click.option("--measure", "measuring", is_flag=True, help="Time some steps of this model here, on random tokens.")
-@click.option("--ladder", metavar="NAME", help="Expect the speed of that ladder's trainings at this size.")
+@click.option("--ladder", metavar="NAME", help="Estimate the time from the speed of that ladder's trainings.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(vocab_size: int | None, ranks: int | None, parallel: str | None, as_json: bool, **ways: Any) -> None:
     """Shows what the training that params.yaml describes will cost.
@@ -48,7 +48,7 @@ def main(vocab_size: int | None, ranks: int | None, parallel: str | None, as_jso
     """
     speed = Speed(**ways)
     if speed.measuring + (speed.mfu is not None) + (speed.ladder is not None) > 1:
-        raise click.UsageError("--measure, --mfu and --ladder exclude one another, because each one gives the time")
+        raise click.UsageError("use only one of --measure, --mfu and --ladder: each of them gives the time")
     from nanogpt.params import load_params
 
     params = shared(load_params(), ranks, parallel)
@@ -274,7 +274,7 @@ def memory_lines(figures: Mapping[str, Any]) -> list[str]:
     where = f"{setup['batch_size']} sequences at a time, {setup['dtype']} on {setup['device']}"
     sent = [line(name, megabytes(number)) + "   sent in a step" for name, number in amount.get("sent", {}).items()]
     if sent:
-        where += f"; of each of {setup['processes']} processes ({setup['parallel']})"
+        where += f"; in each of {setup['processes']} processes ({setup['parallel']})"
     return [
         "",
         f"{line('memory', 'MB')}   {where}",

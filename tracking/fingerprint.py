@@ -119,7 +119,7 @@ def check_agreement(recipe: "Recipe", hashes: dict[str, str], ranks: "Ranks") ->
 def _params_of(recipe: "Recipe") -> dict[str, Any]:
     """The parameters that a training depends on."""
     values = recipe.settings()
-    if recipe.params.numerics.determinism == "off":  # they change only the last bits, so others may continue a run
+    if recipe.params.numerics.determinism == "off":  # only the last bits depend on them, so a run may go on with others
         values.pop("train.processes")
         values.pop("train.parallel", None)
     return values

@@ -53,11 +53,11 @@ _ERRORS = (
     ),
     (
         r"failed with error code 403 .*Invalid Host",
-        "{where} does not answer under this name: its administrator must add it to MLFLOW_SERVER_ALLOWED_HOSTS",
+        "{where} does not accept this host name: ask its administrator to add it to MLFLOW_SERVER_ALLOWED_HOSTS",
     ),
     (
         r"failed with error code 403 |PERMISSION_DENIED",
-        "{where} forbids this account to do that: correct MLFLOW_TRACKING_USERNAME, or ask to be made a member",
+        "{where} does not allow this account to do that: correct MLFLOW_TRACKING_USERNAME, or ask to become a member",
     ),
     (
         r"response body was not in a valid JSON format|failed with error code 404 .*<html|Exceeded 30 redirects",

@@ -17,7 +17,7 @@ from tracking.mlflow_run import Replica, deliver_report, delivered_to
 from tracking.redaction import redact
 from tracking.run import Run, runs_in
 
-PUSH_SECONDS = 10.0  # MLflow's page refreshes every 30 s at most, and a push takes 20 ms besides its points
+PUSH_SECONDS = 10.0  # MLflow's page refreshes at most every 30 s, and each push costs 20 ms plus its points
 SAMPLE_SECONDS = 10.0
 MAX_SYSTEM_KEYS = 12
 _INTERVAL = 0.1  # seconds between looks at the training

@@ -56,22 +56,22 @@ def read_part(path: Path) -> Part | None:
 def write_part(path: Path, encoded_pieces: Iterator[Encoded], update: Callable[[int], None]) -> Part:
     """Writes a part; `update` receives the bytes of its text so far. Raises ValueError if it has no token."""
     digest, tokens, size, ends, last = hashlib.sha256(), 0, 0, 0, None
-    with placing(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as thread:
-        for encoded in ahead(encoded_pieces, thread):
+    with atomic_path(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as thread:
+        for encoded in prefetch(encoded_pieces, thread):
             digest.update(encoded.ids.data)
             file.write(encoded.ids.data)
             tokens, size, ends = tokens + len(encoded.ids), size + encoded.bytes, ends + encoded.ends
             last = int(encoded.ids[-1]) if len(encoded.ids) else last
             update(size)
     part = Part(tokens=tokens, bytes=size, ends=ends, last=last or 0, sha256=digest.hexdigest())
-    with placing(path.with_suffix(".json")) as temporary:
+    with atomic_path(path.with_suffix(".json")) as temporary:
         temporary.write_text(part.model_dump_json())
     return part
 
 
 @contextmanager
-def placing(path: Path) -> Iterator[Path]:
-    """Yields another name, and moves the file there to `path` at the end, whoever else writes the same file."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path and moves that file to `path` at the end, even if other processes write `path` too."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -81,7 +81,7 @@ def placing(path: Path) -> Iterator[Path]:
         raise
 
 
-def ahead(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
+def prefetch(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
     """The items; the thread makes the next one while one is in use.
 
     Reading, hashing, writing and most of encoding release Python's lock.

@@ -28,7 +28,7 @@ import numpy as np
 from nanogpt.corpus.bpe_training import train_bpe
 from nanogpt.corpus.huggingface_tokenizer import read_huggingface
 from nanogpt.corpus.nanogpt_bins import read_tokens, tokenizer_of_tokens
-from nanogpt.corpus.parts import Encoded, Part, ahead, placing, read_part, write_part
+from nanogpt.corpus.parts import Encoded, Part, atomic_path, prefetch, read_part, write_part
 from nanogpt.corpus.raw_text import (
     PIECE,
     CorpusInfo,
@@ -81,16 +81,16 @@ class Preparation:
             self.tokenizer = load_tokenizer(path)
         else:
             self.tokenizer = make_tokenizer(raw, self.info, params, self._split, warn)
-            with placing(path) as temporary:
+            with atomic_path(path) as temporary:
                 self.tokenizer.save(temporary)
         if params.tokenizer == "bpe" and self.tokenizer.vocab_size < params.vocab_size:
             asked = params.vocab_size
             warn(f"the vocabulary has {self.tokenizer.vocab_size} tokens, not tokenize.vocab_size = {asked}")
 
     def encode(self, threads: int, update: Callable[[int], None], share: tuple[int, int] = (0, 1)) -> list[Made]:
-        """Encodes the parts that are missing and returns all; `update` receives the bytes of text so far.
+        """Encodes the missing parts of a share and returns all its parts; `update` receives the bytes of text so far.
 
-        A `share` (i, n) is every n-th part, beginning with number i.
+        A `share` (i, n) is every n-th part, beginning with part i; the default is all parts.
         """
         if self.info.bytes >= LARGE and isinstance(self.tokenizer, BytePairTokenizer):
             self.tokenizer.use_gigatoken(self.warn)
@@ -217,7 +217,7 @@ def make_tokenizer(
     if params.tokenizer == "char":
         alphabet = Alphabet()
         with ThreadPoolExecutor(1) as thread:
-            for text in read_documents(raw) if several else ahead(read_text(raw), thread):
+            for text in read_documents(raw) if several else prefetch(read_text(raw), thread):
                 alphabet.add(text)
         return CharTokenizer(alphabet.characters(), end_of_text=several)
     # All byte-pair tokenizers can be cut at the same places, so training sees whole words.

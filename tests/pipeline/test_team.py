@@ -123,7 +123,7 @@ def train(team: Team) -> None:
 def test_every_command_of_the_page_is_run():
     """But those that need Docker, and a member's variables, which are set."""
     here = tuple(re.findall(r"""said\(["']([^"']+)""", Path(__file__).read_text(encoding="utf-8")))
-    elsewhere = ("cd servers", "for name in ", "echo ", "docker compose ", "pip install ", "export ")
+    elsewhere = ("cd ", "for name in ", "echo ", "docker compose ", "pip install ", "export ")
     assert [command for command in COMMANDS if not command.startswith((*here, *elsewhere))] == []
 
 
@@ -174,12 +174,12 @@ def test_refusals_say_whose_they_are_and_what_to_do(team: Team):
         AuthServiceClient(team.servers.uri).create_user(*guest.values())
     compare = said("python -m tools compare")
     assert "3 runs of 3 settings" in tool(team.ada, compare, **guest)
-    assert "forbids this account to do that" in team.ada.tool("sync", "--again", check=1, **guest)
+    assert "does not allow this account to do that" in team.ada.tool("sync", "--again", check=1, **guest)
     for variables, refusal in (
         ({"MLFLOW_TRACKING_PASSWORD": "expired"}, "refuses these credentials"),
         (
             {"MLFLOW_TRACKING_URI": team.servers.uri.replace("127.0.0.1", "localhost")},
-            "does not answer under this name",
+            "does not accept this host name",
         ),
         ({"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{closed_port()}"}, "cannot be reached"),
     ):

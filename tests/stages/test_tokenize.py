@@ -94,7 +94,7 @@ def test_a_full_disk_changes_no_file(project: Project, monkeypatch: pytest.Monke
     run()
     first = contents(folder / "data/tokens")
     # The device /dev/full answers every write as a full disk does.
-    monkeypatch.setattr(parts, "placing", lambda path: nullcontext(Path("/dev/full")))
+    monkeypatch.setattr(parts, "atomic_path", lambda path: nullcontext(Path("/dev/full")))
     result = run()
     assert result.exit_code == 1
     assert result.output.startswith("Error: tokenize: [Errno 28] the disk is full; data/tokens is as it was")
@@ -130,7 +130,7 @@ def test_a_wrong_share_is_refused(project: Project, share: str):
     result = run("--share", share)
     assert result.exit_code == 1
     assert result.output == (
-        f"Error: tokenize: --share {share} is invalid: give a number and how many there are, such as 0/8 to 7/8\n"
+        f"Error: tokenize: --share {share} is invalid: give its number and the number of shares, from 0/8 to 7/8\n"
     )
 
 

@@ -62,7 +62,7 @@ def test_a_champion_is_beaten_only_by_a_verdict(root):
     assert (name, version.tags.keys()) == ("fast-1", {"model.sha256"})
     assert re.fullmatch(r"models:/m-[0-9a-f]{32}", version.source)  # no path, which a moved repository would break
     shutil.rmtree(root / ".runs/fast-1")
-    assert "is neither here nor in this experiment" in run("champion", "slow-*", code=1).stderr
+    assert "is neither in this repository nor in tracking.experiment" in run("champion", "slow-*", code=1).stderr
 
 
 def test_a_champion_of_the_meantime_is_not_replaced_without_a_comparison(root, monkeypatch):
@@ -75,7 +75,7 @@ def test_a_champion_of_the_meantime_is_not_replaced_without_a_comparison(root, m
 
     monkeypatch.setattr(champion, "not_reproduced", verify)
     refused = run("champion", "slow-*", code=1).stderr
-    assert "version 1 of nanogpt has become the champion meanwhile; run this again" in refused
+    assert "version 1 of nanogpt became the champion in the meantime; run this again" in refused
     assert current(root)[0] == "fast-1"
 
 
