@@ -92,7 +92,7 @@ def _gathering_in_place() -> Any:
 
         def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
             for rank, part in enumerate(output_tensor.view(group.size(), -1)):
-                if rank == group.rank() and part.data_ptr() != input_tensor.data_ptr():
+                if rank == group.rank() and not part.is_set_to(input_tensor.view(-1)):
                     part.copy_(input_tensor.view(-1))
                 dist.broadcast(part, rank, group=group)
 
