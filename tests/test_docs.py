@@ -37,12 +37,12 @@ def test_the_pages_that_code_and_parameters_name_exist() -> None:
 
 
 def test_errors_are_quoted_as_the_code_prints_them() -> None:
-    """An ellipsis stands for what differs; what DVC and torch print is marked."""
+    """An ellipsis stands for what differs; what DVC, git and torch print is marked."""
     troubleshooting, team = ((REPOSITORY / f"docs/{name}.md").read_text() for name in ("troubleshooting", "team"))
     text = troubleshooting.partition("## A check says")[0] + team.partition("## When something fails")[2]
     cells = [row.split(" | ")[0] for row in text.splitlines() if row.startswith("| `")]
     quoted = [
-        text for cell in cells if not cell.endswith(("(DVC)", "(torch)")) for text in re.findall("`([^`]+)`", cell)
+        text for cell in cells if not cell.endswith(("(DVC)", "(git)", "(torch)")) for text in re.findall("`([^`]+)`", cell)
     ]
     pieces = {piece.strip(" ,;") for text in quoted for piece in text.split("…") if len(piece) > 12}
     code = "\n".join(path.read_text(encoding="utf-8") for path in CODE)

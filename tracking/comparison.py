@@ -15,7 +15,7 @@ from typing import Any
 
 from tracking.dvc_files import DvcLock
 from tracking.git import resolve_commit
-from tracking.history import experiment_models
+from tracking.history import experiment_models, experiment_refs
 from tracking.run import DAMAGE, Run, read_object, runs_in
 from tracking.run_name import SEED
 from tracking.significance import Difference, corrected, difference
@@ -342,6 +342,11 @@ def select(results: Sequence[Result], argument: str, root: Path) -> list[Result]
     if not found and not is_pattern:
         commit = resolve_commit(root, argument)
         found = [result for result in results if commit and result.tags.get("git.commit") == commit]
+    if not found and experiment_refs(root, argument):
+        raise ValueError(
+            f"the run of experiment {argument!r} is not here, since another clone trained it: `dvc exp show` has its "
+            "numbers, and `python -m tools compare --server` compares the runs of an MLflow server"
+        )
     if not found:
         names = {name for result in results for name in (result.name, result.tags.get("dvc.experiment", "none"))}
         near = difflib.get_close_matches(argument, names - {"none"}, n=3)

@@ -20,7 +20,7 @@ def warn(name: str, line: str) -> None:
 def explain(error: Exception) -> str:
     """The message of a ValueError or OSError on one line, without secrets, and the command that mends it."""
     text, advice = redact(str(error)), remedy(error)
-    return f"{text}; {advice}" if advice and "start again" not in text else text
+    return f"{text}{' ' if text.endswith('?') else '; '}{advice}" if advice and "start again" not in text else text
 
 
 def check_made(*paths: Path) -> None:

@@ -13,7 +13,8 @@ _SYSTEM = {
     errno.ENOSPC: "free some space",
     errno.EROFS: "make the file system writable",
 }
-_WRITTEN = "`git checkout params.yaml` takes back what -S wrote there"
+# Touched first, because git may have read the file in the same second in which DVC wrote it, at the same size.
+_WRITTEN = "`touch params.yaml && git checkout params.yaml` takes back what -S wrote there"
 _STAGES = {"data/raw": "download", "data/tokens": "tokenize"}  # folder -> the stage that makes it
 
 

@@ -105,7 +105,7 @@ REFUSED = "HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\nno"
 FORBIDDEN = "HTTP/1.1 403 Forbidden\r\nContent-Length: "
 ANSWERS = {
     REFUSED: "refuses these credentials: set MLFLOW_TRACKING_USERNAME",
-    f"{FORBIDDEN}17\r\n\r\nPermission denied": "does not allow this account to do that: correct MLFLOW_TRACKING_USERNAME",
+    f"{FORBIDDEN}17\r\n\r\nPermission denied": "does not allow this account to do that: correct MLFLOW_TRACKING_USER",
     f"{FORBIDDEN}19\r\n\r\nInvalid Host header": "does not accept this host name: ask its administrator to add it to",
     "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n<html>Log in!</html>": "does not answer like an MLflow server",
     "HTTP/1.1 302 Found\r\nLocation: /login\r\nContent-Length: 0\r\n\r\n": "correct MLFLOW_TRACKING_URI",

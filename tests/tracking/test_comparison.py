@@ -168,6 +168,13 @@ def test_a_run_can_be_named_in_many_ways(tmp_path):
         select(both, "x", tmp_path)
 
 
+def test_an_experiment_that_another_clone_trained_is_named_with_the_ways_to_see_it(tmp_path, monkeypatch):
+    ref = f"refs/exps/aa/{'a' * 38}/pulled"
+    monkeypatch.setattr(comparison, "experiment_refs", lambda root, name: [ref] if name == "pulled" else [])
+    with pytest.raises(ValueError, match=r"the run of experiment 'pulled' is not here, .*`dvc exp show`.*--server"):
+        select([], "pulled", tmp_path)
+
+
 def test_a_commit_names_the_model_in_its_lock_rather_than_the_runs_started_at_it(tmp_path, monkeypatch):
     scored_run(tmp_path, "held", 2.0)
     scored_run(tmp_path, "begun", 1.0, params={"train.batch_size": 2}, tags={"git.commit": "b" * 40})
