@@ -42,7 +42,10 @@ def test_errors_are_quoted_as_the_code_prints_them() -> None:
     text = troubleshooting.partition("## A check says")[0] + team.partition("## When something fails")[2]
     cells = [row.split(" | ")[0] for row in text.splitlines() if row.startswith("| `")]
     quoted = [
-        text for cell in cells if not cell.endswith(("(DVC)", "(git)", "(torch)")) for text in re.findall("`([^`]+)`", cell)
+        text
+        for cell in cells
+        if not cell.endswith(("(DVC)", "(git)", "(torch)"))
+        for text in re.findall("`([^`]+)`", cell)
     ]
     pieces = {piece.strip(" ,;") for text in quoted for piece in text.split("…") if len(piece) > 12}
     code = "\n".join(path.read_text(encoding="utf-8") for path in CODE)
