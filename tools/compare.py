@@ -18,6 +18,10 @@ from tracking.significance import ALPHA, Difference
 WIDTH = 80
 TITLES = {"val_loss": "validation loss, nats per token", "bits_per_byte": "bits per byte (the tokenizers differ)"}
 MANY_LINES = 4  # at most, for a label in the table
+NO_RUNS = (
+    "no run has finished in this clone: `dvc repro` makes one, `dvc metrics show` has the numbers of what was pulled, "
+    "and --server compares the runs of an MLflow server"
+)
 
 
 @command()
@@ -43,7 +47,7 @@ def main(
     elif markdown:
         click.echo("\n\n".join(map(markdown_table, comparisons)) or "No finished runs.")
     else:
-        click.echo("\n\n".join(map(table, comparisons)) or "no finished runs yet; `dvc repro` makes one")
+        click.echo("\n\n".join(map(table, comparisons)) or NO_RUNS)
         for line in advice(comparisons):
             click.echo(f"\n{line}")
     if not as_json:

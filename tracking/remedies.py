@@ -14,7 +14,9 @@ _SYSTEM = {
     errno.EROFS: "make the file system writable",
 }
 # Touched first, because git may have read the file in the same second in which DVC wrote it, at the same size.
-_WRITTEN = "`touch params.yaml && git checkout params.yaml` takes back what -S wrote there"
+_WRITTEN = (
+    "`touch params.yaml && git checkout params.yaml` takes back what -S wrote there, `dvc checkout` what DVC removed"
+)
 _STAGES = {"data/raw": "download", "data/tokens": "tokenize"}  # folder -> the stage that makes it
 
 

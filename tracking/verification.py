@@ -62,6 +62,8 @@ def check_lock(root: Path) -> Report:
     if report.exit_code:
         report.notes.append("run `dvc repro`, and commit dvc.lock with the change")
     report.findings.append(_remote(root))
+    if report.findings[-1].verdict == MISSING:
+        report.notes.append("run `dvc push`")
     return report
 
 

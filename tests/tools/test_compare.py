@@ -68,7 +68,7 @@ def test_a_line_of_a_verdict_fits_80_columns(root):
 
 
 def test_one_run_and_none(root):
-    assert compare().stdout == "no finished runs yet; `dvc repro` makes one\n"
+    assert compare().stdout.startswith("no run has finished in this clone: `dvc repro` makes one, ")
     assert json.loads(compare("--json").stdout) == {"comparisons": [], "left_out": []}
     assert "No finished runs." in compare("--markdown").stdout
     scored_run(root, "only", 2.0)
@@ -105,7 +105,7 @@ def test_only_the_experiment_of_params_yaml_unless_runs_are_named(root):
     two_settings(root)
     text = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(text.replace("test/one experiment", "another"))
-    assert "no finished runs" in compare().stdout
+    assert "no run has finished" in compare().stdout
     assert compare("slow-*", "fast-1").stdout.startswith("4 runs of 2 settings")
     assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-3].endswith("cannot tell from one seed")
     assert "no finished run is 'slaw-1'" in compare("slaw-1", code=1).stderr
