@@ -45,25 +45,38 @@ def six_runs(repository: Path) -> dict[str, dict[str, float]]:
     return expected
 
 
+VOID = {"br", "hr", "img", "input", "link", "meta"}  # elements without an end
+
+
 class Table(HTMLParser):
-    """The cells of the page's table: row -> column -> text."""
+    """The cells of the page's table: row -> column -> text. Their order in the page, and what follows them, vary."""
 
     def __init__(self, html: str):
         super().__init__()
         self.rows: dict[str, dict[str, str]] = {}
-        self._row, self._column = "", ""
+        self._row, self._column, self._depth = "", "", 0  # of elements, in the present cell
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self._row = found.get("row-id") or self._row
-        if found.get("role") in ("gridcell", "columnheader"):
-            self._column = found.get("col-id") or ""
+        if found.get("role") == "gridcell":
+            self._column, self._depth = found.get("col-id") or "", 1
+        elif self._depth and tag not in VOID:
+            self._depth += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        self._depth -= bool(self._depth)
 
     def handle_data(self, text: str) -> None:
-        if self._row and text.strip():
+        if self._row and self._depth and text.strip():
             cells = self.rows.setdefault(self._row, {})
             cells[self._column] = cells.get(self._column, "") + text.strip()
+
+
+def test_text_after_a_cell_is_not_read_as_its_own() -> None:
+    cell = '<div row-id="1"><div role="gridcell" col-id="{}"><span>{}<br></span></div></div>'
+    assert Table(cell.format("b", 2) + cell.format("a", 1) + "<p>6 runs</p>").rows == {"1": {"b": "2", "a": "1"}}
 
 
 def test_the_page_opens_on_the_runs_with_their_names_losses_and_what_differs(browser: str, tmp_path: Path) -> None:
