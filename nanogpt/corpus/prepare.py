@@ -36,6 +36,7 @@ from nanogpt.corpus.raw_text import (
     Span,
     load_info,
     read_documents,
+    read_file,
     read_spans,
     read_text,
     utf8_bytes,
@@ -75,6 +76,9 @@ class Preparation:
         """Makes the tokenizer. Raises ValueError if the raw text is damaged or too short to split."""
         work.mkdir(parents=True, exist_ok=True)
         self.raw, self.work, self.warn, self.info = raw, work, warn, load_info(raw)
+        if self.info.kind != "documents":  # whose index is made from all of them
+            for name in self.info.files:  # before a part is made that would be kept
+                deque(read_file(raw, name), maxlen=0)
         self._split = _split(raw, self.info, params, warn)
         path = work / "tokenizer.json"
         if path.exists():

@@ -233,3 +233,20 @@ def test_shares_complement_one_another(
     again = in_parts()
     again.finish(again.encode(1, print), tmp_path / "tokens")
     assert contents(tmp_path / "tokens") == contents(corpora[1])
+
+
+def test_no_part_of_a_damaged_text_is_kept_for_the_restored_one(
+    tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(prepare_module, "SHARD", 1000)
+    raw, params = tmp_path / "raw", CHAR.model_copy(update={"tokenizer": "gpt2"})
+    write_raw(raw, ["The cat sat on the mat.\n" * 200])
+    whole = (raw / "text.txt").read_bytes()
+    (raw / "text.txt").write_bytes(whole.replace(b"cat", b"cut", 1))
+    with refuses(r"text\.txt has sha256", Damaged):
+        Preparation(raw, tmp_path / "work", params, print).encode(1, print)
+    (raw / "text.txt").write_bytes(whole)
+    again = Preparation(raw, tmp_path / "work", params, print)
+    again.finish(again.encode(1, print), tmp_path / "tokens")
+    prepare(raw, tmp_path / "expected", params, 1)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "expected")
