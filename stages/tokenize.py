@@ -63,7 +63,7 @@ def _work(params: "TokenizeParams") -> Path:
 
 
 def _parse(share: str) -> tuple[int, int]:
-    """ "3/8" as (3, 8)."""
+    """Reads a share such as 3/8 as (3, 8). Raises ValueError."""
     number, _, of = share.partition("/")
     if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
         raise ValueError(f"--share {share} is invalid: give its number and the number of shares, from 0/8 to 7/8")

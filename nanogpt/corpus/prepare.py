@@ -155,7 +155,10 @@ def prepare(
     update: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Meta:
-    """Tokenizes `raw` into the new `directory`; keeps nothing of an interrupted call."""
+    """Tokenizes `raw` into the new `directory`; `update` receives the bytes of text so far.
+
+    An interrupted call leaves nothing behind. Raises ValueError if the raw text is damaged or too short to split.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         preparation = Preparation(raw, Path(folder, "parts"), params, warn)
