@@ -26,6 +26,7 @@ AS_NANOGPT: dict[str, Any] = {
     "model.qk_norm": False,
     "model.tie_embeddings": True,
     "model.previous_tokens": 0,
+    "model.ngrams": 1,
     "model.embedding_norm": False,
 }
 TRAINING_AS_NANOGPT = AS_NANOGPT | {
@@ -34,7 +35,6 @@ TRAINING_AS_NANOGPT = AS_NANOGPT | {
     "train.init_from": "scratch",
     "train.lr_decay": "cosine",
     "train.data_order": "random",
-    "train.embedding_lr_multiplier": 1.0,
     "train.patience": None,
     "tokenize.tokenizer": "char",
     "tokenize.val_fraction": 0.1,

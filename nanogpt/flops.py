@@ -58,10 +58,11 @@ def flops_per_token(config: GPTConfig, parameters: int) -> int:
     """Returns the FLOPs of training on one token, forward and backward: 6N + 12·L·H·Q·T (PaLM, appendix B).
 
     N counts only parameters that are multiplied, not those that are looked up: learned positions (as nanoGPT does),
-    the embeddings of previous tokens, and the token embedding unless it is the head as well.
+    the embeddings of previous tokens and of n-grams, and the token embedding unless it is the head as well.
     """
     tables = config.previous_tokens + (not config.tie_embeddings)
     looked_up = tables * config.padded_vocab_size + (config.block_size if config.position == "learned" else 0)
+    looked_up += config.ngram_rows if config.ngrams > 1 else 0
     n = parameters - looked_up * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
 

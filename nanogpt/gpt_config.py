@@ -11,7 +11,7 @@ Attention = Literal["fused", "plain"]  # how attention is computed; not part of 
 
 LARGEST_INTEGER = 2**63 - 1  # torch's limit
 MOST_LAYERS = 2**12  # with more layers, building the model takes minutes
-MOST_PREVIOUS_TOKENS = 64
+MOST_PREVIOUS_TOKENS = LONGEST_NGRAM = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class GPTConfig:
     tie_embeddings: bool = True
     zero_init: bool = False
     previous_tokens: int = 0
+    ngrams: int = 1  # tokens of the longest n-gram with an embedding of its own
+    ngram_rows: int = 2**16
     embedding_norm: bool = False
     dropout: float = 0.0
     vocab_multiple: int = 1
@@ -62,7 +64,8 @@ def checked(name: str, value: Any, called: str = "") -> Any:
         valid, what = type(value) is bool, "true or false"
     elif kind is int:
         least = 0 if name == "previous_tokens" else 1
-        most = {"n_layer": MOST_LAYERS, "previous_tokens": MOST_PREVIOUS_TOKENS}.get(name, LARGEST_INTEGER)
+        limits = {"n_layer": MOST_LAYERS, "previous_tokens": MOST_PREVIOUS_TOKENS, "ngrams": LONGEST_NGRAM}
+        most = limits.get(name, LARGEST_INTEGER)
         valid, what = type(value) is int and least <= value <= most, f"an integer from {least} to {most}"
     elif kind is float:
         valid, what = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to less than 1"

@@ -49,6 +49,7 @@ _NANOCHAT: dict[str, Collection[Any]] = {
     "qk_norm": [True],
     "tie_embeddings": [False],
     "previous_tokens": [0],
+    "ngrams": [1],
     "embedding_norm": [True],
 }
 _LARGEST_JSON = 2**22  # bytes of config.json

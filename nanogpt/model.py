@@ -1,7 +1,8 @@
 """GPT-2's architecture (Radford et al. 2019): learned positions, pre-LayerNorm, GELU, the head tied to the embedding.
 
 Later improvements are fields of GPTConfig that are off for GPT-2: RMSNorm, rotary positions, QK-norm, squared ReLU, an
-untied head, projections that start at zero, embeddings of previous tokens, a norm after the embeddings.
+untied head, projections that start at zero, embeddings of previous
+tokens and of n-grams, a norm after the embeddings.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary (padded).
 """
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanogpt.gpt_config import Attention, GPTConfig
 from nanogpt.loss import cross_entropy, each_cross_entropy
+from nanogpt.ngrams import NgramEmbedding
 from nanogpt.startup import NothingDrawn
 from nanogpt.tied_gradient import TiedGradient
 
@@ -189,6 +191,9 @@ class GPT(nn.Module):
         self.previous = nn.ModuleList(
             nn.Embedding(config.padded_vocab_size, config.n_embd) for _ in range(config.previous_tokens)
         )
+        self.ngrams = None
+        if config.ngrams > 1:
+            self.ngrams = NgramEmbedding(config.ngrams, config.ngram_rows, config.n_embd)
         self.ln_e = make_norm(config) if config.embedding_norm else nn.Identity()
         self.tied_gradient: TiedGradient | None = None  # autograd's own way
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -254,7 +259,7 @@ class GPT(nn.Module):
         return normed
 
     def embed(self, tokens: Tensor, start: int, cache: KVCache | None) -> Tensor:
-        """tokens (B, T) -> the sum of the embeddings of token, position and previous tokens, (B, T, C)."""
+        """tokens (B, T) -> the sum of the embeddings of token, position, previous tokens and n-grams, (B, T, C)."""
         T = tokens.size(1)
         tied = self.tied_gradient
         x: Tensor = self.wte(tokens) if tied is None else tied.lookup(self.wte.weight, tokens)
@@ -262,10 +267,13 @@ class GPT(nn.Module):
             x = x + self.wpe.weight[start : start + T]
         if cache is not None:
             cache.tokens[:, start : start + T] = tokens
-            tokens = cache.tokens[:, max(0, start - len(self.previous)) : start + T]
+            earlier = max(self.config.previous_tokens, self.config.ngrams - 1)
+            tokens = cache.tokens[:, max(0, start - earlier) : start + T]
         for distance, table in enumerate(self.previous, start=1):
-            earlier = table(tokens[:, :-distance])[:, -T:]  # (B, ≤ T, C): the first tokens of a text have none
-            x = x + F.pad(earlier, (0, 0, T - earlier.size(1), 0))
+            previous = table(tokens[:, :-distance])[:, -T:]  # (B, ≤ T, C): the first tokens of a text have none
+            x = x + F.pad(previous, (0, 0, T - previous.size(1), 0))
+        if self.ngrams is not None:
+            x = x + self.ngrams(tokens)[:, -T:]
         embedded: Tensor = self.ln_e(x)
         return embedded
 

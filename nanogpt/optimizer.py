@@ -36,23 +36,22 @@ def make_optimizer(model: nn.Module, params: TrainParams, device_type: str, dtyp
 
 
 def parameter_groups(model: nn.Module, params: TrainParams) -> list[Group]:
-    """Returns groups by learning rate and weight decay. Only matrices and embeddings decay, not biases and norms."""
+    """Returns groups by learning rate and weight decay. Biases and norms do not decay, n-grams by their own rate."""
     muon = params.optimizer == "muon"
     kinds: dict[str, Group] = {
         "matrices": {"lr_multiplier": 1.0, "weight_decay": params.weight_decay},
-        "embeddings": {"lr_multiplier": params.embedding_lr_multiplier, "weight_decay": params.weight_decay},
+        "ngrams": {"lr_multiplier": 1.0, "weight_decay": params.ngram_weight_decay},
         "vectors": {"lr_multiplier": 1.0, "weight_decay": 0.0},
     }
     if muon:
         lr_multiplier = params.muon_learning_rate / params.learning_rate
         kinds["muon"] = {"lr_multiplier": lr_multiplier, "weight_decay": params.muon_weight_decay}
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             kind = "vectors"
-        elif id(parameter) in embeddings:
-            kind = "embeddings"
+        elif name.startswith("ngrams."):
+            kind = "ngrams"
         else:
             kind = "muon" if muon and name.startswith("h.") else "matrices"
         members[kind].append(parameter)

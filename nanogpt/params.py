@@ -13,6 +13,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from nanogpt.files import Damaged, read_bytes
 from nanogpt.gpt_config import (
     LARGEST_INTEGER,
+    LONGEST_NGRAM,
     MOST_LAYERS,
     MOST_PREVIOUS_TOKENS,
     Activation,
@@ -83,6 +84,8 @@ class ModelParams(Section):
     tie_embeddings: bool | None
     zero_init: bool | None
     previous_tokens: Annotated[int, Field(ge=0, le=MOST_PREVIOUS_TOKENS)] | None
+    ngrams: Annotated[int, Field(ge=1, le=LONGEST_NGRAM)] | None
+    ngram_rows: Natural | None
     embedding_norm: bool | None
     dropout: BelowOne | None
     vocab_multiple: Natural | None
@@ -108,9 +111,9 @@ class TrainParams(Section):
     lr_decay: Literal["cosine", "linear"]
     lr_decay_iters: Natural | None
     weight_decay: NonNegative
+    ngram_weight_decay: NonNegative
     beta1: BelowOne
     beta2: BelowOne
-    embedding_lr_multiplier: Positive
     muon_learning_rate: Positive
     muon_momentum: BelowOne
     muon_weight_decay: NonNegative

@@ -63,6 +63,7 @@ def parameters(config: GPTConfig) -> Parts:
     return {
         "token_embedding": table,
         "previous_tokens": config.previous_tokens * table,
+        "ngrams": config.ngram_rows * config.n_embd if config.ngrams > 1 else 0,
         "positions": config.block_size * config.n_embd if config.position == "learned" else 0,
         **layers,
         "norms": layers["norms"] * (2 * config.n_layer + 1 + config.embedding_norm) // (2 * config.n_layer),  # all
@@ -122,7 +123,7 @@ def activations(config: GPTConfig, setup: Setup) -> Parts:
     mlp += s * 4 * c + residual_mask * c  # the input of GELU; the mask of dropout
     mlp += 0 if recomputed(config, setup) else s * 4 * c  # the output of GELU, the input of c_proj
     per_token = {
-        "embedding": INT64 + float_mask * c,  # the tokens; the mask of dropout
+        "embedding": INT64 * config.ngrams + float_mask * c,  # the tokens and the rows of n-grams; the mask of dropout
         "attention": config.n_layer * attention,
         "mlp": config.n_layer * mlp,
         "head": norm + s * c,  # the final LayerNorm and its output, the input of the head

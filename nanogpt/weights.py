@@ -26,6 +26,7 @@ GPT2_OPTIONS: dict[str, Collection[Any]] = {
     "qk_norm": [False],
     "tie_embeddings": [True],
     "previous_tokens": [0],
+    "ngrams": [1],
     "embedding_norm": [False],
 }
 

@@ -25,7 +25,7 @@ from tracking.launch import run_to_exit
 STEPS, STOP = 6, 4
 VOCABULARY = 9  # of four processes the last one has no row of it
 TOKENS = tiny.tokens(200, vocab_size=VOCABULARY)
-MODERN = {**tiny.NANOCHAT, "previous_tokens": 1, "zero_init": True}
+MODERN = {**tiny.NANOCHAT, "previous_tokens": 1, "ngrams": 2, "ngram_rows": 16, "zero_init": True}
 TRAININGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"optimizer": "adamw", "dtype": "bfloat16"},
     "float16": {"optimizer": "muon", "dtype": "float16"},

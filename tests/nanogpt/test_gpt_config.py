@@ -6,15 +6,18 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from nanogpt.gpt_config import LARGEST_INTEGER, MOST_LAYERS, MOST_PREVIOUS_TOKENS, GPTConfig, checked
+from nanogpt.gpt_config import LARGEST_INTEGER, LONGEST_NGRAM, MOST_LAYERS, MOST_PREVIOUS_TOKENS, GPTConfig, checked
 from nanogpt.params import ModelParams
 from tests.nanogpt import tiny
 
 OPTIONS = {"norm": "batchnorm", "activation": "relu", "position": "alibi"}
 NUMBERS = {
-    **dict.fromkeys(("n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple"), (1, LARGEST_INTEGER)),
+    **dict.fromkeys(
+        ("n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "ngram_rows"), (1, LARGEST_INTEGER)
+    ),
     "n_layer": (1, MOST_LAYERS),
     "previous_tokens": (0, MOST_PREVIOUS_TOKENS),
+    "ngrams": (1, LONGEST_NGRAM),
 }
 FLAGS = ("bias", "qk_norm", "tie_embeddings", "zero_init", "embedding_norm")
 NOTHING = dict.fromkeys(ModelParams.model_fields)

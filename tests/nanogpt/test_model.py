@@ -12,7 +12,9 @@ from tests.nanogpt import tiny
 TOKENS = torch.from_numpy(tiny.tokens(3 * 8).reshape(3, 8).astype("int64"))  # (B, T)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "zero_init": True, "previous_tokens": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False, "zero_init": True, "previous_tokens": 2, "ngrams": 3}]
+)
 def test_without_weights_there_are_the_same_shapes_and_nothing_is_drawn(changes):
     config, before = tiny.config(**changes), torch.get_rng_state()
     empty = without_weights(config)
@@ -87,6 +89,7 @@ MODERN = {
     "qk_norm": True,
     "tie_embeddings": False,
     "previous_tokens": 3,
+    "ngrams": 6,
     "embedding_norm": True,
 }
 OPTIONS = [{}, MODERN, *({name: value} for name, value in MODERN.items())]

@@ -233,8 +233,8 @@ def test_a_key_that_resembles_none_is_reported_with_all_of_its_section(name, ref
     message = refused(TEXT.replace("  n_layer:", f"  {name}: 1\n  n_layer:"))
     assert message == (
         f"model.{name} = 1 is not a known parameter; use one of n_layer, n_head, n_embd, block_size, bias, norm, "
-        "activation, position, qk_norm, tie_embeddings, zero_init, previous_tokens, embedding_norm, "
-        "dropout, vocab_multiple"
+        "activation, position, qk_norm, tie_embeddings, zero_init, previous_tokens, ngrams, ngram_rows, "
+        "embedding_norm, dropout, vocab_multiple"
     )
 
 

@@ -124,7 +124,9 @@ def test_a_checkpoint_of_nanogpt_with_its_padded_vocabulary(tmp_path, tokenizer)
 @pytest.fixture
 def published(tmp_path, tokenizer):
     """One of ours, with options that GPT-2 has not."""
-    model = tiny.gpt(std=0.3, position="rotary", qk_norm=True, tie_embeddings=False, previous_tokens=2, bias=False)
+    model = tiny.gpt(
+        std=0.3, position="rotary", qk_norm=True, tie_embeddings=False, previous_tokens=2, ngrams=3, bias=False
+    )
     save_model(tmp_path / "ours", model.config, tiny.weights(model), tmp_path / "tokenizer.json", {})
     return model
 

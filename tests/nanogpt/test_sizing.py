@@ -41,8 +41,9 @@ def parameter_count(shape):
 )
 def test_parameters_are_those_of_the_model(bias, multiple, n_layer, vocab_size, block_size):
     sizes = {"n_layer": n_layer, "vocab_size": vocab_size, "block_size": block_size}
-    shape = config(bias=bias, vocab_multiple=multiple, **sizes)
-    assert sum(sizing.parameters(shape).values()) == parameter_count(shape)
+    for ngrams in (1, 3):
+        shape = config(bias=bias, vocab_multiple=multiple, ngrams=ngrams, ngram_rows=70, **sizes)
+        assert sum(sizing.parameters(shape).values()) == parameter_count(shape)
 
 
 def test_parameters_by_part_are_those_of_the_model_s_modules():
@@ -79,6 +80,11 @@ def test_flops_are_what_torch_counts(monkeypatch, recomputed, multiple):
     assert backward.get_total_flops() == 2 * per_token * tokens.numel()
 
 
+def test_a_table_that_is_only_looked_up_takes_no_flops():
+    with_table = config(ngrams=3, ngram_rows=70)
+    assert sizing.palm_flops(with_table) == sizing.palm_flops(config())
+
+
 def test_nanogpt_s_figure_differs_by_norms_and_biases_alone():
     for bias in (True, False):
         shape = config(n_layer=3, bias=bias)
@@ -112,7 +118,7 @@ def saved_bytes(model, batch, dtype):
     ("dtype", "dropout", "bias", "activation"),
     [*itertools.product(("float32", "bfloat16"), (0.0, 0.1), (True, False), ("gelu", "gelu_tanh"))],
 )
-@pytest.mark.parametrize("shape", [config(), WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("shape", [config(), WIDE, config(ngrams=4, ngram_rows=50)], ids=["narrow", "wide", "ngrams"])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_activations_are_what_autograd_saves(monkeypatch, recomputed, shape, dtype, dropout, bias, activation):
     monkeypatch.setattr(model, "RECOMPUTED", 0 if recomputed else 2**40)

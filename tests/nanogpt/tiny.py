@@ -68,7 +68,7 @@ def train_params(**changes: Any) -> TrainParams:
         "weight_decay": 0.1,
         "beta1": 0.9,
         "beta2": 0.99,
-        "embedding_lr_multiplier": 1.0,
+        "ngram_weight_decay": 0.0,
         "muon_learning_rate": 2e-2,
         "muon_momentum": 0.95,
         "muon_weight_decay": 0.0,

@@ -49,7 +49,7 @@ def test_the_table(root):
 
 def test_a_table_of_long_names_fits_80_columns(root):
     for i in range(3):
-        params = {f"train.{name}": i for name in ("gradient_accumulation_steps", "embedding_lr_multiplier")}
+        params = {f"train.{name}": i for name in ("gradient_accumulation_steps", "ngram_weight_decay")}
         scored_run(root, f"run-{i}", 2.0 + i / 10, params={**params, "model.position": "rotary" * 20 + str(i)})
     lines = compare().stdout.splitlines()
     assert max(map(len, lines)) <= 80
