@@ -209,11 +209,15 @@ def _spread(setting: Setting, score: str, with_deviation: bool = True) -> str:
 
 
 def _row(number: str, label: str, values: Sequence[str], widths: Sequence[int], room: int) -> Iterator[str]:
-    lines = textwrap.wrap(label, max(room, 12), break_on_hyphens=False)
+    width = max(room, 12)
+    lines = textwrap.wrap(label, width, break_on_hyphens=False, break_long_words=False)  # a path stays whole
     if len(lines) > MANY_LINES:
         lines[MANY_LINES - 1 :] = ["…"]
+    if len(lines[0]) > width:
+        yield f"{number:>2}  {lines[0]}"
+        number, lines[0] = "", ""
     numbers = "  ".join(value.rjust(width) for value, width in zip(values, widths, strict=True))
-    yield f"{number:>2}  {lines[0]:<{max(room, 12)}}  {numbers}".rstrip()
+    yield f"{number:>2}  {lines[0]:<{width}}  {numbers}".rstrip()
     yield from (f"    {line}" for line in lines[1:])
 
 

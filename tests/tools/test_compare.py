@@ -50,10 +50,20 @@ def test_the_table(root):
 def test_a_table_of_long_names_fits_80_columns(root):
     for i in range(3):
         params = {f"train.{name}": i for name in ("gradient_accumulation_steps", "ngram_weight_decay")}
-        scored_run(root, f"run-{i}", 2.0 + i / 10, params={**params, "model.position": "rotary" * 20 + str(i)})
+        scored_run(root, f"run-{i}", 2.0 + i / 10, params={**params, "model.position": "rotary " * 20 + str(i)})
     lines = compare().stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.strip() == "…" for line in lines)
+
+
+def test_a_path_that_is_wider_than_its_column_stays_whole_on_a_line_of_its_own(root):
+    paths = [f"model:inputs/pretrained/{'plays-of-many-authors/' * 3}{name}" for name in ("folio", "quarto")]
+    for i, path in enumerate(paths):
+        scored_run(root, f"run-{i}", 2.0 + i / 10, params={"train.init_from": path})
+    lines = compare().stdout.splitlines()
+    for number, path in enumerate(paths, 1):
+        place = lines.index(f" {number}  {path}")
+        assert lines[place + 1].split()[:2] == ["1", f"{1.9 + number / 10:.4f}"]
 
 
 def test_a_line_of_a_verdict_fits_80_columns(root):
