@@ -34,7 +34,7 @@ class GPTConfig:
     tie_embeddings: bool = True
     zero_init: bool = False
     previous_tokens: int = 0
-    ngrams: int = 1  # tokens of the longest n-gram with an embedding of its own
+    ngrams: int = 1  # length of the longest n-gram with an embedding, in tokens
     ngram_rows: int = 2**16
     embedding_norm: bool = False
     dropout: float = 0.0

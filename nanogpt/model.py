@@ -1,8 +1,7 @@
 """GPT-2's architecture (Radford et al. 2019): learned positions, pre-LayerNorm, GELU, the head tied to the embedding.
 
 Later improvements are fields of GPTConfig that are off for GPT-2: RMSNorm, rotary positions, QK-norm, squared ReLU, an
-untied head, projections that start at zero, embeddings of previous
-tokens and of n-grams, a norm after the embeddings.
+untied head, projections that start at zero, embeddings of previous tokens and of n-grams, a norm after the embeddings.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary (padded).
 """

@@ -1,4 +1,4 @@
-"""Embeddings of n-grams: the last two tokens, the last three, … have a vector each, as one unit.
+"""Embeddings of n-grams: the last two tokens, the last three, … are each looked up as one unit.
 
 Over-Tokenized Transformer (Huang et al. 2025) and Engram (Cheng et al. 2026) show that a model which looks up what
 follows from the last few tokens learns faster than one that has to compute it.
@@ -18,8 +18,7 @@ PRIME, MULTIPLIER = 2**31 - 1, 742_938_285
 class NgramEmbedding(nn.Module):
     """The sum of the embeddings of the 2-gram, 3-gram, … up to the `longest`-gram that end at each token.
 
-    The n-grams of all lengths share one table, whose rows are chosen by a hash; those that meet in a row share a
-    vector.
+    N-grams of all lengths share one table. A hash chooses the row, and n-grams with the same row share its vector.
     """
 
     def __init__(self, longest: int, rows: int, n_embd: int):
@@ -28,7 +27,7 @@ class NgramEmbedding(nn.Module):
         self.table = nn.Embedding(rows, n_embd)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> (B, T, C). Before the first token stands nothing, which is a unit of its own."""
+        """tokens (B, T) -> (B, T, C). A position before the first token counts as a token that the text lacks."""
         vectors: Tensor = self.table(self.rows(tokens))  # (B, T, N, C)
         total, *others = vectors.unbind(2)
         for other in others:  # in a fixed order
@@ -37,7 +36,7 @@ class NgramEmbedding(nn.Module):
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> the rows of the n-grams that end at each token, (B, T, N)."""
-        units = tokens + 1  # 0 is nothing
+        units = tokens + 1  # 0 stands for a position before the first token
         hashed, found = units * MULTIPLIER % PRIME, []
         for distance in range(1, self.longest):
             earlier = F.pad(units, (distance, 0))[:, : units.size(1)]

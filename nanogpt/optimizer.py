@@ -36,7 +36,7 @@ def make_optimizer(model: nn.Module, params: TrainParams, device_type: str, dtyp
 
 
 def parameter_groups(model: nn.Module, params: TrainParams) -> list[Group]:
-    """Returns groups by learning rate and weight decay. Biases and norms do not decay, n-grams by their own rate."""
+    """Returns groups by learning rate and weight decay. N-grams have a decay of their own, biases and norms none."""
     muon = params.optimizer == "muon"
     kinds: dict[str, Group] = {
         "matrices": {"lr_multiplier": 1.0, "weight_decay": params.weight_decay},

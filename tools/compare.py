@@ -216,7 +216,7 @@ def _row(number: str, label: str, values: Sequence[str], widths: Sequence[int], 
     if len(lines[0]) > width:
         yield f"{number:>2}  {lines[0]}"
         number, lines[0] = "", ""
-    numbers = "  ".join(value.rjust(width) for value, width in zip(values, widths, strict=True))
+    numbers = "  ".join(value.rjust(size) for value, size in zip(values, widths, strict=True))
     yield f"{number:>2}  {lines[0]:<{width}}  {numbers}".rstrip()
     yield from (f"    {line}" for line in lines[1:])
 

@@ -104,6 +104,10 @@ def test_our_logits_are_nanochats(changes):
     ("changes", "message"),
     [
         (
+            {"previous_tokens": 2},
+            "NanoChat does not support model.previous_tokens = 2; train with model.previous_tokens = 0",
+        ),
+        (
             {"ngrams": 2},
             "NanoChat does not support model.ngrams = 2; train with model.ngrams = 1",
         ),

@@ -78,15 +78,22 @@ def test_matrices_and_embeddings_decay_and_nothing_else_does():
     names = {name for name, _ in model.named_parameters()}
     assert found["vectors"][0] == {name for name in names if name.endswith("bias") or "ln_" in name}
     assert set.union(*(members for members, _ in found.values())) == names
+    assert {"wte.weight", "wpe.weight"} <= found["matrices"][0]
     assert found["matrices"][1]["betas"] == (0.9, 0.99)
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_each_group_its_learning_rate():
-    model = tiny.gpt(tie_embeddings=False, ngrams=3)
+    model = tiny.gpt(tie_embeddings=False, previous_tokens=2, ngrams=3)
     changes = {"learning_rate": 0.1, "ngram_weight_decay": 3.0, "muon_learning_rate": 0.04}
     found = groups(model, optimizer="muon", muon_weight_decay=0.3, **changes)
     assert found["muon"][0] == {f"h.{i}.{part}.weight" for i in (0, 1) for part in MATRICES}
-    assert found["matrices"][0] == {"lm_head.weight", "wte.weight", "wpe.weight"}
+    assert found["matrices"][0] == {
+        "lm_head.weight",
+        "wte.weight",
+        "wpe.weight",
+        "previous.0.weight",
+        "previous.1.weight",
+    }
     assert found["ngrams"][0] == {"ngrams.table.weight"}
     multipliers = {kind: group["lr_multiplier"] for kind, (_, group) in found.items()}
     assert multipliers == {"muon": pytest.approx(0.4), "matrices": 1.0, "ngrams": 1.0, "vectors": 1.0}
