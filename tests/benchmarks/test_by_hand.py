@@ -1,6 +1,5 @@
 """Benchmarks that are only run by hand: that they run, and that their figures fit together."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import sharding, sizing, tracking_overhead
+from benchmarks import tracking_overhead
 from tests.conftest import GPT2
 
 TINY = GPT2 | {
@@ -51,22 +50,3 @@ def test_the_processor_s_time_of_a_process_is_told() -> None:
         assert tracking_overhead.processor_seconds(process) > 0
         process.communicate(b"\n")
     assert tracking_overhead.processor_seconds(None) == 0
-
-
-def test_a_run_and_its_prediction_are_of_one_shape() -> None:
-    shape = dict(zip(sizing.NAMES, sizing.SHAPES[0], strict=True))
-    run = sizing.trained(shape, {"numerics.determinism": "off", "numerics.threads": 1}, steps=2)
-    assert run.keys() == {"mb", "ms", "predicted_mb", "mfu"}
-    assert run["ms"] > 0
-    # weights, gradients and two moments of 12 x 16 x 16 + (64 + 8) x 16 + 3 x 16 parameters at the least
-    assert run["predicted_mb"] > 4 * 4 * (12 * 256 + 72 * 16 + 48) / 1e6
-
-
-def test_a_process_that_trains_alone_sends_nothing_and_its_prediction_is_of_the_same_shape(tmp_path: Path) -> None:
-    shape = {"size": 1, "vocab_size": 64, "block_size": 8, "layers": 1, "channels": 64, "optimizer": "adamw"}
-    sharding.trained(str(tmp_path), **shape)
-    found = json.loads((tmp_path / "0.json").read_text())
-    held = 16 * (12 * 64**2 + (64 + 8) * 64)  # of the matrices, in weights, gradients and two moments
-    assert held < found["held"] < 1.1 * held
-    assert (found["sent"], sharding.predict(**shape)["sent"]) == ({}, {})
-    assert sharding.predict(**shape)["peak"] > found["held"]
