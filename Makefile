@@ -42,9 +42,8 @@ smoke: $(READY)  ## the whole pipeline in seconds, as an experiment named smoke 
 	  --set-param sample.max_new_tokens=100
 	@python -m tools compare smoke
 
-queue: $(READY)  ## run all queued experiments (JOBS=2 at a time), then compare
-	dvc exp run --run-all --jobs $(JOBS)
-	@python -m tools compare
+queue: $(READY)  ## run all queued experiments (JOBS=2 at a time), then compare them
+	@python -m tools queue --jobs $(JOBS)
 
 compare: $(READY)  ## which setting is best, by how much, and whether that is noise
 	@python -m tools compare

@@ -25,6 +25,7 @@ COMMANDS = {
     "ladder": "Predicts the loss of a larger training from small ones.",
     "lineage": "Shows where a model comes from and how to make it again.",
     "preset": "Writes params.yaml for a preset, or lists the presets.",
+    "queue": "Runs all queued experiments to their end.",
     "reference": "Writes docs/reference.md from params.yaml, the commands and MLflow's names.",
     "replay": "Recomputes one training step and compares it with the journal.",
     "report": "Writes a report of experiments for a paper or a colleague.",

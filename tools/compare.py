@@ -26,7 +26,9 @@ NO_RUNS = (
 
 @command()
 @click.argument("runs", nargs=-1, metavar="[RUN | EXPERIMENT | COMMIT]...")
-@click.option("--baseline", help="Compare the others with this run, experiment or commit.  [default: the best]")
+@click.option(
+    "--baseline", help="Compare the others with this run, experiment or commit.  [default: the best with several seeds]"
+)
 @click.option("--server", is_flag=True, help="Take the runs from MLflow (MLFLOW_TRACKING_URI) instead of .runs.")
 @click.option("--markdown", is_flag=True, help="Print Markdown, for a pull request.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -155,7 +157,7 @@ def verdict_lines(found: Comparison) -> list[str]:
     if not found.others:
         return []
     against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
-    lines = ["", f"{against}: difference, 95 % interval, p over {count(found.tests, 'comparison')}"]
+    lines = ["", f"{against}: difference, 95 % interval, p corrected for {count(found.tests, 'comparison')}"]
     for setting, diff in zip(found.others, found.differences, strict=True):
         kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
         shown = [f"{diff.mean:+.4f}", interval(diff), kind, p_value(diff), words(diff)]
@@ -189,7 +191,9 @@ def p_value(diff: Difference) -> str:
 
 
 def reference_is(found: Comparison) -> str:
-    return "best" if found.chosen else "baseline"
+    if not found.chosen:
+        return "baseline"
+    return "best" if found.reference is found.settings[0] else "best with several seeds"
 
 
 def number_of(found: Comparison, setting: Setting) -> str:

@@ -16,7 +16,7 @@ import click
 from nanogpt.files import write_text
 from nanogpt.params import Params, flatten, load_params, parse_assignments, parse_params, with_values
 from tools.command import command, commit_of, markdown_row
-from tracking.comparison import TEXT, Result, journal_results, scoring_method, select
+from tracking.comparison import TEXT, Result, defining, journal_results, scoring_method, select
 from tracking.console import repository
 from tracking.errors import explain
 from tracking.fingerprint import code_hash
@@ -78,7 +78,11 @@ class Side:
         """Whether a run with these parameters and tags is one of this side, with that seed."""
         sections = ((name, getattr(self.params, name)) for name in SECTIONS)
         wanted = {k: as_text(v) for name, section in sections for k, v in flatten(section, f"{name}.").items()}
-        return dict(params) == wanted | {SEED: str(seed)} and tags.get("code.sha256") == self.code
+        return (
+            params.get(SEED) == str(seed)
+            and defining(params) == defining(wanted)
+            and tags.get("code.sha256") == self.code
+        )
 
 
 @dataclass

@@ -26,6 +26,13 @@ TEXT = (
     *(f"download.{name}" for name in ("source", "documents", "seed", "split", "revision", "text_column")),
     *("tokenize.val_fraction", "tokenize.split_seed"),
 )
+THREADS = "numerics.threads"
+
+
+def defining(params: Mapping[str, str]) -> dict[str, str]:
+    """The parameters that define a setting: without the seed, and without what changes no bit of the result."""
+    portable = params.get("numerics.determinism") == "portable"
+    return {key: value for key, value in params.items() if key != SEED and not (portable and key == THREADS)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Result:
     def setting(self) -> tuple[Any, ...]:
         """Everything that defines the run, except its seed and its code."""
         hashes = (self.tags.get(name) for name in ("tokens.sha256", "initial.sha256"))
-        return *sorted((key, value) for key, value in self.params.items() if key != SEED), *hashes
+        return *sorted(defining(self.params).items()), *hashes
 
     @cached_property
     def text(self) -> tuple[Any, ...]:
@@ -145,7 +152,7 @@ class Comparison:
     settings: list[Setting]
     score: str  # val_loss; bits_per_byte if the tokenizers differ
     reference: Setting
-    chosen: bool  # the reference is the best setting, chosen by the losses that are compared
+    chosen: bool  # the reference is the best setting (with several seeds), chosen by the losses that are compared
     differences: list[Difference]  # of all settings but the reference, in their order
 
     @property
@@ -234,8 +241,9 @@ def compare(
 ) -> tuple[list[Comparison], list[str]]:
     """Groups runs into settings, and settings with comparable losses into comparisons, the largest one first.
 
-    `is_baseline` selects the runs to compare the others with; without it, that is the best setting. Also returns a line
-    for each run that is left out. Raises ValueError if the baseline is none of the runs, or several settings.
+    `is_baseline` selects the runs to compare the others with; without it, that is the best setting with several seeds,
+    if there is one, since nothing can be told from one seed. Also returns a line for each run that is left out. Raises
+    ValueError if the baseline is none of the runs, or several settings.
     """
     results, left_out = _scored(list(results))
     by_text: dict[Any, list[Result]] = defaultdict(list)
@@ -271,7 +279,7 @@ def _compare(results: Sequence[Result], is_baseline: Callable[[Result], bool] | 
         raise ValueError(
             f"the baseline is {len(baselines)} settings: {'; '.join(b.label for b in baselines)}; give one"
         )
-    reference = baselines[0] if baselines else settings[0]
+    reference = next(iter(baselines or [each for each in settings if len(each.values(score)) > 1] or settings))
     found = Comparison(settings, score, reference, not baselines, [])
     pairs = [difference(other.losses(score), reference.losses(score)) for other in found.others]
     found.differences = corrected(pairs, found.tests)
@@ -301,8 +309,12 @@ def _by_setting(results: Sequence[Result]) -> list[dict[int, Result]]:
 def name_differences(settings: Sequence[Setting]) -> None:
     """Sets how settings differ: in parameters, by the shortest unambiguous key, then in data and code."""
     first = [setting.results[0] for setting in settings]
-    keys = sorted({key for result in first for key in result.params} - {SEED})
-    differing = [key for key in keys if len({result.params.get(key) for result in first}) > 1]
+    each = [defining(result.params) for result in first]
+    keys = sorted({key for params in each for key in params})
+    differing = [key for key in keys if len({params.get(key) for params in each}) > 1]
+    # Under portable, the number of threads says nothing; under another mode, the mode shows the difference.
+    if len({params.get(THREADS) for params in each if THREADS in params}) < 2:
+        differing = [key for key in differing if key != THREADS]
     short = {key: key.rpartition(".")[2] for key in differing}
     uses = Counter(short.values())
     hashes = {"data": "tokens.sha256", "initial": "initial.sha256"}

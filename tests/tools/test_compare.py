@@ -42,9 +42,18 @@ def test_the_table(root):
         " 1  0.04                      3  1.9200 ± 0.0200     0.9600  0.9200     40   0 s\n"
         " 2  0.02                      3  2.0200 ± 0.0265     1.0100  1.0200     40   0 s\n"
         "\n"
-        "against 1, the best: difference, 95 % interval, p over 1 comparison\n"
+        "against 1, the best: difference, 95 % interval, p corrected for 1 comparison\n"
         " 2  +0.1000  [+0.0752, +0.1248]  paired  p=0.0033  worse\n"
     )
+
+
+def test_a_single_seed_is_not_what_the_others_are_compared_with(root):
+    two_settings(root)
+    scored_run(root, "long", 1.5, params={"train.max_iters": 1200})
+    found = compare().stdout
+    assert "against 2, the best with several seeds: difference" in found
+    assert " 1  -0.4200  cannot tell from one seed\n" in found
+    assert " 3  +0.1000  " in found
 
 
 def test_a_table_of_long_names_fits_80_columns(root):

@@ -30,6 +30,29 @@ def test_runs_that_differ_only_in_their_seed_are_one_setting(tmp_path):
     assert found.differences[0].verdict == "worse"
 
 
+def test_threads_make_another_setting_only_where_they_change_the_bits(tmp_path):
+    for i, (threads, mode) in enumerate([("null", "portable"), (1, "portable"), (1, "machine"), (2, "machine")]):
+        values = {"numerics.threads": threads, "numerics.determinism": mode}
+        scored_run(tmp_path, f"run-{i}", 2.0 + i / 10, seed=i, params=values)
+    (found,), _ = compare(results(tmp_path))
+    assert [setting.seeds for setting in found.settings] == [[0, 1], [2], [3]]
+    (found,), _ = compare([result for result in results(tmp_path) if result.seed < 2 or result.seed == 3])
+    assert labels(found) == ["determinism=portable", "determinism=machine"]
+
+
+def test_the_reference_is_the_best_setting_with_several_seeds_if_there_is_one(tmp_path):
+    scored_run(tmp_path, "long", 1.5, params={"train.max_iters": 1200})
+    assert compare(results(tmp_path))[0][0].reference.seeds == [1]
+    for seed in (1, 2):
+        scored_run(tmp_path, f"slow-{seed}", 2.0 + seed / 100, seed=seed, params={"train.max_iters": 100})
+        values = {"train.max_iters": 100, "train.muon_learning_rate": 0.04}
+        scored_run(tmp_path, f"fast-{seed}", 1.9 + seed / 101, seed=seed, params=values)
+    (found,), _ = compare(results(tmp_path))
+    assert (found.settings.index(found.reference), found.chosen, found.tests) == (1, True, 3)
+    assert found.differences[0].p is None
+    assert found.differences[1].verdict == "worse"
+
+
 def test_names_of_parameters_are_as_short_as_is_unambiguous(tmp_path):
     for i, (batch, evaluated) in enumerate([(4, 8), (8, 16)]):
         params = {"train.batch_size": batch, "sample.batch_size": evaluated, "model.n_layer": i}

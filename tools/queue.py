@@ -1,0 +1,147 @@
+"""Runs the queued experiments: `python -m tools queue`.
+
+DVC's queue workers send themselves messages through files. Now and then one reads a message before it is written, and
+ends, most often on a busy machine; `dvc exp run --run-all` then waits for ever (treeverse/dvc#10428). Here a worker
+that ends is replaced, and none is asked how it is: that would be one more message.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+from tools.command import command
+
+POLL_SECONDS = 1.0
+USELESS = 5  # workers that end one after the other without an experiment in between
+
+
+@dataclass
+class Workers:
+    """DVC's queue workers, as processes of their own, which outlive this one and end when the queue is empty."""
+
+    root: Path
+    log: Path
+    running: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    started: Iterator[int] = field(default_factory=itertools.count)
+
+    def keep(self, number: int) -> int:
+        """Starts workers until so many are running; returns how many were started."""
+        self.running = [worker for worker in self.running if worker.poll() is None]
+        missing = max(0, number - len(self.running))
+        self.running += [self._start() for _ in range(missing)]
+        return missing
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        number = next(self.started)
+        node = f"queue-{os.getpid()}-{number}@localhost"
+        arguments = [sys.executable, "-m", "dvc", "exp", "queue-worker", node, *(["--clean"] if number == 0 else [])]
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                arguments, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+
+@command()
+@click.option("-j", "--jobs", type=click.IntRange(1, 1000), default=1, help="Experiments at the same time.")
+def main(jobs: int) -> None:
+    """Runs all queued experiments to their end.
+
+    Queue them with `dvc exp run --queue`. Ctrl-C leaves the workers running: repeat the command to wait for them, or
+    end them with `dvc queue stop`. Compares the experiments at the end. Exit code 0: all are done; 1: some failed; 2:
+    error.
+    """
+    from dvc.repo import Repo
+
+    root = Path.cwd()
+    log = root / ".runs" / "logs" / "queue.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with Repo(str(root)) as repo:
+            made, failed = run(repo.experiments.celery_queue, Workers(root, log), jobs, click.echo)
+    except KeyboardInterrupt:
+        click.echo("\nthe experiments go on in the background: `dvc queue stop` ends the workers after them")
+        sys.exit(130)
+    if made:
+        compared(root, made)
+    if failed:
+        click.echo(f"{len(failed)} failed: {', '.join(failed)}; `dvc queue logs {failed[0]}` shows what one printed")
+        sys.exit(1)
+
+
+def compared(root: Path, experiments: list[str]) -> None:
+    """Prints the comparison of these experiments, as `python -m tools compare` does."""
+    from tools import compare
+
+    try:
+        comparisons, _ = compare.gather(root, experiments, None, server=False)
+    except ValueError as error:  # none of them trained: DVC had the results
+        click.echo(f"not compared: {error}")
+        return
+    click.echo("\n" + "\n\n".join([*map(compare.table, comparisons), *compare.advice(comparisons)]))
+
+
+def run(queue: Any, workers: Workers, jobs: int, say: Callable[[str], None]) -> tuple[list[str], list[str]]:
+    """Runs what is in DVC's queue, with a line for each experiment; returns the names of those done and those failed.
+
+    Raises ValueError if workers end without having run anything.
+    """
+    queued, active = entries(queue)
+    waited_for, made, failed = {**queued, **active}, list[str](), list[str]()
+    if not waited_for:
+        say("nothing is queued; `dvc exp run --queue -S KEY=VALUE` adds an experiment")
+        return made, failed
+    say(f"{len(waited_for)} experiments, {jobs} at a time; `dvc queue logs NAME --follow` shows one of them")
+    total, useless = len(waited_for), 0
+    while waited_for:
+        restarted = workers.keep(min(jobs, len(queued) + len(active))) if queued else 0
+        time.sleep(POLL_SECONDS)
+        queued, active = entries(queue)
+        gone = {rev: each for rev, each in active.items() if not workers.running and is_lost(queue, rev)}
+        over = [rev for rev in waited_for if rev not in queued and (rev not in active or rev in gone)]
+        for rev in over:
+            entry = waited_for.pop(rev)
+            name, how = entry.name or rev[:7], "FAILED"
+            if rev in gone:
+                how = f"interrupted: `dvc queue kill {name}`, then queue it again under this name, and it continues"
+            elif experiment := experiment_of(queue, entry):
+                name, how = experiment, "done"
+            (made if how == "done" else failed).append(name)
+            say(f"{total - len(waited_for)} of {total}  {name}  {how}")
+        useless = 0 if over or active else useless + restarted
+        if useless > USELESS * jobs:
+            raise ValueError(f"DVC's workers end without having run an experiment; see {workers.log}")
+    return made, failed
+
+
+def entries(queue: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The queued and the active tasks by revision. One that begins meanwhile is in both or in the second."""
+    while True:
+        try:
+            queued = {entry.stash_rev: entry for entry in queue.iter_queued()}
+            return queued, {entry.stash_rev: entry for entry in queue.iter_active()}
+        except ValueError:  # half a message
+            time.sleep(POLL_SECONDS)
+
+
+def is_lost(queue: Any, rev: str) -> bool:
+    """Whether an active task has no process, because it was killed with its worker."""
+    process = queue.proc.get(rev)
+    return process is None or not psutil.pid_exists(process.pid)
+
+
+def experiment_of(queue: Any, entry: Any) -> str | None:
+    """The name of the experiment that a task made; None if it failed."""
+    try:
+        result = queue.get_result(entry)
+    except FileNotFoundError:
+        return None
+    return str(result.ref_info.name) if result and result.exp_hash and result.ref_info else None
