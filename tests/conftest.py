@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from nanogpt.params import Params, load_params
 
 REPOSITORY = Path(__file__).parents[1]
+BUILT_IN = REPOSITORY / "tests" / "params.yaml"  # the built-in experiment, since params.yaml may be a user's own
 HOOKS = REPOSITORY / "tests" / "hooks"  # Python runs its sitecustomize.py when it starts
 GPT2 = {  # what makes params.yaml's model and training those of nanoGPT, but for their size
     "model.norm": "layernorm",
@@ -84,8 +85,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @functools.cache
 def committed_params() -> Params:
-    """The repository's params.yaml, parsed once."""
-    return load_params(REPOSITORY / "params.yaml")
+    """The parameters of the built-in experiment, parsed once."""
+    return load_params(BUILT_IN)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +111,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
     def make(**values: Any) -> Path:
         yaml = YAML()
-        params = yaml.load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+        params = yaml.load((BUILT_IN).read_text(encoding="utf-8"))
         for key, value in values.items():
             section, name = key.split(".")
             assert name in params[section], f"{key} is not in params.yaml"

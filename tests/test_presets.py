@@ -23,10 +23,10 @@ from nanogpt.corpus import grammar, sources
 from nanogpt.params import Params, load_params
 from nanogpt.pretrained import GPT2_REVISIONS
 from stages import download, evaluate, sample, tokenize, train
+from tests.conftest import BUILT_IN, REPOSITORY
 from tools.preset import overlaid
 from tracking import mlflow_process
 
-REPOSITORY = Path(__file__).parents[1]
 PRESETS = {path.stem: path for path in sorted((REPOSITORY / "presets").glob("*.yaml"))}
 BLOCK = 64  # tokens of context of the stand-ins
 
@@ -48,7 +48,7 @@ def laid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laid]:
     here = {"numerics.determinism": "off", "numerics.threads": 1, "numerics.compile": False, "runtime.device": "cpu"}
 
     def lay(name: str, shrink: bool = False, **changes: Any) -> Params:
-        text, _ = overlaid((REPOSITORY / "params.yaml").read_text(encoding="utf-8"), PRESETS[name])
+        text, _ = overlaid(BUILT_IN.read_text(encoding="utf-8"), PRESETS[name])
         params = YAML(typ="safe").load(text)
         for key, value in {**here, **(small(params) if shrink else {}), **changes}.items():
             section, _, entry = key.partition(".")

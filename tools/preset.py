@@ -9,7 +9,6 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from nanogpt.files import write_text
 from nanogpt.params import Params, parse_params
@@ -158,14 +157,8 @@ def changed(text: str, name: str, *overlays: Layer) -> tuple[str, list[str]]:
 
 
 def _yaml() -> YAML:
-    """Reads and writes YAML with its comments, quotes and columns; writes None as null."""
-
-    class Representer(RoundTripRepresenter):
-        """A new class, because representers are registered for a class."""
-
-    Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+    """Reads and writes YAML with its comments, quotes and columns; None becomes nothing, as DVC writes it."""
     yaml = YAML()
-    yaml.Representer = Representer
     yaml.preserve_quotes = True
     yaml.width = 10_000  # columns; comments are long
     return yaml

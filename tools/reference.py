@@ -1,11 +1,13 @@
 """Writes docs/reference.md, with every parameter, command, metric and tag, from the code."""
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from ruamel.yaml import YAML
 
 from nanogpt.files import write_text
 from tools.command import command
@@ -65,7 +67,7 @@ def page() -> str:
         "- [Commands](#commands): `python -m tools` and the stages; `make help` lists the make targets\n"
         "- [Metrics](#metrics) and [tags](#tags) of a run in MLflow",
         "## Parameters",
-        "The value is the one in the committed `params.yaml`. Each key is checked before any work starts.",
+        "The values are those of the built-in experiment. Each key is checked before any work starts.",
         *_parameters(Path("params.yaml").read_text(encoding="utf-8")),
         "## Commands",
         *_commands(),
@@ -93,8 +95,11 @@ def _parameters(text: str) -> list[str]:
         head = re.match(r"(\w+):(?: +# (.*))?\n", section)
         if head is None:
             continue  # the comment at the top
-        rows = re.findall(r"^  (\w+): (.+?) +# (.+)$", section, re.MULTILINE)
-        cells = ((f"`{head[1]}.{key}`", f"`{value}`", _escape(note)) for key, value, note in rows)
+        rows = re.findall(r"^  (\w+): (.*?) *# (.+)$", section, re.MULTILINE)
+        values = YAML(typ="safe").load(section)[head[1]]
+        cells = (
+            (f"`{head[1]}.{key}`", f"`{value or json.dumps(values[key])}`", _escape(note)) for key, value, note in rows
+        )
         parts += [
             f"### {head[1]}",
             *([_sentence(head[2])] if head[2] else []),

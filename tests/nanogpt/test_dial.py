@@ -5,9 +5,9 @@ from nanogpt.gpt_config import GPTConfig
 from nanogpt.model import GPT
 from nanogpt.params import Params, load_params, with_values
 from nanogpt.sizing import multiplied
-from tests.conftest import REPOSITORY
+from tests.conftest import BUILT_IN
 
-PARAMS = load_params(REPOSITORY / "params.yaml")
+PARAMS = load_params(BUILT_IN)
 OWN = PARAMS.train.max_iters * PARAMS.train.batch_size * PARAMS.model.block_size  # tokens
 
 

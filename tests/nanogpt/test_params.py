@@ -10,9 +10,9 @@ import pytest
 from nanogpt.files import Damaged
 from nanogpt.params import Params, flatten, load_params, with_values
 from nanogpt.params_errors import ParamsError
-from tests.conftest import committed_params
+from tests.conftest import BUILT_IN, committed_params
 
-SOURCE = Path(__file__).parents[2] / "params.yaml"
+SOURCE = BUILT_IN
 TEXT = SOURCE.read_text(encoding="utf-8")
 SECTIONS = {name: field.annotation for name, field in Params.model_fields.items()}
 KEYS = [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]

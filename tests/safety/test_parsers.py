@@ -31,12 +31,12 @@ from nanogpt.files import sha256_file, sha256_json
 from nanogpt.model import KVCache
 from nanogpt.params import DownloadParams, TokenizeParams, load_params
 from nanogpt.saved_model import load_model, save_model
+from tests.conftest import BUILT_IN
 from tests.nanogpt import tiny
 from tests.nanogpt.corpus.made import write_raw, write_tokens
 from tests.safety.hostile import changed_json, dumped, harmless, inputs, mutant, parsed, swapped
 
-REPOSITORY = Path(__file__).parents[2]
-SOURCE = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+SOURCE = YAML(typ="safe").load(BUILT_IN.read_text(encoding="utf-8"))
 
 
 @pytest.fixture

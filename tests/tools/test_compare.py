@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.conftest import REPOSITORY
+from tests.conftest import BUILT_IN
 from tests.runs import scored_run
 from tools.__main__ import main
 
@@ -14,7 +14,7 @@ from tools.__main__ import main
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A repository whose params.yaml names the experiment of the runs that tests make."""
-    text = (REPOSITORY / "params.yaml").read_text()
+    text = (BUILT_IN).read_text()
     (tmp_path / "params.yaml").write_text(text.replace("experiment: nanogpt ", "experiment: test/one experiment "))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)

@@ -11,12 +11,12 @@ from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
 from nanogpt.params import Params, check_combinations, flatten, load_params
+from tests.conftest import BUILT_IN, REPOSITORY
 from tools import preset
 from tools.__main__ import main
 from tools.preset import overlaid
 
-REPOSITORY = Path(__file__).parents[2]
-COMMITTED = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
+COMMITTED = BUILT_IN.read_text(encoding="utf-8")
 NAMES = sorted(path.stem for path in (REPOSITORY / "presets").glob("*.yaml"))
 PARAMS = Path("params.yaml")
 DEFAULT = YAML(typ="safe").load(COMMITTED)
@@ -32,7 +32,7 @@ def git(*arguments: str) -> None:
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with params.yaml and the presets, committed."""
     root = tmp_path_factory.mktemp("committed")
-    shutil.copy(REPOSITORY / "params.yaml", root)
+    shutil.copy(BUILT_IN, root)
     shutil.copytree(REPOSITORY / "presets", root / "presets")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

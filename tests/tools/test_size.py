@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
 from nanogpt import flops, timing
-from tests.conftest import GPT2, REPOSITORY
+from tests.conftest import BUILT_IN, GPT2
 from tools.__main__ import main
 from tools.size import time_line
 
@@ -27,7 +27,7 @@ META = {
 @pytest.fixture(autouse=True)
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with only params.yaml, of a training whose figures are known."""
-    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    shutil.copy(BUILT_IN, tmp_path)
     monkeypatch.chdir(tmp_path)
     change(train__max_iters=700, train__batch_size=8, model__block_size=128)
     return tmp_path

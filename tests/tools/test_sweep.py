@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nanogpt.params import flatten, load_params, with_values
-from tests.conftest import REPOSITORY
+from tests.conftest import BUILT_IN
 from tests.runs import end, make_attempt, start, write_report
 from tools import sweep_run, trial
 from tools.__main__ import main
@@ -259,4 +259,4 @@ def test_another_space_needs_another_name(root, trainings):
 def test_repository_s_params_have_rungs():
     from tools.sweep import rungs
 
-    assert rungs(load_params(REPOSITORY / "params.yaml").train) == [100, 400, 1200]
+    assert rungs(load_params(BUILT_IN).train) == [100, 400, 1200]

@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nanogpt.params import flatten, parse_params
-from tests.conftest import REPOSITORY
+from tests.conftest import BUILT_IN
 from tests.runs import scored_run
 from tools import trial
 from tools.__main__ import main
@@ -17,7 +17,7 @@ IDEA = "train.muon_learning_rate=0.04"
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A repository with params.yaml and a train stage, where DVC must not be called."""
-    (tmp_path / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text((BUILT_IN).read_text())
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages/train.py").write_text('"""Trains."""\n')
     monkeypatch.chdir(tmp_path)

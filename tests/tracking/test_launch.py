@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from nanogpt.corpus.prepare import prepare
 from nanogpt.corpus.raw_text import Writer
 from nanogpt.params import load_params
-from tests.conftest import REPOSITORY
+from tests.conftest import BUILT_IN, REPOSITORY
 from tracking.launch import check_world_size, launch, launcher, run_elsewhere
 
 STEPS = 50
@@ -97,7 +97,7 @@ class Stage:
 def reference(tmp_path_factory):
     """A training that one process has done."""
     folder = tmp_path_factory.mktemp("reference")
-    shutil.copyfile(REPOSITORY / "params.yaml", folder / "params.yaml")
+    shutil.copyfile(BUILT_IN, folder / "params.yaml")
     for name in ("nanogpt", "stages"):
         (folder / name).symlink_to(REPOSITORY / name)
     writer = Writer(folder / "raw", 1.0, lambda done: None)
