@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tools.compare import cells, difference_of, interval, number_of, p_value, reference_is, run_dict, title, words
-from tracking.comparison import Comparison, Point, Setting
+from tracking.comparison import Comparison, Point, Setting, printable
 from tracking.significance import ALPHA
 
 DRAWN = 8  # settings with curves and samples; the page has as many colours
@@ -106,6 +106,7 @@ def part(found: Comparison) -> dict[str, Any]:
     by_seconds = {id(setting): curve(setting, lambda point: point.seconds) for setting in drawn}
     return {
         "title": title(found),
+        "text": " or ".join(dict.fromkeys(map(text_of, found.settings))),
         "head": head,
         "rows": [
             {"number": i, "cells": row, "verdict": verdict(found, setting)}
@@ -129,6 +130,14 @@ def part(found: Comparison) -> dict[str, Any]:
             for result in setting.results
         ],
     }
+
+
+def text_of(setting: Setting) -> str:
+    """The source and the tokenizer, such as "grammar, tokenizer bpe"."""
+    params = setting.results[0].params
+    return printable(
+        f"{params.get('download.source', 'unknown')}, tokenizer {params.get('tokenize.tokenizer', 'unknown')}"
+    )
 
 
 def verdict(found: Comparison, setting: Setting) -> dict[str, Any]:

@@ -301,7 +301,9 @@ def _run_lines(found: dict[str, Any]) -> dict[str, list[str]]:
     if not run:
         return {"run": [f"{UNKNOWN}: neither MLflow nor .runs has a run of this model"]}
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run["started"] / 1000))
-    dirty = {"true": "with uncommitted changes", "false": "clean"}.get(run["git.dirty"], f"changes {UNKNOWN}")
+    dirty = {"true": "with uncommitted changes, such as those of -S", "false": "clean"}.get(
+        run["git.dirty"], f"changes {UNKNOWN}"
+    )
     in_experiment = run["dvc.experiment"] not in ("none", UNKNOWN)
     about = [f"{run['id'] or 'not in MLflow'} '{run['name']}', {run['status']}, began {began}"]
     about.append(f"found in {' and '.join(run['source'])}")

@@ -131,9 +131,13 @@ def _differences(root: Path, commit: str, lock: DvcLock) -> list[str]:
             elif md5 != _md5_at(root, blobs, path):
                 found.append(path)
         for file, values in lock.stages[stage].params.items():
-            current = _yaml_at(root, commit, file)
-            found += [name for key, value in values.items() for name in _unequal(key, value, _value(current, key))]
+            found += [name for name, _, _ in changed_params(values, _yaml_at(root, commit, file))]
     return sorted(set(found))
+
+
+def changed_params(locked: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The parameters that differ between a stage's entry in dvc.lock and a params file: name, locked, current."""
+    return [change for key, value in locked.items() for change in _unequal(key, value, _value(current, key))]
 
 
 def _value(values: Any, key: str) -> Any:
@@ -143,11 +147,11 @@ def _value(values: Any, key: str) -> Any:
     return values
 
 
-def _unequal(name: str, locked: Any, current: Any) -> list[str]:
+def _unequal(name: str, locked: Any, current: Any) -> list[tuple[str, Any, Any]]:
     if isinstance(locked, dict) and isinstance(current, dict):
         keys = {**locked, **current}
         return [found for key in keys for found in _unequal(f"{name}.{key}", locked.get(key), current.get(key))]
-    return [] if locked == current else [name]
+    return [] if locked == current else [(name, locked, current)]
 
 
 def _tree(root: Path, commit: str) -> dict[str, str]:

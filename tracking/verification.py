@@ -13,13 +13,14 @@ from typing import Any
 
 from tracking import divergence
 from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
-from tracking.dvc_files import DvcLock, read_yaml, stage_names
+from tracking.dvc_files import DvcLock, read_yaml, remote_folder, stage_names
 from tracking.git import git
 from tracking.golden import Golden, bits_environment, differences, load_goldens, nearest, read_metrics
+from tracking.history import changed_params
 from tracking.journal import Record
 from tracking.redaction import redact
 from tracking.retrace import first_difference
-from tracking.run import runs_in
+from tracking.run import as_text, runs_in
 from tracking.verdict import (
     DECLARED,
     DIVERGED,
@@ -53,17 +54,26 @@ def check_lock(root: Path) -> Report:
         lock = DvcLock.parse((clone.path / "dvc.lock").read_text())
         status = _json_of(clone.run("dvc", "status", "--json"))
         inconsistent = _inconsistent(clone.path, lock)
+        params = {path: read_yaml((clone.path / path).read_text(), path) for path in _params_files(lock)}
     for stage in stages:
         stale = ["not in dvc.lock"]
         if stage in lock.stages:
-            stale = [*_stale(status.get(stage, [])), *inconsistent[stage]]
+            changed = [
+                each
+                for path, locked in lock.stages[stage].params.items()
+                for each in changed_params(locked, params[path])
+            ]
+            sections = {name.partition(".")[0] for name, _, _ in changed}
+            stale = [f"{name} {as_text(old)} -> {as_text(new)}" for name, old, new in changed]
+            stale += [each for each in _stale(status.get(stage, [])) if each.removesuffix(" modified") not in sections]
+            stale += inconsistent[stage]
         verdict = IDENTICAL if not stale else STALE
         report.findings.append(Finding(stage, "dvc.lock", "up to date", ", ".join(stale) or "up to date", verdict))
     if report.exit_code:
-        report.notes.append("run `dvc repro`, and commit dvc.lock with the change")
+        report.notes.append("run `dvc repro` and `make golden`, and commit dvc.lock and golden/ with the change")
     report.findings.append(_remote(root))
     if report.findings[-1].verdict == MISSING:
-        report.notes.append("run `dvc push`")
+        report.notes.append("run `dvc push` where the remote can be reached")
     return report
 
 
@@ -110,8 +120,17 @@ def _remote(root: Path) -> Finding:
         raise CouldNotRun(f"`dvc status --cloud` failed: {redact(done.stderr)}")
     missing = [path for path, how in _json_of(done.stdout).items() if how in {"missing", "new"}]
     missing += re.findall(r"md5: ([0-9a-f]{32}\.dir)", done.stderr)
-    verdict = MISSING if missing else IDENTICAL
-    return Finding("remote", "objects", "complete", ", ".join(missing) or "complete", verdict)
+    if not missing:
+        return Finding("remote", "objects", "complete", "complete", IDENTICAL)
+    folder = remote_folder(root)
+    lacking = f"{len(missing)} missing, such as {missing[0]}"
+    if folder and not folder.is_dir():
+        lacking = f"this machine has no folder {folder}"
+    return Finding("remote", "objects", "complete", lacking, MISSING)
+
+
+def _params_files(lock: DvcLock) -> set[str]:
+    return {path for stage in lock.stages.values() for path in stage.params}
 
 
 def _dvc(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

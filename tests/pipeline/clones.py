@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from ruamel.yaml import YAML
 
 from nanogpt.checkpoint import Checkpoints
-from tests.conftest import HOOKS, REPOSITORY
+from tests.conftest import BUILT_IN, HOOKS, REPOSITORY
 from tools.__main__ import main
 from tracking.mlflow_page import REPORTED
 from tracking.run import Run, runs_in
@@ -275,6 +275,7 @@ def make_fresh(path: Path) -> Clone:
         if name and name != "dvc.lock" and not name.startswith("tests/") and (REPOSITORY / name).is_file():
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, path / name)
+    shutil.copyfile(BUILT_IN, path / "params.yaml")
     clone = Clone(path)
     clone.set_params(**TINY)
     clone.run("git init --quiet --initial-branch main")

@@ -120,7 +120,7 @@ def test_a_change_that_changes_nothing_is_identical(golden, copy_of):
     assert {finding["verdict"] for finding in report["findings"]} == {"identical"}
     output, report = verify(clone, "--layer lock", check=1)  # but dvc.lock is of other code
     assert "nanogpt/schedule.py modified" in json.dumps(report["findings"])
-    assert "run `dvc repro`, and commit dvc.lock with the change" in output
+    assert "run `dvc repro` and `make golden`, and commit dvc.lock and golden/ with the change" in output
 
 
 def elsewhere(clone: Clone) -> None:
@@ -178,6 +178,13 @@ def test_a_remote_that_lacks_something_is_found(golden, copy_of):
         path.unlink()
     _, report = verify(clone, "--layer lock", check=1)
     assert report["findings"][-1]["verdict"] == "MISSING"
+    assert re.match(r"\d+ missing, such as \S+$", report["findings"][-1]["found"])
+    (clone.path.parent / "store").rename(clone.path.parent / "elsewhere")
+    clone.set_params(**{"model.n_layer": 2})
+    clone.commit("Another model")
+    _, report = verify(clone, "--layer lock", check=1)
+    assert report["findings"][-1]["found"] == f"this machine has no folder {clone.path.parent}/store"
+    assert "model.n_layer 1 -> 2" in [finding["found"] for finding in report["findings"]]
 
 
 @pytest.mark.parametrize("job", ["quick", "diff"])  # "full" is the two other commands
