@@ -20,7 +20,7 @@ import psutil
 
 from tools.command import command
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 3.0
 USELESS = 5  # workers that end one after the other without an experiment in between
 
 
