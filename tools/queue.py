@@ -21,6 +21,7 @@ import psutil
 from tools.command import command
 
 POLL_SECONDS = 3.0
+DONE, REMOVED, FAILED = "done", "removed from the queue", "FAILED"
 USELESS = 5  # workers that end one after the other without an experiment in between
 
 
@@ -33,10 +34,14 @@ class Workers:
     running: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     started: Iterator[int] = field(default_factory=itertools.count)
 
+    def alive(self) -> int:
+        """How many are running."""
+        self.running = [worker for worker in self.running if worker.poll() is None]
+        return len(self.running)
+
     def keep(self, number: int) -> int:
         """Starts workers until so many are running; returns how many were started."""
-        self.running = [worker for worker in self.running if worker.poll() is None]
-        missing = max(0, number - len(self.running))
+        missing = max(0, number - self.alive())
         self.running += [self._start() for _ in range(missing)]
         return missing
 
@@ -105,16 +110,12 @@ def run(queue: Any, workers: Workers, jobs: int, say: Callable[[str], None]) -> 
         restarted = workers.keep(min(jobs, len(queued) + len(active))) if queued else 0
         time.sleep(POLL_SECONDS)
         queued, active = entries(queue)
-        gone = {rev: each for rev, each in active.items() if not workers.running and is_lost(queue, rev)}
-        over = [rev for rev in waited_for if rev not in queued and (rev not in active or rev in gone)]
+        lost = {rev for rev in active if not workers.alive() and is_lost(queue, rev)}
+        over = [rev for rev in waited_for if rev not in queued and (rev not in active or rev in lost)]
         for rev in over:
-            entry = waited_for.pop(rev)
-            name, how = entry.name or rev[:7], "FAILED"
-            if rev in gone:
-                how = f"interrupted: `dvc queue kill {name}`, then queue it again under this name, and it continues"
-            elif experiment := experiment_of(queue, entry):
-                name, how = experiment, "done"
-            (made if how == "done" else failed).append(name)
+            name, how = outcome(queue, waited_for.pop(rev), rev in lost)
+            made += [name] if how == DONE else []
+            failed += [name] if how not in (DONE, REMOVED) else []
             say(f"{total - len(waited_for)} of {total}  {name}  {how}")
         useless = 0 if over or active else useless + restarted
         if useless > USELESS * jobs:
@@ -138,10 +139,15 @@ def is_lost(queue: Any, rev: str) -> bool:
     return process is None or not psutil.pid_exists(process.pid)
 
 
-def experiment_of(queue: Any, entry: Any) -> str | None:
-    """The name of the experiment that a task made; None if it failed."""
+def outcome(queue: Any, entry: Any, lost: bool) -> tuple[str, str]:
+    """The name of a task that is over, or of the experiment that it made, and how it ended."""
+    name = entry.name or entry.stash_rev[:7]
+    if lost:
+        return name, f"interrupted: `dvc queue kill {name}`, then queue it again under this name, and it continues"
     try:
         result = queue.get_result(entry)
     except FileNotFoundError:
-        return None
-    return str(result.ref_info.name) if result and result.exp_hash and result.ref_info else None
+        result = None
+    if result and result.exp_hash and result.ref_info:
+        return result.ref_info.name, DONE
+    return name, FAILED if entry.stash_rev in {done.entry.stash_rev for done in queue.iter_done()} else REMOVED

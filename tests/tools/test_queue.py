@@ -21,7 +21,12 @@ class Queue:
     def iter_active(self):
         return iter(self.active)
 
+    def iter_done(self):
+        return (SimpleNamespace(entry=SimpleNamespace(stash_rev=rev)) for rev in self.results)
+
     def get_result(self, entry):
+        if self.results.get(entry.stash_rev) is None:
+            raise FileNotFoundError
         return self.results[entry.stash_rev]
 
 
@@ -29,14 +34,11 @@ class Workers:
     """`work` receives the queue and the round each time that workers are kept; `starts` are the workers started."""
 
     def __init__(self, queue, work, starts=()):
-        self.queue, self.work, self.starts, self.running, self.log, self.asked = (
-            queue,
-            work,
-            list(starts),
-            [1],
-            "log",
-            [],
-        )
+        self.queue, self.work, self.starts, self.asked = queue, work, list(starts), []
+        self.living, self.log = 1, "log"
+
+    def alive(self):
+        return self.living
 
     def keep(self, number):
         self.asked.append(number)
@@ -80,10 +82,10 @@ def test_each_experiment_has_a_line_and_failed_ones_are_returned():
     assert workers.asked == [2, 1], "no more workers than experiments"
 
 
-def test_a_task_without_a_result_failed_in_its_set_up():
+def test_a_task_that_was_removed_has_not_failed():
     tasks = Queue(["a"])
-    tasks.get_result = lambda entry: (_ for _ in ()).throw(FileNotFoundError)
-    assert outcome(tasks, Workers(tasks, lambda queue, turn: queue.queued.clear()))[0] == ["a"]
+    failed, lines = outcome(tasks, Workers(tasks, lambda queue, turn: queue.queued.clear()))
+    assert (failed, lines[1]) == ([], "1 of 1  a  removed from the queue")
 
 
 def test_a_task_that_was_killed_with_its_worker_is_interrupted_unless_its_process_lives(monkeypatch):
@@ -99,7 +101,7 @@ def test_a_task_that_was_killed_with_its_worker_is_interrupted_unless_its_proces
 
     monkeypatch.setattr(queue.psutil, "pid_exists", exists)
     workers = Workers(tasks, None)
-    workers.running = []
+    workers.living = 0
     failed, lines = outcome(tasks, workers)
     assert failed == ["a"]
     assert "`dvc queue kill a`" in lines[1]
