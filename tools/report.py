@@ -38,7 +38,10 @@ LATEX = (
 
 @command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN | EXPERIMENT | COMMIT...")
-@click.option("--baseline", help="Compare the others with this run, experiment or commit.  [default: the best]")
+@click.option(
+    "--baseline",
+    help="Compare the others with this run, experiment or commit.  [default: the best setting with several seeds]",
+)
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("build/report"), help="The folder."
 )
