@@ -30,6 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@TORCH='$(TORCH)' tools/install.sh
 	@touch $(READY)
+	@echo "ready; \`source $(VENV)/bin/activate\` activates it"
 
 repro: $(READY)  ## run the pipeline (what changed of it) and sum up the result
 	dvc repro

@@ -61,8 +61,8 @@ def main(jobs: int) -> None:
     """Runs all queued experiments to their end.
 
     Queue them with `dvc exp run --queue`. Ctrl-C leaves the workers running: repeat the command to wait for them, or
-    end them with `dvc queue stop`. Compares the experiments at the end. Exit code 0: all are done; 1: some failed; 2:
-    error.
+    end them with `dvc queue stop`. Compares their settings at the end, with earlier runs of these. Exit code 0: all are
+    done; 1: some failed; 2: error.
     """
     from dvc.repo import Repo
 
@@ -83,15 +83,18 @@ def main(jobs: int) -> None:
 
 
 def compared(root: Path, experiments: list[str]) -> None:
-    """Prints the comparison of these experiments, as `python -m tools compare` does."""
-    from tools import compare
+    """Prints the comparison of the settings of these experiments, earlier runs of them included."""
+    from tools.compare import advice, table
+    from tracking.comparison import compare, journal_results, select
 
+    results, _ = journal_results(root)
     try:
-        comparisons, _ = compare.gather(root, experiments, None, server=False)
-    except ValueError as error:  # none of them trained: DVC had the results
+        settings = {result.setting for name in experiments for result in select(results, name, root)}
+    except ValueError as error:  # one that did not train: DVC had the result
         click.echo(f"not compared: {error}")
         return
-    click.echo("\n" + "\n\n".join([*map(compare.table, comparisons), *compare.advice(comparisons)]))
+    comparisons, _ = compare(result for result in results if result.setting in settings)
+    click.echo("\n" + "\n\n".join([*map(table, comparisons), *advice(comparisons)]))
 
 
 def run(queue: Any, workers: Workers, jobs: int, say: Callable[[str], None]) -> tuple[list[str], list[str]]:

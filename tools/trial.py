@@ -1,6 +1,7 @@
 """Decides whether an idea lowers the loss by training seeds of it and of a baseline: `python -m tools trial`."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -313,7 +314,10 @@ def conclusion(trial: Trial) -> str:
     unit = "nats per token" if trial.score == "val_loss" else "bits per byte"
     if trial.verdict == "the same":
         return f"discard: {trial.idea.name} changes no bit of the model"
-    size = f"{abs(seen.mean):.4f} {unit} after {seen.pairs} pairs, 99 % interval [{seen.low:+.4f}, {seen.high:+.4f}]"
+    size = f"{abs(seen.mean):.4f} {unit} after {seen.pairs} pairs"
+    if math.isinf(seen.high):
+        return f"undecided: {trial.idea.name} differs by {seen.mean:+.4f} {size.partition(' ')[2]}, too few to decide"
+    size += f", 99 % interval [{seen.low:+.4f}, {seen.high:+.4f}]"
     if trial.verdict == "cannot tell":
         return f"undecided: {trial.idea.name} differs by {seen.mean:+.4f} {size.partition(' ')[2]}; noise can do that"
     return f"{decision}: {trial.idea.name} is {trial.verdict} by {size}"

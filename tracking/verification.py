@@ -70,7 +70,9 @@ def check_lock(root: Path) -> Report:
         verdict = IDENTICAL if not stale else STALE
         report.findings.append(Finding(stage, "dvc.lock", "up to date", ", ".join(stale) or "up to date", verdict))
     if report.exit_code:
-        report.notes.append("run `dvc repro` and `make golden`, and commit dvc.lock and golden/ with the change")
+        report.notes.append(
+            "run `dvc repro` and `make golden`, commit dvc.lock and golden/ with the change, and `dvc push` to a remote"
+        )
     report.findings.append(_remote(root))
     if report.findings[-1].verdict == MISSING:
         report.notes.append("run `dvc push` where the remote can be reached")
@@ -169,7 +171,7 @@ def check_steps(root: Path, say: Say) -> Report:
             report.notes.append(f"no golden file is of this environment ({since}); `make golden` writes one")
             verdict = TOLERATED if _are_close(expected, steps, report) else ENVIRONMENT_CHANGED
         else:
-            report.notes.append(f"{since}; if that is intended: `make golden`")
+            report.notes.append(f"{since}; if that is intended: `dvc repro` and `make golden`")
             verdict = TOLERATED if _is_off(report) and _are_close(expected, steps, report) else DIVERGED
     report.findings.append(Finding("train", "first steps", f"{len(expected)} steps", shown, verdict))
     if kernels := golden.get("kernels"):

@@ -106,7 +106,9 @@ def test_other_bits_are_found_with_the_step_and_the_tensor_where_they_begin(gold
     # The steps, and the answers of the kernels.
     assert [finding["verdict"] for finding in report["findings"]] == ["DIVERGED", "identical"]
     assert "first at step 5: lr" in output
-    assert "since the golden file was written, code changed; if that is intended: `make golden`" in output
+    assert (
+        "since the golden file was written, code changed; if that is intended: `dvc repro` and `make golden`" in output
+    )
     output, report = verify(clone, "--layer base --base HEAD~1", check=1)
     assert "results change and dvc.lock does not" in output
 
@@ -120,7 +122,7 @@ def test_a_change_that_changes_nothing_is_identical(golden, copy_of):
     assert {finding["verdict"] for finding in report["findings"]} == {"identical"}
     output, report = verify(clone, "--layer lock", check=1)  # but dvc.lock is of other code
     assert "nanogpt/schedule.py modified" in json.dumps(report["findings"])
-    assert "run `dvc repro` and `make golden`, and commit dvc.lock and golden/ with the change" in output
+    assert "run `dvc repro` and `make golden`, commit dvc.lock and golden/ with the change" in output
 
 
 def elsewhere(clone: Clone) -> None:

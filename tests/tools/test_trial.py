@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
@@ -10,6 +11,7 @@ from tests.runs import scored_run
 from tools import trial
 from tools.__main__ import main
 from tracking.fingerprint import code_hash
+from tracking.significance import evidence
 
 IDEA = "train.muon_learning_rate=0.04"
 
@@ -132,3 +134,16 @@ def test_a_budget_of_flops_sets_the_steps(root):
     assert steps < 1200
     assert ratio == pytest.approx(1, abs=1 / steps)
     assert planned.idea.overrides == {"model.n_embd": 192, "train.max_iters": steps}
+
+
+def test_too_few_pairs_for_an_interval_are_called_that():
+    found = SimpleNamespace(
+        evidence=evidence([-0.26, -0.25]),
+        verdict="cannot tell",
+        score="val_loss",
+        idea=SimpleNamespace(name="faster"),
+    )
+    assert (
+        trial.conclusion(found)
+        == "undecided: faster differs by -0.2550 nats per token after 2 pairs, too few to decide"
+    )
