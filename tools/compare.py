@@ -118,7 +118,7 @@ def advice(comparisons: Sequence[Comparison]) -> Iterator[str]:
     if len(comparisons) == 1 and not comparisons[0].others:
         yield "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"
     if any(diff.verdict == "cannot tell" for found in comparisons for diff in found.differences):
-        yield "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it is clear; params.yaml is its baseline"
+        yield "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it can tell"
 
 
 def title(found: Comparison) -> str:
