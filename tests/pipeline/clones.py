@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -121,12 +120,6 @@ class Clone:
     def queue(self) -> str:
         """DVC's table of queue tasks, without what follows on its workers."""
         return self.run("dvc queue status").partition("\n\n")[0]
-
-    def wait_for_queue(self, seconds: float) -> str:
-        """Waits until all tasks of the queue have ended; returns its table."""
-        ended = lambda: not re.search("Queued|Running", self.queue())  # noqa: E731
-        wait_until(ended, "the end of the queue", self, seconds, pause=5)  # a look is a second of the processor's time
-        return self.queue()
 
     def commit(self, message: str = "Changes") -> None:
         self.run(f"git add --all && git commit --quiet --allow-empty --message {shlex.quote(message)}")
