@@ -161,8 +161,9 @@ class Comparison:
 
     @property
     def tests(self) -> int:
-        """The number of differences that might have been the one with the smallest p."""
-        m = len(self.settings)
+        """The number of differences that might have been the one with the smallest p, which one seed never has."""
+        several = sum(len(setting.values(self.score)) > 1 for setting in self.settings)
+        m = several if several > 1 else len(self.settings)
         return m * (m - 1) // 2 if self.chosen else m - 1
 
 
