@@ -27,30 +27,35 @@ USELESS = 5  # workers that end one after the other without an experiment in bet
 
 @dataclass
 class Workers:
-    """DVC's queue workers, as processes of their own, which outlive this one and end when the queue is empty."""
+    """DVC's queue workers, as processes that outlive this one and end when the queue is empty."""
 
     root: Path
     log: Path
-    running: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     started: Iterator[int] = field(default_factory=itertools.count)
 
     def alive(self) -> int:
-        """How many are running."""
-        self.running = [worker for worker in self.running if worker.poll() is None]
-        return len(self.running)
+        """How many run in this repository, also those that an earlier command has left running."""
+        return sum(map(self._is_one, psutil.process_iter()))
 
     def keep(self, number: int) -> int:
         """Starts workers until so many are running; returns how many were started."""
         missing = max(0, number - self.alive())
-        self.running += [self._start() for _ in range(missing)]
+        for _ in range(missing):
+            self._start()
         return missing
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _is_one(self, process: psutil.Process) -> bool:
+        try:
+            return "queue-worker" in process.cmdline() and Path(process.cwd()) == self.root.resolve()
+        except psutil.Error:  # it has ended, or is another user's
+            return False
+
+    def _start(self) -> None:
         number = next(self.started)
         node = f"queue-{os.getpid()}-{number}@localhost"
         arguments = [sys.executable, "-m", "dvc", "exp", "queue-worker", node, *(["--clean"] if number == 0 else [])]
         with self.log.open("ab") as log:
-            return subprocess.Popen(
+            subprocess.Popen(
                 arguments, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
 

@@ -1,5 +1,7 @@
 """What `python -m tools queue` makes of DVC's tasks; tests/pipeline/test_queue.py runs it with DVC's own queue."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -125,3 +127,15 @@ def test_half_a_message_is_read_again():
 
     tasks.iter_queued = iter_queued
     assert outcome(tasks, Workers(tasks, lambda queue, turn: finish(queue)))[0] == []
+
+
+def test_workers_of_an_earlier_command_count(tmp_path):
+    """Or Ctrl-C and the same command would run twice as many experiments at a time."""
+    program = [sys.executable, "-c", "print(flush=True); input()", "queue-worker"]
+    with subprocess.Popen(program, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        workers = queue.Workers(tmp_path, tmp_path / "log")
+        assert (workers.alive(), workers.keep(1)) == (1, 0)
+        assert queue.Workers(tmp_path / "elsewhere", tmp_path / "log").alive() == 0
+        process.communicate(b"\n")
+    assert workers.alive() == 0
