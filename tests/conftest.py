@@ -111,7 +111,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
     def make(**values: Any) -> Path:
         yaml = YAML()
-        params = yaml.load((BUILT_IN).read_text(encoding="utf-8"))
+        params = yaml.load(BUILT_IN.read_text(encoding="utf-8"))
         for key, value in values.items():
             section, name = key.split(".")
             assert name in params[section], f"{key} is not in params.yaml"

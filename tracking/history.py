@@ -130,14 +130,17 @@ def _differences(root: Path, commit: str, lock: DvcLock) -> list[str]:
                 todo.append(makers[path])
             elif md5 != _md5_at(root, blobs, path):
                 found.append(path)
-        for file, values in lock.stages[stage].params.items():
-            found += [name for name, _, _ in changed_params(values, _yaml_at(root, commit, file))]
+        found += [name for name, _, _ in changed_params(root, commit, lock.stages[stage].params)]
     return sorted(set(found))
 
 
-def changed_params(locked: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The parameters that differ between a stage's entry in dvc.lock and a params file: name, locked, current."""
-    return [change for key, value in locked.items() for change in _unequal(key, value, _value(current, key))]
+def changed_params(root: Path, commit: str, locked: dict[str, dict[str, Any]]) -> list[tuple[str, Any, Any]]:
+    """The parameters, of a stage in dvc.lock by file, that a commit has with other values: name, locked, current."""
+    found = []
+    for file, values in locked.items():
+        current = _yaml_at(root, commit, file)
+        found += [change for key, value in values.items() for change in _unequal(key, value, _value(current, key))]
+    return found
 
 
 def _value(values: Any, key: str) -> Any:

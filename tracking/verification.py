@@ -54,15 +54,10 @@ def check_lock(root: Path) -> Report:
         lock = DvcLock.parse((clone.path / "dvc.lock").read_text())
         status = _json_of(clone.run("dvc", "status", "--json"))
         inconsistent = _inconsistent(clone.path, lock)
-        params = {path: read_yaml((clone.path / path).read_text(), path) for path in _params_files(lock)}
     for stage in stages:
         stale = ["not in dvc.lock"]
         if stage in lock.stages:
-            changed = [
-                each
-                for path, locked in lock.stages[stage].params.items()
-                for each in changed_params(locked, params[path])
-            ]
+            changed = changed_params(root, report.commit, lock.stages[stage].params)
             sections = {name.partition(".")[0] for name, _, _ in changed}
             stale = [f"{name} {as_text(old)} -> {as_text(new)}" for name, old, new in changed]
             stale += [each for each in _stale(status.get(stage, [])) if each.removesuffix(" modified") not in sections]
@@ -129,10 +124,6 @@ def _remote(root: Path) -> Finding:
     if folder and not folder.is_dir():
         lacking = f"this machine has no folder {folder}"
     return Finding("remote", "objects", "complete", lacking, MISSING)
-
-
-def _params_files(lock: DvcLock) -> set[str]:
-    return {path for stage in lock.stages.values() for path in stage.params}
 
 
 def _dvc(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -112,7 +112,7 @@ def test_a_comparison_fits_the_screen_and_draws_its_curves(
         for seed in (1, 2, 3):
             params = {"train.muon_learning_rate": rate}
             scored_run(tmp_path, f"{rate}-{seed}", 1.9 + rate + seed / 1e3, seed=seed, params=params)
-    text = (BUILT_IN).read_text()
+    text = BUILT_IN.read_text()
     (tmp_path / "params.yaml").write_text(text.replace("experiment: nanogpt ", "experiment: test/one experiment "))
     Clone(tmp_path).tool("compare", "--html", "page.html")
     page = tmp_path / "page.html"

@@ -212,7 +212,7 @@ def test_a_commit_is_run_in_a_clone_with_the_parameters_that_are_set(tmp_path: P
 
 
 def test_a_value_that_is_invalid_today_is_refused_before_anything_runs(history: History, runs: list[str]) -> None:
-    (history.root / "params.yaml").write_text((BUILT_IN).read_text())
+    (history.root / "params.yaml").write_text(BUILT_IN.read_text())
     error = bisect(history, "c0", "-S", "train.max_iters=0", code=1).stderr.splitlines()[-1]
     assert error.startswith("Error: bisect: -S: train.max_iters = 0 is invalid: input should be greater than")
     assert not runs

@@ -14,7 +14,7 @@ from tools.__main__ import main
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A repository whose params.yaml names the experiment of the runs that tests make."""
-    text = (BUILT_IN).read_text()
+    text = BUILT_IN.read_text()
     (tmp_path / "params.yaml").write_text(text.replace("experiment: nanogpt ", "experiment: test/one experiment "))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)

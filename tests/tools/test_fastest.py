@@ -141,7 +141,7 @@ def test_if_nothing_can_be_timed_nothing_is_written(off: Path, times: dict[Any, 
 def test_the_fastest_is_written_and_comments_stay(
     determinism: str, off: Path, times: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (BUILT_IN).read_text().replace("determinism: portable ", f"determinism: {determinism} ")
+    text = BUILT_IN.read_text().replace("determinism: portable ", f"determinism: {determinism} ")
     Path("params.yaml").write_text(text)
     times["bfloat16", True, "plain"] = Timed(0.1, 1.0, False)
     result = run("--write")

@@ -19,7 +19,7 @@ IDEA = "train.muon_learning_rate=0.04"
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A repository with params.yaml and a train stage, where DVC must not be called."""
-    (tmp_path / "params.yaml").write_text((BUILT_IN).read_text())
+    (tmp_path / "params.yaml").write_text(BUILT_IN.read_text())
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages/train.py").write_text('"""Trains."""\n')
     monkeypatch.chdir(tmp_path)
