@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+_AS_IN_PYTHON = {"None": "null", "none": "null", "True": "true", "False": "false"}
 _ABBREVIATIONS = {"lr": "learning_rate", "wd": "weight_decay"}  # as other trainers call them
 
 
@@ -25,12 +26,20 @@ def explain(error: Any, params: "type[BaseModel]") -> str:
     if error["type"] == "missing":
         return f"{key} is missing; add it"
     problem = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "model_type":
+        problem = "a section has its keys below it, indented"
     if error["type"] == "string_pattern_mismatch":
         choices = error["ctx"]["pattern"].strip("^$()").replace(".+", "…").split("|")
         problem = f"input should be one of {', '.join(choices)}"
     if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
-        problem += ", but this is text; if it is in quotes, remove them"
+        problem += f", but this is text; {_yaml_of(error['input'])}"
     return f"{key} = {_value(error)} is invalid: {problem}"
+
+
+def _yaml_of(text: str) -> str:
+    """How a text is written that was meant as another value."""
+    word = _AS_IN_PYTHON.get(text)
+    return f"write {word}" if word else "if it is in quotes, remove them"
 
 
 def _in_its_section(key: str, params: "type[BaseModel]") -> str:
@@ -58,7 +67,7 @@ def _value(error: Any) -> str:
     """The invalid value, shortened."""
     value = error["input"]
     try:
-        return shortened(repr(value), 100)
+        return _AS_IN_PYTHON.get(shown := repr(value), shortened(shown, 100))
     except ValueError:  # Python limits the digits of an integer
         return "a number with thousands of digits"
 

@@ -13,6 +13,7 @@ from nanogpt.files import write_text
 from tools.command import command, duration, markdown_row
 from tracking import comparison
 from tracking.comparison import Comparison, Result, Setting
+from tracking.history import experiment_refs
 from tracking.significance import ALPHA, Difference
 
 WIDTH = 80
@@ -50,7 +51,7 @@ def main(
         click.echo("\n\n".join(map(markdown_table, comparisons)) or "No finished runs.")
     else:
         click.echo("\n\n".join(map(table, comparisons)) or NO_RUNS)
-        for line in advice(comparisons):
+        for line in advice(Path.cwd(), comparisons):
             click.echo(f"\n{line}")
     if not as_json:
         for line in left_out:
@@ -113,8 +114,13 @@ def table(found: Comparison) -> str:
     return "\n".join([*lines, *verdict_lines(found)])
 
 
-def advice(comparisons: Sequence[Comparison]) -> Iterator[str]:
+def advice(root: Path, comparisons: Sequence[Comparison]) -> Iterator[str]:
     """What to run next."""
+    for found in comparisons:
+        names = [(result.tags.get("dvc.experiment", ""), result.seed) for result in found.settings[0].results]
+        kept = [(name, seed) for name, seed in names if name and experiment_refs(root, name)]
+        if found.others and kept:
+            yield f"`dvc exp apply {kept[0][0]}` brings setting 1 here (seed {kept[0][1]})"
     if len(comparisons) == 1 and not comparisons[0].others:
         yield "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"
     if any(diff.verdict == "cannot tell" for found in comparisons for diff in found.differences):

@@ -99,7 +99,7 @@ def compared(root: Path, experiments: list[str]) -> None:
         click.echo(f"not compared: {error}")
         return
     comparisons, _ = compare(result for result in results if result.setting in settings)
-    click.echo("\n" + "\n\n".join([*map(table, comparisons), *advice(comparisons)]))
+    click.echo("\n" + "\n\n".join([*map(table, comparisons), *advice(root, comparisons)]))
 
 
 def run(queue: Any, workers: Workers, jobs: int, say: Callable[[str], None]) -> tuple[list[str], list[str]]:

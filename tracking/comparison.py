@@ -357,7 +357,7 @@ def select(results: Sequence[Result], argument: str, root: Path) -> list[Result]
         found = [result for result in results if commit and result.tags.get("git.commit") == commit]
     if not found and experiment_refs(root, argument):
         raise ValueError(
-            f"the run of experiment {argument!r} is not here, since another clone trained it: `dvc exp show` has its "
+            f"no run of experiment {argument!r} is here, since another clone trained it: `dvc exp show` has its "
             "numbers, and `python -m tools compare --server` compares the runs of an MLflow server"
         )
     if not found:

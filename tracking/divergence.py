@@ -26,6 +26,10 @@ def ulps(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.in
     return distance
 
 
+def _ulps(distance: np.int64) -> str:
+    return f"{distance:,} ulp{'' if distance == 1 else 's'}"
+
+
 def first_step(expected: list[Record], found: list[Record]) -> str:
     """A line about the first step whose records differ."""
     common = {record["step"] for record in expected} & {record["step"] for record in found}
@@ -37,7 +41,7 @@ def first_step(expected: list[Record], found: list[Record]) -> str:
     step, name = difference
     values = [next(record[name] for record in records if record["step"] == step) for records in (expected, found)]
     distance = ulps(*(np.array([value], dtype=np.float32) for value in values))[0]
-    return f"first at step {step}: {name} {values[0]!r} -> {values[1]!r} ({distance} ulps in float32)"
+    return f"first at step {step}: {name} {values[0]!r} -> {values[1]!r} ({_ulps(distance)} in float32)"
 
 
 def first_tensor(expected: Path, found: Path) -> str:
@@ -55,7 +59,7 @@ def first_tensor(expected: Path, found: Path) -> str:
     if first[name].shape != second[name].shape or first[name].dtype != second[name].dtype:
         return f"{of}: {first[name].dtype}{first[name].shape} -> {second[name].dtype}{second[name].shape}"
     distance = ulps(first[name], second[name])
-    return f"{of}: {np.count_nonzero(distance):,} of {distance.size:,} elements, by up to {distance.max():,} ulps"
+    return f"{of}: {np.count_nonzero(distance):,} of {distance.size:,} elements, by up to {_ulps(distance.max())}"
 
 
 def journal_of(root: Path, model_md5: str) -> list[Record]:

@@ -1,5 +1,6 @@
 """Looks up lineage: dvc.lock in all of git's history, the journals of the runs, and MLflow."""
 
+import fnmatch
 import hashlib
 import json
 import re
@@ -96,9 +97,9 @@ def experiment_models(root: Path, name: str) -> set[str]:
 
 
 def experiment_refs(root: Path, name: str) -> list[str]:
-    """The refs of the DVC experiments of that name; empty outside of a repository."""
+    """The refs of the DVC experiments of that name (a pattern may have *); empty outside of a repository."""
     refs = (git_or_none(root, "for-each-ref", "--format=%(refname)", "refs/exps") or "").splitlines()
-    return [ref for ref in refs if (match := _EXPERIMENT.fullmatch(ref)) and match["name"] == name]
+    return [ref for ref in refs if (match := _EXPERIMENT.fullmatch(ref)) and fnmatch.fnmatchcase(match["name"], name)]
 
 
 def fetch_command(root: Path, commit: str) -> str | None:

@@ -146,18 +146,19 @@ def test_what_dvc_writes_for_a_small_number_is_read_back(load):
         # types
         ("train__learning_rate", '"3e-5"', "train.learning_rate = '3e-5' is invalid: .*number.*quotes, remove them"),
         ("train__learning_rate", "abc", "train.learning_rate = 'abc' is invalid: .*number"),
-        ("train__learning_rate", "true", "train.learning_rate = True is invalid: .*number"),
-        ("train__learning_rate", "null", "train.learning_rate = None is invalid: .*number"),
+        ("train__learning_rate", "true", "train.learning_rate = true is invalid: .*number"),
+        ("train__learning_rate", "null", "train.learning_rate = null is invalid: .*number"),
         ("train__learning_rate", "[1e-3]", r"train.learning_rate = \[0.001\] is invalid: .*number"),
         ("train__learning_rate", ".nan", "train.learning_rate = nan is invalid: .*finite number"),
         ("train__learning_rate", ".inf", "train.learning_rate = inf is invalid: .*finite number"),
         ("train__learning_rate", "1e999", "train.learning_rate = inf is invalid: .*finite number"),
         ("model__n_layer", "4.0", "model.n_layer = 4.0 is invalid: .*integer"),
-        ("model__n_layer", "true", "model.n_layer = True is invalid: .*integer"),
+        ("model__n_layer", "true", "model.n_layer = true is invalid: .*integer"),
         ("model__n_layer", "'4'", "model.n_layer = '4' is invalid: .*integer.*quotes, remove them"),
         ("model__bias", "1", "model.bias = 1 is invalid: .*boolean"),
         ("model__bias", "'true'", "model.bias = 'true' is invalid: .*boolean.*quotes, remove them"),
         ("model__bias", "yes", "model.bias = 'yes' is invalid: .*boolean"),
+        ("train__lr_decay_iters", "None", "train.lr_decay_iters = 'None' is invalid: .*integer.*; write null"),
         ("train__lr_decay_iters", "1.5", "train.lr_decay_iters = 1.5 is invalid: .*integer"),
         ("sample__top_p", "high", "sample.top_p = 'high' is invalid: .*number"),
         ("sample__prompts", "ROMEO", "sample.prompts = 'ROMEO' is invalid: .*list"),
@@ -386,7 +387,7 @@ def test_a_file_that_holds_no_sections_is_refused(content, refused):
 
 def test_a_section_without_its_keys_is_refused(refused):
     lines = [line for line in TEXT.splitlines() if not line.startswith("  ")]
-    assert refused("\n".join(lines)).startswith("download = None is invalid")
+    assert refused("\n".join(lines)).startswith("download = null is invalid: a section has its keys below it, indented")
 
 
 def test_a_file_that_is_no_utf_8_is_refused(refused):

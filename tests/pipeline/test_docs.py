@@ -18,9 +18,7 @@ PAGES = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REP
 MIRROR = REPOSITORY.parent / "shared" / "data"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VALUES = re.compile(r"=([^=,\s]+)(,[^=,\s]+)(?:,[^=,\s]+)*")  # of a parameter in a sweep
-BY_CI = {"make test", "make test-pipeline", "make lint"}
 ELSEWHERE = {  # run by other tests
-    "make smoke": "test_experiments.py",
     "make verify-lock": "test_workflow.py",
     "python -m tools export --format huggingface build/for-transformers": "test_export.py",
     "python -m tools export --format huggingface build/exported": "test_export.py",
@@ -46,7 +44,7 @@ def to_run(page: str) -> list[str]:
     parameter and one of the others, and but for the README's first one experiments end with their training: evaluate
     and sample do not make them differ.
     """
-    known = {*BY_CI, *ELSEWHERE}
+    known = set(ELSEWHERE)
     for earlier in PAGES[: PAGES.index(page)]:
         known.update(
             command for command in commands(earlier) if command.startswith(("make", "python -m", "dvc exp run"))

@@ -173,7 +173,9 @@ def test_the_smoke_run_leaves_the_workspace_alone_and_its_traces_in_the_original
 def test_the_champion_has_come_out_again_and_answers_over_http(experiments, copy_of):
     """The only test that finds a champion that MLflow cannot serve, or an experiment that cannot be verified."""
     clone = copy_of(experiments)
-    assert clone.run("python -m tools compare alone slow").startswith("2 runs of 2 settings")
+    compared = clone.run("python -m tools compare alone slow")
+    assert compared.startswith("2 runs of 2 settings")
+    assert re.search(r"^`dvc exp apply (alone|slow)` brings setting 1 here", compared, re.MULTILINE), compared
     output = clone.run("python -m tools champion alone")
     assert re.search(r"^alone.* is the champion: version 1 of nanogpt, val loss", output, re.MULTILINE), output
     port = closed_port()

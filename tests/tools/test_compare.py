@@ -47,6 +47,17 @@ def test_the_table(root):
     )
 
 
+def test_the_best_setting_names_an_experiment_that_is_still_there(root, monkeypatch):
+    two_settings(root)
+    scored_run(root, "idea", 1.5, seed=4, tags={"dvc.experiment": "idea"})
+    monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [f"refs/exps/{name}"])
+    assert "exp apply" not in compare("slow-1", "fast-1").stdout  # not made by DVC
+    scored_run(root, "wide", 1.4, seed=5, params={"model.n_embd": 96}, tags={"dvc.experiment": "wide"})
+    assert "`dvc exp apply wide` brings setting 1 here (seed 5)" in compare().stdout
+    monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [])
+    assert "exp apply" not in compare().stdout
+
+
 def test_a_single_seed_is_not_what_the_others_are_compared_with(root):
     two_settings(root)
     scored_run(root, "long", 1.5, params={"train.max_iters": 1200})

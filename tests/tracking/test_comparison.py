@@ -195,7 +195,7 @@ def test_a_run_can_be_named_in_many_ways(tmp_path):
 def test_an_experiment_that_another_clone_trained_is_named_with_the_ways_to_see_it(tmp_path, monkeypatch):
     ref = f"refs/exps/aa/{'a' * 38}/pulled"
     monkeypatch.setattr(comparison, "experiment_refs", lambda root, name: [ref] if name == "pulled" else [])
-    with pytest.raises(ValueError, match=r"the run of experiment 'pulled' is not here, .*`dvc exp show`.*--server"):
+    with pytest.raises(ValueError, match=r"no run of experiment 'pulled' is here, .*`dvc exp show`.*--server"):
         select([], "pulled", tmp_path)
 
 

@@ -43,7 +43,7 @@ def test_the_first_step_that_differs_is_reported_with_its_value():
     assert first_step(steps(), steps()) == "the 3 steps that both have recorded are the same"
     above = float(np.nextafter(np.float32(1), np.float32(2)))
     assert first_step(steps(), steps(grad_norm=above)) == (
-        f"first at step 2: grad_norm 1.0 -> {above!r} (1 ulps in float32)"
+        f"first at step 2: grad_norm 1.0 -> {above!r} (1 ulp in float32)"
     )
     assert first_step(steps(), steps(loss=4.0)[2:]) == "the 1 steps that both have recorded are the same"
     assert first_step([], steps()) == "the expected steps are not recorded here"
@@ -61,7 +61,7 @@ def test_the_first_tensor_that_differs_is_reported(tmp_path):
     other[1, 2] = np.nextafter(np.float32(1), np.float32(2))
     first = model(tmp_path / "first", b=b, a=a)
     assert first_tensor(first, model(tmp_path / "same", a=a, b=b)) == "all tensors are the same"
-    line = "1 of 2 tensors differ, the first is a: 1 of 6 elements, by up to 1 ulps"
+    line = "1 of 2 tensors differ, the first is a: 1 of 6 elements, by up to 1 ulp"
     assert first_tensor(first, model(tmp_path / "other", a=other, b=b)) == line
     line = "1 of 2 tensors differ, the first is b: float32(4,) -> float32(5,)"
     assert first_tensor(first, model(tmp_path / "shape", a=a, b=np.zeros(5, np.float32))) == line
