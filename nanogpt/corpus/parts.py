@@ -6,19 +6,15 @@ A part is a file such as train-00003.bin and, once that is complete, train-00003
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from nanogpt.corpus.token_files import Count, Id, Sha256
 from nanogpt.corpus.tokenizer import Ids
 from nanogpt.files import Damaged, read_model, sha256_file
-
-Item = TypeVar("Item")
 
 _LARGEST_MARKER = 2**12  # bytes
 
@@ -56,8 +52,8 @@ def read_part(path: Path) -> Part | None:
 def write_part(path: Path, encoded_pieces: Iterator[Encoded], update: Callable[[int], None]) -> Part:
     """Writes a part; `update` receives the bytes of its text so far. Raises ValueError if it has no token."""
     digest, tokens, size, ends, last = hashlib.sha256(), 0, 0, 0, None
-    with atomic_path(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as thread:
-        for encoded in prefetch(encoded_pieces, thread):
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for encoded in encoded_pieces:
             digest.update(encoded.ids.data)
             file.write(encoded.ids.data)
             tokens, size, ends = tokens + len(encoded.ids), size + encoded.bytes, ends + encoded.ends
@@ -79,14 +75,3 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def prefetch(items: Iterator[Item], thread: ThreadPoolExecutor) -> Iterator[Item]:
-    """The items; the thread makes the next one while one is in use.
-
-    Reading, hashing, writing and most of encoding release Python's lock.
-    """
-    following = thread.submit(next, items, None)
-    while (item := following.result()) is not None:
-        following = thread.submit(next, items, None)
-        yield item

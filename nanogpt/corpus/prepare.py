@@ -4,10 +4,10 @@ As in nanoGPT, a single text is split by position; several documents are shuffle
 an end-of-text token each. Token files from elsewhere are copied.
 
 A split is made in parts of at most SHARD bytes of tokens. Each can be encoded alone, here or on another machine. For a
-part, one thread decides where spans of text begin and end, others read and encode them, and one writes. A text is cut
-only where that does not change its tokens (except in a word of more than LONGEST_SPAN bytes), and results are written
-in order, so they do not depend on the cuts or the number of threads. Memory use is constant, apart from some 30 bytes
-per document for the split.
+part, one thread decides where spans of text begin and end and writes their tokens, and others encode them. A text is
+cut only where that does not change its tokens (except in a word of more than LONGEST_SPAN bytes), and results are
+written in order, so they do not depend on the cuts or the number of threads. Memory use is constant, apart from some 30
+bytes per document for the split.
 """
 
 import functools
@@ -28,7 +28,7 @@ import numpy as np
 from nanogpt.corpus.bpe_training import train_bpe
 from nanogpt.corpus.huggingface_tokenizer import read_huggingface
 from nanogpt.corpus.nanogpt_bins import read_tokens, tokenizer_of_tokens
-from nanogpt.corpus.parts import Encoded, Part, atomic_path, prefetch, read_part, write_part
+from nanogpt.corpus.parts import Encoded, Part, atomic_path, read_part, write_part
 from nanogpt.corpus.raw_text import (
     PIECE,
     CorpusInfo,
@@ -76,12 +76,10 @@ class Preparation:
         """Makes the tokenizer. Raises ValueError if the raw text is damaged or too short to split."""
         work.mkdir(parents=True, exist_ok=True)
         self.raw, self.work, self.warn, self.info = raw, work, warn, load_info(raw)
-        if self.info.kind != "documents":  # whose index is made from all of them
-            for name in self.info.files:  # before a part is made that would be kept
-                deque(read_file(raw, name), maxlen=0)
         self._split = _split(raw, self.info, params, warn)
         path = work / "tokenizer.json"
         if path.exists():
+            _check(raw, self.info)
             self.tokenizer = load_tokenizer(path)
         else:
             self.tokenizer = make_tokenizer(raw, self.info, params, self._split, warn)
@@ -212,21 +210,22 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Makes the tokenizer: char reads the whole corpus for its characters, bpe trains on the train split.
 
-    char and bpe have an end-of-text token only if the corpus has several documents; GPT-2's always has one.
+    char and bpe have an end-of-text token only if the corpus has several documents; GPT-2's always has one. Raises
+    Damaged before a part is made that would be kept, if the text is not the one in corpus.json.
     """
     several = info.kind == "documents"
+    if params.tokenizer == "char" and info.kind != "tokens":
+        alphabet = Alphabet()
+        for utf8 in map(str.encode, read_documents(raw)) if several else read_file(raw, "text.txt"):
+            alphabet.add(utf8)
+        return CharTokenizer(alphabet.characters(), end_of_text=several)
+    _check(raw, info)
     if info.kind == "tokens":
         return tokenizer_of_tokens(raw, info, params.tokenizer)
     if params.tokenizer.startswith("file:"):
         return _existing_tokenizer(params.tokenizer, several)
     if params.tokenizer == "gpt2":
         return Gpt2Tokenizer()
-    if params.tokenizer == "char":
-        alphabet = Alphabet()
-        with ThreadPoolExecutor(1) as thread:
-            for text in read_documents(raw) if several else prefetch(read_text(raw), thread):
-                alphabet.add(text)
-        return CharTokenizer(alphabet.characters(), end_of_text=several)
     # All byte-pair tokenizers can be cut at the same places, so training sees whole words.
     gpt2 = Gpt2Tokenizer()
     tasks = _tasks(span for name, span in split(gpt2.last_cut) if name == "train")
@@ -234,6 +233,12 @@ def make_tokenizer(
     texts = (text for spans in some for text in read_spans(raw, spans))
     words = (part for text in texts for part in gpt2.parts(text))  # the library collects 256 of them
     return train_bpe(words, params.vocab_size, several, warn)
+
+
+def _check(raw: Path, info: CorpusInfo) -> None:
+    """Raises Damaged if the text is not the one in corpus.json; that of documents is checked when they are split."""
+    for name in info.files if info.kind != "documents" else ():
+        deque(read_file(raw, name), maxlen=0)
 
 
 def _existing_tokenizer(choice: str, several: bool) -> Tokenizer:
@@ -286,7 +291,7 @@ def _text_spans(
 ) -> Iterator[tuple[SplitName, Span]]:
     """A single text in spans of about PIECE bytes, cut where that does not change its tokens, or at LONGEST_SPAN."""
     start = position = 0  # bytes: the beginning of the next span, and of the next piece of text
-    for name, text, ends in _split_by_position(read_text(raw), info, val_fraction):
+    for name, text, ends in _split_by_position(read_text(raw, checked=True), info, val_fraction):
         cut = len(text) if ends else last_cut(text)
         position += utf8_bytes(text)
         if not cut and position - start >= LONGEST_SPAN:

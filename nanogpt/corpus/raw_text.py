@@ -215,10 +215,14 @@ def read_documents(raw: Path) -> Iterator[str]:
             yield _parse_document(line, raw / name)
 
 
-def read_text(raw: Path) -> Iterator[str]:
-    """The text of a corpus that is a single text, in pieces. Raises Damaged as `read_documents` does."""
-    with reading(raw / "text.txt"):
-        yield from codecs.iterdecode(read_file(raw, "text.txt"), "utf-8")
+def read_text(raw: Path, checked: bool = False) -> Iterator[str]:
+    """The text of a corpus that is a single text, in pieces.
+
+    Raises Damaged as `read_documents` does; no sha256 is computed for a text that was `checked` before.
+    """
+    path = raw / "text.txt"
+    with reading(path):
+        yield from codecs.iterdecode(_pieces(path) if checked else read_file(raw, path.name), "utf-8")
 
 
 def read_file(raw: Path, name: str) -> Iterator[bytes]:
@@ -226,14 +230,19 @@ def read_file(raw: Path, name: str) -> Iterator[bytes]:
     path, sha256, digest = raw / name, load_info(raw).files.get(name), hashlib.sha256()
     if sha256 is None:
         raise Damaged(raw / "corpus.json", f"does not list {name}")
+    for piece in _pieces(path):
+        digest.update(piece)
+        yield piece
+    if digest.hexdigest() != sha256:
+        raise Damaged(path, f"has sha256 {digest.hexdigest()}, but corpus.json says {sha256}")
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
     with reading(path):
         check_regular(path)
         with path.open("rb") as file:
             while block := file.read(PIECE):
-                digest.update(block)
                 yield block
-    if digest.hexdigest() != sha256:
-        raise Damaged(path, f"has sha256 {digest.hexdigest()}, but corpus.json says {sha256}")
 
 
 def lines(blocks: Iterable[bytes], check: Callable[[int], None] = lambda size: None) -> Iterator[bytes]:

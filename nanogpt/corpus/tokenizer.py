@@ -181,16 +181,18 @@ class CharTokenizer(Tokenizer):
 
 
 class Alphabet:
-    """Collects the distinct characters of texts."""
+    """Collects the distinct characters of a text."""
 
     def __init__(self) -> None:
         self._ascii = b""
         self._seen = np.zeros(0x110000, dtype=bool)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # the sha256 shows damage
 
-    def add(self, text: str) -> None:
+    def add(self, utf8: bytes) -> None:
+        """Adds those of the next piece of UTF-8, which may end within a character."""
         # Most characters are ASCII and were seen before; bytes.translate removes these quickly.
-        if rest := text.encode().translate(None, delete=self._ascii):
-            self._seen[np.frombuffer(rest.decode().encode("utf-32-le"), dtype="<u4")] = True
+        if rest := utf8.translate(None, delete=self._ascii):
+            self._seen[np.frombuffer(self._decoder.decode(rest).encode("utf-32-le"), dtype="<u4")] = True
             self._ascii = bytes(np.flatnonzero(self._seen[:128]).tolist())
 
     def characters(self) -> str:

@@ -142,8 +142,10 @@ def test_every_python_example_works(page: str, seed: Clone, copy_of: Callable[..
 
 
 def test_the_tests_that_the_readme_names_are_what_ci_runs() -> None:
-    script = (REPOSITORY / ".ci" / "run").read_text()
-    assert all(command in script and command in commands("README.md") for command in BY_CI)
+    script, readme = ((REPOSITORY / name).read_text(encoding="utf-8") for name in (".ci/run", "README.md"))
+    for command in ("make test", "make test-pipeline", "make lint"):
+        assert command in script
+        assert f"`{command}`" in readme
 
 
 def test_the_reference_names_every_tag_of_a_run(seed: Clone) -> None:

@@ -149,9 +149,9 @@ def test_few_pieces_are_under_way_at_a_time(tmp_path: Path, gpt2_files: Path, mo
     monkeypatch.setattr(prepare_module, "TASK", 500)
     read = written = ahead = 0
 
-    def reading(raw: Path) -> Iterable[str]:
+    def reading(raw: Path, checked: bool) -> Iterable[str]:
         nonlocal read, ahead
-        for text in read_text(raw):
+        for text in read_text(raw, checked):
             read += len(text.encode())
             ahead = max(ahead, read - written)
             yield text
@@ -401,9 +401,10 @@ def test_the_files_are_those_that_nanogpt_reads(tmp_path: Path):
     assert tokenizer.sha256 == meta.tokenizer_sha256
 
 
-def test_damaged_raw_text_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("damage", [b"cut", b"c\xffut", b"\xe2\x82"], ids=["other", "no UTF-8", "half a character"])
+def test_damaged_raw_text_is_refused(tmp_path: Path, damage: bytes):
     raw = raw_of(tmp_path / "raw", [TEXT])
-    (raw / "text.txt").write_text(TEXT.replace("cat", "cut", 1), encoding="utf-8")
+    (raw / "text.txt").write_bytes(TEXT.encode().replace(b"cat", damage, 1))
     with refuses(r"raw/text\.txt has sha256 ", Damaged):
         prepare(raw, tmp_path / "tokens", params("char"), 1)
 

@@ -235,17 +235,20 @@ def test_shares_complement_one_another(
     assert contents(tmp_path / "tokens") == contents(corpora[1])
 
 
+@pytest.mark.parametrize("kind", ["char", "gpt2"])
 def test_no_part_of_a_damaged_text_is_kept_for_the_restored_one(
-    tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, gpt2_files: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ):
     monkeypatch.setattr(prepare_module, "SHARD", 1000)
-    raw, params = tmp_path / "raw", CHAR.model_copy(update={"tokenizer": "gpt2"})
+    raw, params = tmp_path / "raw", CHAR.model_copy(update={"tokenizer": kind})
     write_raw(raw, ["The cat sat on the mat.\n" * 200])
     whole = (raw / "text.txt").read_bytes()
-    (raw / "text.txt").write_bytes(whole.replace(b"cat", b"cut", 1))
-    with refuses(r"text\.txt has sha256", Damaged):
-        Preparation(raw, tmp_path / "work", params, print).encode(1, print)
-    (raw / "text.txt").write_bytes(whole)
+    for _ in range(2):  # before anything is prepared, and after the tokenizer is
+        (raw / "text.txt").write_bytes(whole.replace(b"cat", b"cut", 1))
+        with refuses(r"text\.txt has sha256", Damaged):
+            Preparation(raw, tmp_path / "work", params, print).encode(1, print)
+        (raw / "text.txt").write_bytes(whole)
+        Preparation(raw, tmp_path / "work", params, print)
     again = Preparation(raw, tmp_path / "work", params, print)
     again.finish(again.encode(1, print), tmp_path / "tokens")
     prepare(raw, tmp_path / "expected", params, 1)

@@ -130,8 +130,8 @@ def test_end_of_text_is_part_of_the_identity():
 @settings(max_examples=50, deadline=None)
 def test_characters_are_numbered_in_code_point_order(text: str):
     alphabet = Alphabet()
-    for start in range(0, len(text), 3):
-        alphabet.add(text[start : start + 3])
+    for start in range(0, len(utf8 := text.encode()), 3):
+        alphabet.add(utf8[start : start + 3])
     tokenizer = CharTokenizer(alphabet.characters(), end_of_text=False)
     order = sorted(set(text))
     assert tokenizer.characters == "".join(order)
