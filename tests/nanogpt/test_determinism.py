@@ -106,6 +106,17 @@ def test_nor_does_a_ban_on_parallel_regions(portable):
     assert bits(OMP_MAX_ACTIVE_LEVELS="0") == portable
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, determinism.SPINS), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_threads_that_wait_soon_sleep_unless_the_caller_says_how_they_wait(variables, expected, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(variables))
+    determinism._pin_environment("portable", 2)
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
 def test_the_number_of_threads_changes_the_bits_of_machine_alone(portable):
     assert bits(threads=1)[0] == portable[0]
     assert bits("machine", threads=1)[0] != bits("machine", threads=2)[0]
