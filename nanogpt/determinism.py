@@ -170,7 +170,7 @@ def return_freed_memory() -> None:
             libc.mallopt(parameter, 2**17)
 
 
-# How often a thread of OpenMP looks whether the others are ready before it sleeps: for some 0.3 ms. OpenMP's own default,
+# How often a thread of OpenMP looks whether the others are ready before it sleeps: for some 0.3 ms. OpenMP's default,
 # 300,000, is as fast on an idle machine; beside another program the thread that is waited for does not run meanwhile.
 SPINS = "10000"
 
