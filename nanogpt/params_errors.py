@@ -32,14 +32,9 @@ def explain(error: Any, params: "type[BaseModel]") -> str:
         choices = error["ctx"]["pattern"].strip("^$()").replace(".+", "…").split("|")
         problem = f"input should be one of {', '.join(choices)}"
     if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
-        problem += f", but this is text; {_yaml_of(error['input'])}"
+        word = _AS_IN_PYTHON.get(error["input"])
+        problem += f", but this is text; write {word}" if word else ", but this is text; if it is in quotes, remove them"
     return f"{key} = {_value(error)} is invalid: {problem}"
-
-
-def _yaml_of(text: str) -> str:
-    """How a text is written that was meant as another value."""
-    word = _AS_IN_PYTHON.get(text)
-    return f"write {word}" if word else "if it is in quotes, remove them"
 
 
 def _in_its_section(key: str, params: "type[BaseModel]") -> str:

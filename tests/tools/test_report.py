@@ -133,5 +133,5 @@ def test_a_damaged_reference_is_named(root: Path) -> None:
 
 def test_the_references_that_are_committed_are_of_presets() -> None:
     found = [read_reference(path) for path in (REPOSITORY / "presets/curves").glob("*.json")]
-    assert {each.name for each in found} == {"default", "shakespeare_cpu"}
+    assert {each.name for each in found} == {"default", "shakespeare_cpu", "shakespeare_speedrun"}
     assert all(len(each.losses) >= 3 and each.losses.keys() == each.models.keys() for each in found)
