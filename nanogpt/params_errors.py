@@ -32,8 +32,9 @@ def explain(error: Any, params: "type[BaseModel]") -> str:
         choices = error["ctx"]["pattern"].strip("^$()").replace(".+", "…").split("|")
         problem = f"input should be one of {', '.join(choices)}"
     if isinstance(error["input"], str) and error["type"] in {"float_type", "int_type", "bool_type"}:
-        word = _AS_IN_PYTHON.get(error["input"])
-        problem += f", but this is text; write {word}" if word else ", but this is text; if it is in quotes, remove them"
+        problem += ", but this is text; if it is in quotes, remove them"
+        if error["input"] in _AS_IN_PYTHON:
+            problem += f", and write {_AS_IN_PYTHON[error['input']]}"
     return f"{key} = {_value(error)} is invalid: {problem}"
 
 

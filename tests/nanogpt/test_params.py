@@ -158,7 +158,7 @@ def test_what_dvc_writes_for_a_small_number_is_read_back(load):
         ("model__bias", "1", "model.bias = 1 is invalid: .*boolean"),
         ("model__bias", "'true'", "model.bias = 'true' is invalid: .*boolean.*quotes, remove them"),
         ("model__bias", "yes", "model.bias = 'yes' is invalid: .*boolean"),
-        ("train__lr_decay_iters", "None", "train.lr_decay_iters = 'None' is invalid: .*integer.*; write null"),
+        ("train__lr_decay_iters", "None", "train.lr_decay_iters = 'None' is invalid: .*integer.*, and write null"),
         ("train__lr_decay_iters", "1.5", "train.lr_decay_iters = 1.5 is invalid: .*integer"),
         ("sample__top_p", "high", "sample.top_p = 'high' is invalid: .*number"),
         ("sample__prompts", "ROMEO", "sample.prompts = 'ROMEO' is invalid: .*list"),
