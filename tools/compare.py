@@ -120,7 +120,7 @@ def advice(root: Path, comparisons: Sequence[Comparison]) -> Iterator[str]:
         names = [(result.tags.get("dvc.experiment", ""), result.seed) for result in found.settings[0].results]
         kept = [(name, seed) for name, seed in names if name and experiment_refs(root, name)]
         if found.others and kept:
-            yield f"`dvc exp apply {kept[0][0]}` brings setting 1 here (seed {kept[0][1]})"
+            yield f"`dvc exp apply {kept[0][0]}` brings setting 1 (seed {kept[0][1]}) into the workspace"
     if len(comparisons) == 1 and not comparisons[0].others:
         yield "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"
     if any(diff.verdict == "cannot tell" for found in comparisons for diff in found.differences):

@@ -53,7 +53,7 @@ def test_the_best_setting_names_an_experiment_that_is_still_there(root, monkeypa
     monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [f"refs/exps/{name}"])
     assert "exp apply" not in compare("slow-1", "fast-1").stdout  # not made by DVC
     scored_run(root, "wide", 1.4, seed=5, params={"model.n_embd": 96}, tags={"dvc.experiment": "wide"})
-    assert "`dvc exp apply wide` brings setting 1 here (seed 5)" in compare().stdout
+    assert "`dvc exp apply wide` brings setting 1 (seed 5) into the workspace" in compare().stdout
     monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [])
     assert "exp apply" not in compare().stdout
 
