@@ -13,6 +13,7 @@ from nanogpt.files import write_text
 from tools.command import command, duration, markdown_row
 from tracking import comparison
 from tracking.comparison import Comparison, Result, Setting
+from tracking.git import resolve_commit
 from tracking.history import experiment_refs
 from tracking.significance import ALPHA, Difference
 
@@ -117,10 +118,12 @@ def table(found: Comparison) -> str:
 def advice(root: Path, comparisons: Sequence[Comparison]) -> Iterator[str]:
     """What to run next."""
     for found in comparisons:
-        names = [(result.tags.get("dvc.experiment", ""), result.seed) for result in found.settings[0].results]
-        kept = [(name, seed) for name, seed in names if name and experiment_refs(root, name)]
-        if found.others and kept:
-            yield f"`dvc exp apply {kept[0][0]}` brings setting 1 (seed {kept[0][1]}) into the workspace"
+        for result in found.settings[0].results if found.others else ():
+            if (name := result.tags.get("dvc.experiment", "")) and experiment_refs(root, name):
+                yield f"`dvc exp apply {name}` brings setting 1 (seed {result.seed}) into the workspace"
+                if (began := result.tags.get("dvc.baseline")) != resolve_commit(root, "HEAD"):
+                    yield f"it began at {str(began)[:7]}: files committed since change back (docs/experiments.md)"
+                break
     if len(comparisons) == 1 and not comparisons[0].others:
         yield "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"
     if any(diff.verdict == "cannot tell" for found in comparisons for diff in found.differences):

@@ -64,6 +64,8 @@ class Lineage:
 def resolve(argument: str, root: Path, runs: RecordedRuns) -> Lineage:
     """The lineage of what the argument names. Raises ValueError if that is nothing, or ambiguous."""
     path = Path(argument)
+    if path.is_file() and (path.parent / "model.json").is_file():
+        path = path.parent
     if path.is_dir() or "/" in argument:
         if not (path / "model.json").is_file():
             raise _no_model(argument, root)
@@ -347,13 +349,14 @@ def show(root: Path, found: dict[str, Any]) -> None:
 
 
 @command()
-@click.argument("subject", metavar="RUN|DIRECTORY|HASH")
+@click.argument("subject", metavar="RUN|EXPERIMENT|DIRECTORY|HASH")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(subject: str, as_json: bool) -> None:
     """Shows where a model comes from and how to make it again.
 
     Prints its run, commit, params, data, code and environment, and the commands that make it again. RUN is the id or
-    name of an MLflow run, DIRECTORY contains a model, HASH is the beginning of a model's sha256 or md5.
+    name of an MLflow run, DIRECTORY contains a model, HASH is the beginning of its sha256 or md5, which are those of
+    the directory and not of a file in it.
     """
     root = repository()
     if not (root / "dvc.yaml").is_file():

@@ -9,6 +9,7 @@ from tools.command import command
 from tracking.dvc_files import DvcLock
 from tracking.errors import check_made
 from tracking.git import git, git_or_none
+from tracking.history import unequal
 
 TRAIN, EVALUATE, LOCK = Path("metrics/train.json"), Path("metrics/evaluate.json"), Path("dvc.lock")
 
@@ -67,11 +68,29 @@ def lock_state() -> str:
             "commit dvc.lock"
         )
     if changed.splitlines() == ["dvc.lock"]:
+        if others := other_inputs(DvcLock.parse(committed), DvcLock.of_workspace(Path())):
+            return (
+                f"dvc.lock is new: the committed one was made before {', '.join(others[:3])} changed; "
+                "`make golden` and commit both to keep this result"
+            )
         return (
             "dvc.lock DIFFERS from the committed one though code and params are the same: this result has other bits "
             "(not the environment of constraints.txt?); see `git diff dvc.lock`"
         )
     return "dvc.lock is new, as code or params differ from the commit: `git commit` it with them to keep this result"
+
+
+def other_inputs(old: DvcLock, new: DvcLock) -> list[str]:
+    """The files and parameters that two locks record with other content, without what the stages make."""
+    made = {path for outs in new.outs().values() for path in outs}
+    found = set[str]()
+    for name in old.stages.keys() & new.stages.keys():
+        before, after = old.stages[name], new.stages[name]
+        found |= {path for path in before.deps | after.deps if before.deps.get(path) != after.deps.get(path)}
+        for file, sections in after.params.items():
+            known = before.params.get(file, {})
+            found |= {key for name in sections for key, _, _ in unequal(name, known.get(name), sections[name])}
+    return sorted(found - made)
 
 
 def untracked_deps() -> list[str]:

@@ -140,7 +140,7 @@ def changed_params(root: Path, commit: str, locked: dict[str, dict[str, Any]]) -
     found = []
     for file, values in locked.items():
         current = _yaml_at(root, commit, file)
-        found += [change for key, value in values.items() for change in _unequal(key, value, _value(current, key))]
+        found += [change for key, value in values.items() for change in unequal(key, value, _value(current, key))]
     return found
 
 
@@ -151,10 +151,11 @@ def _value(values: Any, key: str) -> Any:
     return values
 
 
-def _unequal(name: str, locked: Any, current: Any) -> list[tuple[str, Any, Any]]:
+def unequal(name: str, locked: Any, current: Any) -> list[tuple[str, Any, Any]]:
+    """The keys below `name` with other values: key, locked, current."""
     if isinstance(locked, dict) and isinstance(current, dict):
         keys = {**locked, **current}
-        return [found for key in keys for found in _unequal(f"{name}.{key}", locked.get(key), current.get(key))]
+        return [found for key in keys for found in unequal(f"{name}.{key}", locked.get(key), current.get(key))]
     return [] if locked == current else [(name, locked, current)]
 
 

@@ -68,6 +68,7 @@ def check_lock(root: Path) -> Report:
         report.notes.append(
             "run `dvc repro` and `make golden`, commit dvc.lock and golden/ with the change, and `dvc push` to a remote"
         )
+        report.notes.append("or take the change back: `git revert COMMIT`")
     report.findings.append(_remote(root))
     if report.findings[-1].verdict == MISSING:
         report.notes.append("run `dvc push` where the remote can be reached")
@@ -108,10 +109,10 @@ def _inconsistent(root: Path, lock: DvcLock) -> dict[str, list[str]]:
 
 def _remote(root: Path) -> Finding:
     """Whether DVC's remote has every object of dvc.lock. DVC exits with 0 anyway, and names directories on stderr."""
+    if others := git(root, "diff", "HEAD", "--name-only", "--", "dvc.lock", ".dvc/config").split():
+        return Finding("remote", "objects", "", f"the workspace has another {others[-1]}", SKIPPED)
     if not _dvc(root, "remote", "list").stdout.strip():
         return Finding("remote", "objects", "", "no remote is configured", SKIPPED)
-    if git(root, "diff", "HEAD", "--name-only", "--", "dvc.lock"):
-        return Finding("remote", "objects", "", "the workspace has another dvc.lock", SKIPPED)
     done = _dvc(root, "status", "--cloud", "--json")
     if done.returncode:
         raise CouldNotRun(f"`dvc status --cloud` failed: {redact(done.stderr)}")

@@ -175,6 +175,10 @@ def test_a_remote_that_lacks_something_is_found(golden, copy_of):
     clone.commit("A remote")
     _, report = verify(clone, "--layer lock")
     assert report["findings"][-1]["verdict"] == "identical"
+    clone.run("dvc remote remove store")  # as `dvc exp apply` of an experiment that is older than the remote does
+    _, report = verify(clone, "--layer lock")
+    assert report["findings"][-1]["found"] == "the workspace has another .dvc/config"
+    clone.run("git checkout .dvc/config")
     model = clone.lock()["train"]["outs"][-1]["md5"]
     for path in (clone.path.parent / "store").rglob(model[2:]):
         path.unlink()

@@ -52,8 +52,13 @@ def test_the_best_setting_names_an_experiment_that_is_still_there(root, monkeypa
     scored_run(root, "idea", 1.5, seed=4, tags={"dvc.experiment": "idea"})
     monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [f"refs/exps/{name}"])
     assert "exp apply" not in compare("slow-1", "fast-1").stdout  # not made by DVC
-    scored_run(root, "wide", 1.4, seed=5, params={"model.n_embd": 96}, tags={"dvc.experiment": "wide"})
-    assert "`dvc exp apply wide` brings setting 1 (seed 5) into the workspace" in compare().stdout
+    tags = {"dvc.experiment": "wide", "dvc.baseline": "a" * 40}
+    scored_run(root, "wide", 1.4, seed=5, params={"model.n_embd": 96}, tags=tags)
+    monkeypatch.setattr("tools.compare.resolve_commit", lambda root, revision: "a" * 40)
+    assert "`dvc exp apply wide` brings setting 1 (seed 5) into the workspace" in (found := compare().stdout)
+    assert "it began at" not in found
+    monkeypatch.setattr("tools.compare.resolve_commit", lambda root, revision: "b" * 40)
+    assert "it began at aaaaaaa: files committed since change back (docs/experiments.md)" in compare().stdout
     monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [])
     assert "exp apply" not in compare().stdout
 

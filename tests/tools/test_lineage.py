@@ -172,7 +172,7 @@ def test_a_model_directory_leads_to_its_run(repository: Path) -> None:
     attempt = make_attempt(repository, "made", tags={"git.commit": git("rev-parse", "HEAD"), "git.dirty": "false"})
     with Journal(attempt / "journal.jsonl") as journal:
         end(journal, "FINISHED", 1, model_sha256=sha256_tree(model), model_md5=directory_md5(model))
-    for argument in ("model", str(model), "./model/"):
+    for argument in ("model", str(model), "./model/", "model/model.json"):
         assert described(argument)["run"]["name"] == "made"
     (model / "weights.safetensors").write_text("others")
     assert re.search(r"no run and no commit has this model .*`dvc status model`", fails("model"))

@@ -51,6 +51,19 @@ def test_other_bits_from_the_same_code_and_params_are_reported_as_such(repositor
     assert "dvc.lock DIFFERS from the committed one though code and params are the same" in summary()
 
 
+def test_a_committed_lock_that_was_not_true_is_not_blamed_on_the_environment(repository: Path) -> None:
+    old = lock("a").replace("outs:", "params: {params.yaml: {model: {n_layer: 2, n_head: 2}}}, outs:")
+    (repository / "dvc.lock").write_text(old)
+    git("commit", "-qam", "2")
+    (repository / "dvc.lock").write_text(old.replace("n_layer: 2", "n_layer: 3").replace("md5: a", "md5: b"))
+    assert "dvc.lock is new: the committed one was made before model.n_layer changed; `make golden`" in summary()
+    (repository / "dvc.lock").write_text(lock("b", code="c1"))
+    git("checkout", "-q", "HEAD~1", "--", "dvc.lock")
+    git("commit", "-qm", "3")
+    (repository / "dvc.lock").write_text(lock("b", code="c1"))
+    assert "made before a.py changed" in summary()
+
+
 def test_the_same_bits_of_other_code_are_reported_as_such(repository: Path) -> None:
     (repository / "dvc.lock").write_text(lock("a", code="c1"))
     assert "this result is bit for bit the committed one: commit dvc.lock" in summary()
