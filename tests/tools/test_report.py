@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from ruamel.yaml import YAML
 
-from tests.conftest import REPOSITORY
+from tests.conftest import BUILT_IN, REPOSITORY
 from tests.runs import scored_run
 from tests.tools.test_compare import Page, two_settings
 from tools.__main__ import main
 from tools.report_curves import read_reference
+from tracking.run_name import SEED
 
 
 @pytest.fixture
@@ -135,3 +137,8 @@ def test_the_references_that_are_committed_are_of_presets() -> None:
     found = [read_reference(path) for path in (REPOSITORY / "presets/curves").glob("*.json")]
     assert {each.name for each in found} == {"default", "shakespeare_cpu", "shakespeare_speedrun"}
     assert all(len(each.losses) >= 3 and each.losses.keys() == each.models.keys() for each in found)
+    sections = YAML(typ="safe").load(BUILT_IN.read_text(encoding="utf-8"))
+    trained = ("download", "tokenize", "model", "train", "numerics")
+    keys = {f"{section}.{name}" for section in trained for name in sections[section]} - {SEED}
+    for each in found:  # or a report would name parameters that a user has not touched
+        assert each.params.keys() == keys, each.name
