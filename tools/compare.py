@@ -13,6 +13,7 @@ from nanogpt.files import write_text
 from tools.command import command, duration, markdown_row
 from tracking import comparison
 from tracking.comparison import Comparison, Result, Setting
+from tracking.dvc_files import DvcLock
 from tracking.git import resolve_commit
 from tracking.history import experiment_refs
 from tracking.significance import ALPHA, Difference
@@ -23,6 +24,10 @@ MANY_LINES = 4  # at most, for a label in the table
 NO_RUNS = (
     "no run has finished in this clone: `dvc repro` makes one, `dvc metrics show` has the numbers of what was pulled, "
     "and --server compares the runs of an MLflow server"
+)
+TRIAL = (
+    "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds of that setting and\n"
+    "of params.yaml's until it can tell"
 )
 
 
@@ -118,16 +123,18 @@ def table(found: Comparison) -> str:
 def advice(root: Path, comparisons: Sequence[Comparison]) -> Iterator[str]:
     """What to run next."""
     for found in comparisons:
-        for result in found.settings[0].results if found.others else ():
+        best = found.settings[0].results
+        kept = DvcLock.of_commit(root, "HEAD").model_md5 in [result.tags.get("model.md5") for result in best]
+        for result in best if found.others and not kept else ():
             if (name := result.tags.get("dvc.experiment", "")) and experiment_refs(root, name):
                 yield f"`dvc exp apply {name}` brings setting 1 (seed {result.seed}) into the workspace"
                 if (began := result.tags.get("dvc.baseline")) != resolve_commit(root, "HEAD"):
-                    yield f"it began at {str(began)[:7]}: files committed since change back (docs/experiments.md)"
+                    yield f"and undoes what was committed since {str(began)[:7]} (docs/experiments.md)"
                 break
     if len(comparisons) == 1 and not comparisons[0].others:
         yield "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"
     if any(diff.verdict == "cannot tell" for found in comparisons for diff in found.differences):
-        yield "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it can tell"
+        yield TRIAL
 
 
 def title(found: Comparison) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from tools.command import command
-from tracking.dvc_files import DvcLock
+from tracking.dvc_files import DvcLock, path_md5, read_yaml
 from tracking.errors import check_made
 from tracking.git import git, git_or_none
 from tracking.history import unequal
@@ -53,6 +53,14 @@ def lock_state() -> str:
     committed = git_or_none(Path.cwd(), "show", "HEAD:./dvc.lock")
     if committed is None or not git(Path.cwd(), "ls-files", str(LOCK)):
         return "dvc.lock is not committed yet: `git add dvc.lock params.yaml && git commit` keeps this result"
+    lock = DvcLock.of_workspace(Path())
+    if (md5 := lock.out_md5("evaluate", str(EVALUATE))) and md5 != path_md5(EVALUATE):
+        return (
+            "the result here is NOT that of dvc.lock: `dvc checkout` brings that one, or `dvc pull` if DVC's cache "
+            "lacks it"
+        )
+    if later := changed_since(lock):
+        return f"dvc.lock was made before {', '.join(later[:3])} changed: `dvc repro` makes the result of what is here"
     changed = git(Path.cwd(), "diff", "HEAD", "--name-only", "--", "dvc.lock", "params.yaml", "nanogpt", "stages")
     if "dvc.lock" not in changed.splitlines():
         return "dvc.lock is the committed one: this result is bit for bit what the commit says"
@@ -62,13 +70,13 @@ def lock_state() -> str:
             f"dvc.lock depends on {names}, which git does not track, so a clone lacks it: commit it too, or move it "
             "away and run `dvc repro`"
         )
-    if DvcLock.parse(committed).outs() == DvcLock.parse(LOCK.read_text()).outs():
+    if DvcLock.parse(committed).outs() == lock.outs():
         return (
             "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: "
             "commit dvc.lock"
         )
     if changed.splitlines() == ["dvc.lock"]:
-        if others := other_inputs(DvcLock.parse(committed), DvcLock.of_workspace(Path())):
+        if others := other_inputs(DvcLock.parse(committed), lock):
             return (
                 f"dvc.lock is new: the committed one was made before {', '.join(others[:3])} changed; "
                 "`make golden` and commit both to keep this result"
@@ -78,6 +86,17 @@ def lock_state() -> str:
             "(not the environment of constraints.txt?); see `git diff dvc.lock`"
         )
     return "dvc.lock is new, as code or params differ from the commit: `git commit` it with them to keep this result"
+
+
+def changed_since(lock: DvcLock) -> list[str]:
+    """The files of code and the parameters that are not what a lock was made with; folders of inputs may be large."""
+    found = set[str]()
+    for stage in lock.stages.values():
+        found |= {path for path, md5 in stage.deps.items() if Path(path).is_file() and path_md5(Path(path)) != md5}
+        for file, sections in stage.params.items():
+            known = read_yaml(Path(file).read_text(encoding="utf-8"), file)
+            found |= {key for name in sections for key, _, _ in unequal(name, sections[name], known.get(name))}
+    return sorted(found - {path for outs in lock.outs().values() for path in outs})
 
 
 def other_inputs(old: DvcLock, new: DvcLock) -> list[str]:

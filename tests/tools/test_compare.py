@@ -56,9 +56,9 @@ def test_the_best_setting_names_an_experiment_that_is_still_there(root, monkeypa
     scored_run(root, "wide", 1.4, seed=5, params={"model.n_embd": 96}, tags=tags)
     monkeypatch.setattr("tools.compare.resolve_commit", lambda root, revision: "a" * 40)
     assert "`dvc exp apply wide` brings setting 1 (seed 5) into the workspace" in (found := compare().stdout)
-    assert "it began at" not in found
+    assert "undoes" not in found
     monkeypatch.setattr("tools.compare.resolve_commit", lambda root, revision: "b" * 40)
-    assert "it began at aaaaaaa: files committed since change back (docs/experiments.md)" in compare().stdout
+    assert "and undoes what was committed since aaaaaaa (docs/experiments.md)" in compare().stdout
     monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [])
     assert "exp apply" not in compare().stdout
 
@@ -121,9 +121,9 @@ def test_runs_on_two_texts_go_by_their_names_and_need_no_other_setting(root):
 def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "a", 2.0)
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
-    *_, verdict, _, advice = compare().stdout.splitlines()
+    *_, verdict, _, advice, _ = compare().stdout.splitlines()
     assert verdict == " 2  +1.0000  cannot tell from one seed"
-    assert advice == "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it can tell"
+    assert advice == "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds of that setting and"
 
 
 def test_what_is_left_out_goes_to_stderr(root):
@@ -142,7 +142,7 @@ def test_only_the_experiment_of_params_yaml_unless_runs_are_named(root):
     (root / "params.yaml").write_text(text.replace("test/one experiment", "another"))
     assert "no run has finished" in compare().stdout
     assert compare("slow-*", "fast-1").stdout.startswith("4 runs of 2 settings")
-    assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-3].endswith("cannot tell from one seed")
+    assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-4].endswith("cannot tell from one seed")
     assert "no finished run is 'slaw-1'" in compare("slaw-1", code=1).stderr
 
 

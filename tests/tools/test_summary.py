@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from tools.__main__ import main
+from tracking.dvc_files import path_md5
 
 
 @pytest.fixture
@@ -54,7 +55,9 @@ def test_other_bits_from_the_same_code_and_params_are_reported_as_such(repositor
 def test_a_committed_lock_that_was_not_true_is_not_blamed_on_the_environment(repository: Path) -> None:
     old = lock("a").replace("outs:", "params: {params.yaml: {model: {n_layer: 2, n_head: 2}}}, outs:")
     (repository / "dvc.lock").write_text(old)
+    (repository / "params.yaml").write_text("model: {n_layer: 3, n_head: 2}\n")
     git("commit", "-qam", "2")
+    assert "dvc.lock was made before model.n_layer changed: `dvc repro` makes the result" in summary()
     (repository / "dvc.lock").write_text(old.replace("n_layer: 2", "n_layer: 3").replace("md5: a", "md5: b"))
     assert "dvc.lock is new: the committed one was made before model.n_layer changed; `make golden`" in summary()
     (repository / "dvc.lock").write_text(lock("b", code="c1"))
@@ -62,6 +65,16 @@ def test_a_committed_lock_that_was_not_true_is_not_blamed_on_the_environment(rep
     git("commit", "-qm", "3")
     (repository / "dvc.lock").write_text(lock("b", code="c1"))
     assert "made before a.py changed" in summary()
+
+
+def test_the_result_of_another_commit_is_not_taken_for_that_of_the_lock(repository: Path) -> None:
+    made = "metrics/evaluate.json"
+    out = f"{{path: {made}, md5: {path_md5(Path(made))}}}"
+    (repository / "dvc.lock").write_text(f"stages: {{evaluate: {{outs: [{out}]}}}}")
+    git("commit", "-qam", "2")
+    assert "dvc.lock is the committed one" in summary()
+    (repository / made).write_text((repository / made).read_text().replace("1.5", "1.6"))
+    assert "the result here is NOT that of dvc.lock: `dvc checkout`" in summary()
 
 
 def test_the_same_bits_of_other_code_are_reported_as_such(repository: Path) -> None:
