@@ -81,10 +81,10 @@ golden: $(READY)  ## write the golden file of this environment
 	@python -m tools golden
 
 test: $(READY)  ## the fast tests
-	pytest -n 3 --dist worksteal tests --ignore=tests/pipeline --ignore=tests/faults
+	pytest -n 2 --dist worksteal tests --ignore=tests/pipeline --ignore=tests/faults
 
 test-pipeline: $(READY)  ## real DVC and MLflow in throw-away clones
-	pytest -n 4 --dist loadfile --no-loadscope-reorder tests/pipeline tests/faults
+	pytest -n 3 --dist loadfile --no-loadscope-reorder tests/pipeline tests/faults
 
 soak: $(READY)  ## kill the pipeline at 100 random moments, and ranks, nodes, servers and workers at 30; check that no trace remains
 	python -m tests.faults.soak --kills 100
