@@ -26,8 +26,8 @@ NO_RUNS = (
     "and --server compares the runs of an MLflow server"
 )
 TRIAL = (
-    "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds of that setting and\n"
-    "of params.yaml's until it can tell"
+    "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds of params.yaml's\n"
+    "setting, and of it with KEY=VALUE, until it can tell"
 )
 
 

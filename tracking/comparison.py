@@ -360,6 +360,8 @@ def select(results: Sequence[Result], argument: str, root: Path) -> list[Result]
             f"no run of experiment {argument!r} is here, since another clone trained it: `dvc exp show` has its "
             "numbers, and `python -m tools compare --server` compares the runs of an MLflow server"
         )
+    if not found and not is_pattern and resolve_commit(root, argument):
+        raise ValueError(f"no run of commit {argument!r} is here: `dvc metrics diff {argument} HEAD` has its losses")
     if not found:
         names = {name for result in results for name in (result.name, result.tags.get("dvc.experiment", "none"))}
         near = difflib.get_close_matches(argument, names - {"none"}, n=3)

@@ -199,6 +199,12 @@ def test_an_experiment_that_another_clone_trained_is_named_with_the_ways_to_see_
         select([], "pulled", tmp_path)
 
 
+def test_a_commit_that_another_clone_trained_is_named_with_the_way_to_its_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "resolve_commit", lambda root, revision: "b" * 40)
+    with pytest.raises(ValueError, match=r"no run of commit 'HEAD~4' is here: `dvc metrics diff HEAD~4 HEAD` has its"):
+        select([], "HEAD~4", tmp_path)
+
+
 def test_a_commit_names_the_model_in_its_lock_rather_than_the_runs_started_at_it(tmp_path, monkeypatch):
     scored_run(tmp_path, "held", 2.0)
     scored_run(tmp_path, "begun", 1.0, params={"train.batch_size": 2}, tags={"git.commit": "b" * 40})
