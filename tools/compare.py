@@ -26,8 +26,8 @@ NO_RUNS = (
     "and --server compares the runs of an MLflow server"
 )
 TRIAL = (
-    "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds of params.yaml's\n"
-    "setting, and of it with KEY=VALUE, until it can tell"
+    "`python -m tools trial --name NAME -S KEY=VALUE` compares KEY=VALUE with\n"
+    "params.yaml's setting, and adds seeds until it can tell"
 )
 
 
@@ -127,9 +127,10 @@ def advice(root: Path, comparisons: Sequence[Comparison]) -> Iterator[str]:
         kept = DvcLock.of_commit(root, "HEAD").model_md5 in [result.tags.get("model.md5") for result in best]
         for result in best if found.others and not kept else ():
             if (name := result.tags.get("dvc.experiment", "")) and experiment_refs(root, name):
-                yield f"`dvc exp apply {name}` brings setting 1 (seed {result.seed}) into the workspace"
-                if (began := result.tags.get("dvc.baseline")) != resolve_commit(root, "HEAD"):
-                    yield f"and undoes what was committed since {str(began)[:7]} (docs/experiments.md)"
+                began = result.tags.get("dvc.baseline", "none")
+                older = began != resolve_commit(root, "HEAD")
+                undone = f",\nand undoes what was committed since {began[:7]} (docs/experiments.md)" if older else ""
+                yield f"`dvc exp apply {name}` brings setting 1 (seed {result.seed}) into the workspace{undone}"
                 break
     if len(comparisons) == 1 and not comparisons[0].others:
         yield "there is only one setting; `dvc exp run -S KEY=VALUE` adds another one"

@@ -1,7 +1,9 @@
 """The end of `make repro`: shows the result, where to look, and whether dvc.lock is the committed one."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -60,7 +62,7 @@ def lock_state() -> str:
             "lacks it"
         )
     if later := changed_since(lock):
-        return f"dvc.lock was made before {', '.join(later[:3])} changed: `dvc repro` makes the result of what is here"
+        return f"dvc.lock was made before {', '.join(later[:3])} changed: `dvc repro` makes the new result"
     changed = git(Path.cwd(), "diff", "HEAD", "--name-only", "--", "dvc.lock", "params.yaml", "nanogpt", "stages")
     if "dvc.lock" not in changed.splitlines():
         return "dvc.lock is the committed one: this result is bit for bit what the commit says"
@@ -95,7 +97,7 @@ def changed_since(lock: DvcLock) -> list[str]:
         found |= {path for path, md5 in stage.deps.items() if Path(path).is_file() and path_md5(Path(path)) != md5}
         for file, sections in stage.params.items():
             known = read_yaml(Path(file).read_text(encoding="utf-8"), file)
-            found |= {key for name in sections for key, _, _ in unequal(name, sections[name], known.get(name))}
+            found |= changed_keys(sections, known)
     return sorted(found - {path for outs in lock.outs().values() for path in outs})
 
 
@@ -107,9 +109,12 @@ def other_inputs(old: DvcLock, new: DvcLock) -> list[str]:
         before, after = old.stages[name], new.stages[name]
         found |= {path for path in before.deps | after.deps if before.deps.get(path) != after.deps.get(path)}
         for file, sections in after.params.items():
-            known = before.params.get(file, {})
-            found |= {key for name in sections for key, _, _ in unequal(name, known.get(name), sections[name])}
+            found |= changed_keys(sections, before.params.get(file, {}))
     return sorted(found - made)
+
+
+def changed_keys(sections: Mapping[str, Any], others: Mapping[str, Any]) -> set[str]:
+    return {key for name, values in sections.items() for key, _, _ in unequal(name, values, others.get(name))}
 
 
 def untracked_deps() -> list[str]:

@@ -123,7 +123,7 @@ def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
     *_, verdict, _, advice, _ = compare().stdout.splitlines()
     assert verdict == " 2  +1.0000  cannot tell from one seed"
-    assert advice == "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds of params.yaml's"
+    assert advice == "`python -m tools trial --name NAME -S KEY=VALUE` compares KEY=VALUE with"
 
 
 def test_what_is_left_out_goes_to_stderr(root):

@@ -57,7 +57,7 @@ def test_a_committed_lock_that_was_not_true_is_not_blamed_on_the_environment(rep
     (repository / "dvc.lock").write_text(old)
     (repository / "params.yaml").write_text("model: {n_layer: 3, n_head: 2}\n")
     git("commit", "-qam", "2")
-    assert "dvc.lock was made before model.n_layer changed: `dvc repro` makes the result" in summary()
+    assert "dvc.lock was made before model.n_layer changed: `dvc repro` makes the new result" in summary()
     (repository / "dvc.lock").write_text(old.replace("n_layer: 2", "n_layer: 3").replace("md5: a", "md5: b"))
     assert "dvc.lock is new: the committed one was made before model.n_layer changed; `make golden`" in summary()
     (repository / "dvc.lock").write_text(lock("b", code="c1"))
