@@ -175,6 +175,7 @@ def verdict_lines(found: Comparison) -> list[str]:
         return []
     against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
     lines = ["", f"{against}: difference, 95 % interval, p corrected for {count(found.tests, 'comparison')}"]
+    lines.append(f"(a verdict needs p < {ALPHA})")
     for setting, diff in zip(found.others, found.differences, strict=True):
         kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
         shown = [f"{diff.mean:+.4f}", interval(diff), kind, p_value(diff), words(diff)]

@@ -288,8 +288,8 @@ def lines(root: Path, found: dict[str, Any]) -> dict[str, list[str]]:
         differing.append("the same bits are promised only in the environment of constraints.txt")
     return {
         "model": [f"{name:6} {value}" for name, value in found["model"].items()],
-        **_run_lines(found),
         "kept by": _commit_lines(root, found),
+        **_run_lines(found),
         "params": [f"{name}: {' '.join(values)}" for name, values in sections.items()] or [UNKNOWN],
         "data": [f"md5 {found['data']['md5']}, source {found['params'].get('download.source', UNKNOWN)}"],
         "tokens": [f"sha256 {found['tokens']['sha256']}", f"md5    {found['tokens']['md5']}"],

@@ -91,14 +91,15 @@ def lock_state() -> str:
 
 
 def changed_since(lock: DvcLock) -> list[str]:
-    """The files of code and the parameters that are not what a lock was made with; folders of inputs may be large."""
-    found = set[str]()
+    """The files, folders and parameters that are not what a lock was made with, without what the stages make."""
+    deps = {path: md5 for stage in lock.stages.values() for path, md5 in stage.deps.items()}
+    inputs = deps.keys() - {path for outs in lock.outs().values() for path in outs}
+    found = {path for path in inputs if path_md5(Path(path)) not in {deps[path], None}}
     for stage in lock.stages.values():
-        found |= {path for path, md5 in stage.deps.items() if Path(path).is_file() and path_md5(Path(path)) != md5}
         for file, sections in stage.params.items():
             known = read_yaml(Path(file).read_text(encoding="utf-8"), file)
             found |= changed_keys(sections, known)
-    return sorted(found - {path for outs in lock.outs().values() for path in outs})
+    return sorted(found)
 
 
 def other_inputs(old: DvcLock, new: DvcLock) -> list[str]:

@@ -150,19 +150,24 @@ def path_md5(path: Path) -> str | None:
     """DVC's hash of a file or a directory; None if there is neither."""
     if path.is_dir():
         return directory_md5(path)
-    return _md5(path.read_bytes()) if path.is_file() else None
+    return _file_md5(path) if path.is_file() else None
 
 
 def directory_md5(directory: Path) -> str:
     """DVC's hash of a directory, as in dvc.lock (a test compares it with DVC's own)."""
     files = [path for path in directory.rglob("*") if path.is_file()]
-    return listing_md5({path.relative_to(directory).as_posix(): _md5(path.read_bytes()) for path in files})
+    return listing_md5({path.relative_to(directory).as_posix(): _file_md5(path) for path in files})
 
 
 def listing_md5(files: dict[str, str]) -> str:
     """DVC's hash of a directory, from the md5 of each of its files: path relative to it -> md5."""
     entries = [{"md5": md5, "relpath": path} for path, md5 in sorted(files.items())]
     return _md5(json.dumps(entries, sort_keys=True).encode()) + ".dir"
+
+
+def _file_md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _md5(content: bytes) -> str:

@@ -43,6 +43,7 @@ def test_the_table(root):
         " 2  0.02                      3  2.0200 ± 0.0265     1.0100  1.0200     40   0 s\n"
         "\n"
         "against 1, the best: difference, 95 % interval, p corrected for 1 comparison\n"
+        "(a verdict needs p < 0.01)\n"
         " 2  +0.1000  [+0.0752, +0.1248]  paired  p=0.0033  worse\n"
     )
 

@@ -67,6 +67,18 @@ def test_a_committed_lock_that_was_not_true_is_not_blamed_on_the_environment(rep
     assert "made before a.py changed" in summary()
 
 
+def test_a_text_that_was_added_to_a_folder_of_inputs_is_named(repository: Path) -> None:
+    (repository / "texts").mkdir()
+    (repository / "texts/a.txt").write_text("a")
+    folder = path_md5(Path("texts"))
+    (repository / "dvc.lock").write_text(f"stages: {{download: {{deps: [{{path: texts, md5: {folder}}}], outs: []}}}}")
+    git("add", ".")
+    git("commit", "-qm", "2")
+    assert "dvc.lock is the committed one" in summary()
+    (repository / "texts/b.txt").write_text("b")
+    assert "dvc.lock was made before texts changed: `dvc repro` makes the new result" in summary()
+
+
 def test_the_result_of_another_commit_is_not_taken_for_that_of_the_lock(repository: Path) -> None:
     made = "metrics/evaluate.json"
     out = f"{{path: {made}, md5: {path_md5(Path(made))}}}"
@@ -89,13 +101,14 @@ def test_an_untracked_file_is_named_before_a_commit_that_no_clone_could_confirm(
     (repository / "dvc.lock").write_text(lock("a").replace("a.py", "texts"))
     git("commit", "-qam", "2")
     (repository / "texts/left over.txt").touch()
-    changed = lock("a", code="c1").replace("a.py", "texts")
+    changed = lock("a", code=path_md5(Path("texts"))).replace("a.py", "texts")
     (repository / "dvc.lock").write_text(changed)
     assert summary().splitlines()[-1] == (
         "dvc.lock depends on texts/left over.txt, which git does not track, so a clone lacks it: commit it too, or "
         "move it away and run `dvc repro`"
     )
     (repository / "texts/left over.txt").unlink()
+    (repository / "dvc.lock").write_text(lock("a", code=path_md5(Path("texts"))).replace("a.py", "texts"))
     assert "commit dvc.lock" in summary()
 
 
