@@ -13,9 +13,10 @@ import pytest
 from tests.conftest import REPOSITORY
 
 TORCH = re.search(r"^torch==.*", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)[0]
-REST = "pip install --no-compile --constraint constraints.txt .[dev]"
+INSTALL_UV = "pip install --quiet --constraint constraints.txt uv"
+REST = "uv pip install --system-certs --python {python} --quiet --constraint constraints.txt .[dev]"
 OFFERED = f"pip install --dry-run --quiet --no-deps {TORCH}"
-UV = ["pip install --quiet --constraint constraints.txt uv", f"uv pip install --no-deps --torch-backend cpu {TORCH}"]
+OF_UV = f"uv pip install --system-certs --python {{python}} --no-deps --torch-backend cpu {TORCH}"
 without_gpu = pytest.mark.skipif(
     bool(shutil.which("nvidia-smi") or list(Path("/dev").glob("nvidia*"))) or os.uname().sysname != "Linux",
     reason="this machine has a GPU, or is a Mac",
@@ -30,7 +31,7 @@ def install(tmp_path):
         torch: str = "", gpu: bool = False, installed: str = "", failing: str = "none", extras: str = ""
     ) -> tuple[int, str, list]:
         stub = f'#!/bin/sh\necho "$(basename "$0") $*" >>{tmp_path}/calls\ncase "$*" in *{failing}*) exit 1;; esac\n'
-        stubs = {"pip": stub + "echo Installing collected packages", "uv": stub, "sleep": stub}
+        stubs = {"pip": stub, "uv": stub, "sleep": stub}
         stubs["python"] = f"#!/bin/sh\necho {installed}"
         if gpu:
             stubs["nvidia-smi"] = stub
@@ -40,7 +41,8 @@ def install(tmp_path):
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": torch, "EXTRAS": extras}
         command = [REPOSITORY / "tools" / "install.sh"]
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr, (tmp_path / "calls").read_text().splitlines()
+        calls = (tmp_path / "calls").read_text().replace(str(tmp_path / "python"), "{python}")
+        return done.returncode, done.stdout + done.stderr, calls.splitlines()
 
     return run
 
@@ -48,7 +50,7 @@ def install(tmp_path):
 @without_gpu
 def test_without_a_gpu_pips_own_places_are_asked_for_the_cpu_build(install):
     code, output, calls = install()
-    assert (code, calls) == (0, [f"{OFFERED}+cpu", f"pip install --no-compile --no-deps {TORCH}+cpu", REST])
+    assert (code, calls) == (0, [INSTALL_UV, f"{OFFERED}+cpu", f"pip install --no-compile --no-deps {TORCH}+cpu", REST])
     assert 'the build "cpu" (200 MB), as no NVIDIA GPU is found' in output
     assert "0.3 GB to download" in output
     assert "make setup TORCH=default" in output
@@ -57,13 +59,13 @@ def test_without_a_gpu_pips_own_places_are_asked_for_the_cpu_build(install):
 @without_gpu
 def test_if_pip_has_no_cpu_build_uv_gets_it(install):
     code, _, calls = install(failing="+cpu")
-    assert (code, calls) == (0, [f"{OFFERED}+cpu", *UV, REST])
+    assert (code, calls) == (0, [INSTALL_UV, f"{OFFERED}+cpu", OF_UV, REST])
 
 
 @without_gpu
 def test_if_no_index_has_it_gigabytes_are_announced_before_they_are_taken(install):
     code, output, calls = install(failing="*cpu")
-    assert (code, calls) == (0, [f"{OFFERED}+cpu", *UV, "sleep 10", REST])
+    assert (code, calls) == (0, [INSTALL_UV, f"{OFFERED}+cpu", OF_UV, "sleep 10", REST])
     assert "gigabytes with CUDA, follows in 10 seconds" in output
 
 
@@ -76,15 +78,20 @@ def test_a_build_that_was_asked_for_is_not_replaced_by_another(install):
 
 def test_with_a_gpu_pip_takes_its_default(install):
     code, output, calls = install(gpu=True)
-    assert (code, calls) == (0, [REST])
+    assert (code, calls) == (0, [INSTALL_UV, REST])
     assert 'the build "default".' in output
 
 
 @pytest.mark.parametrize("build", ["cpu", "default"])
 def test_a_second_set_up_installs_no_torch_and_announces_nothing(install, build):
     code, output, calls = install(torch=build, installed=f"{TORCH}+cpu")
-    assert (code, calls) == (0, [REST])
-    assert output == "Unpacking them takes a minute or two.\n"  # the stub of pip always installs something
+    assert (code, calls) == (0, [INSTALL_UV, REST])
+    assert output == ""
+
+
+def test_what_uv_cannot_get_pip_gets_with_its_own_configuration(install):
+    code, _, calls = install(gpu=True, failing="pip?install")
+    assert (code, calls[-1]) == (0, "pip install --quiet --no-compile --constraint constraints.txt .[dev]")
 
 
 def test_extras_are_those_of_dvc_and_mlflow():
