@@ -89,11 +89,15 @@ def resolve(argument: str, root: Path, runs: RecordedRuns) -> Lineage:
         return _of_model(root, runs, "", in_experiments.pop())
     if argument == "model":
         raise _no_model(argument, root)
+    if commit := resolve_commit(root, argument):
+        if not (of_commit := DvcLock.of_commit(root, commit).model_md5):
+            raise ValueError(f"commit {argument} has no dvc.lock with a model; `git log -- dvc.lock` lists others")
+        return _of_model(root, runs, "", of_commit)
     mlflow = "hashes of models in MLflow, " if runs.client else ""
     short = "" if _HASH.fullmatch(prefix) else " (a hash needs 7 or more hexadecimal digits)"
     raise ValueError(
-        f"no run, model or experiment is called {argument!r}{short}; searched: run ids and names, experiments, "
-        f"{mlflow}journals in .runs, dvc.lock in all of git's history and experiments, model/"
+        f"no run, model, experiment or commit is called {argument!r}{short}; searched: run ids and names, "
+        f"experiments, {mlflow}journals in .runs, dvc.lock in all of git's history and experiments, model/"
         f"{''.join(f' ({line})' for line in runs.warnings)}. `git fetch` gets what another clone has, and "
         "`dvc exp pull` its experiments"
     )
@@ -349,14 +353,14 @@ def show(root: Path, found: dict[str, Any]) -> None:
 
 
 @command()
-@click.argument("subject", metavar="RUN|EXPERIMENT|DIRECTORY|HASH")
+@click.argument("subject", metavar="RUN|EXPERIMENT|COMMIT|DIRECTORY|HASH")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(subject: str, as_json: bool) -> None:
     """Shows where a model comes from and how to make it again.
 
     Prints its run, commit, params, data, code and environment, and the commands that make it again. RUN is the id or
-    name of an MLflow run, DIRECTORY contains a model, HASH is the beginning of its sha256 or md5, which are those of
-    the directory and not of a file in it.
+    name of an MLflow run, COMMIT has a dvc.lock with the model, DIRECTORY contains a model, HASH is the beginning of
+    its sha256 or md5, which are those of the directory and not of a file in it.
     """
     root = repository()
     if not (root / "dvc.yaml").is_file():

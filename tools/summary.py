@@ -12,6 +12,7 @@ from tracking.dvc_files import DvcLock, path_md5, read_yaml
 from tracking.errors import check_made
 from tracking.git import git, git_or_none
 from tracking.history import unequal
+from tracking.run import runs_in
 
 TRAIN, EVALUATE, LOCK = Path("metrics/train.json"), Path("metrics/evaluate.json"), Path("dvc.lock")
 
@@ -45,7 +46,7 @@ def places() -> list[str]:
         "",
         "samples        samples/samples.md",
         "loss curve     plots/loss.csv (`dvc plots show`), all scores: metrics/evaluate.json",
-        "MLflow         `make ui`",
+        *(["MLflow         `make ui`"] if runs_in(Path()) else []),
         "",
     ]
 
@@ -62,7 +63,7 @@ def lock_state() -> str:
             "lacks it"
         )
     if later := changed_since(lock):
-        return f"dvc.lock was made before {', '.join(later[:3])} changed: `dvc repro` makes the new result"
+        return f"dvc.lock was made before {', '.join(later[:3])} changed: `dvc repro` makes it true again"
     changed = git(Path.cwd(), "diff", "HEAD", "--name-only", "--", "dvc.lock", "params.yaml", "nanogpt", "stages")
     if "dvc.lock" not in changed.splitlines():
         return "dvc.lock is the committed one: this result is bit for bit what the commit says"

@@ -7,7 +7,7 @@ import click
 
 from tools.command import command, commit_of
 from tracking.console import repository
-from tracking.git import GitError, git
+from tracking.git import GitError, git, git_or_none
 from tracking.verdict import Report, write_reports
 
 
@@ -34,6 +34,8 @@ def main(layer: str, base: str | None, varied: bool, commit: str | None, out: Pa
         raise click.UsageError("--layer base and --base belong together; --varied and --commit belong to --layer full")
     root = Path(git_top())
     report = check(root, layer, base or "", varied, commit or "HEAD")
+    if commit is None and (changed := git_or_none(root, "diff", "HEAD", "--name-only")):
+        report.notes.append(f"this checked the commit, without uncommitted changes, as of {changed.splitlines()[0]}")
     click.echo(report.table())
     write_reports(report, out or repository() / ".runs" / "verify")
     sys.exit(report.exit_code)
@@ -47,8 +49,6 @@ def check(root: Path, layer: str, base: str, varied: bool, commit: str) -> Repor
         click.echo(line, err=True)
 
     try:
-        if commit == "HEAD" and git(root, "status", "--porcelain", "--untracked-files=no"):
-            say("uncommitted changes are ignored: this checks the commit")
         if layer == "lock":
             return verification.check_lock(root)
         if layer == "steps":

@@ -28,7 +28,7 @@ def test_the_summary_tells_a_lock_that_differs_from_new_params_and_from_one_that
     assert "dvc.lock DIFFERS from the committed one though code and params are the same" in summary(clone)
 
     clone.set_params(**{"train.max_iters": 31})
-    assert "dvc.lock was made before train.max_iters changed: `dvc repro` makes the new result" in summary(clone)
+    assert "dvc.lock was made before train.max_iters changed: `dvc repro` makes it true again" in summary(clone)
     clone.write("dvc.lock", lock.replace("max_iters: 30", "max_iters: 31"))
     assert "dvc.lock is new, as code or params differ" in summary(clone)
 

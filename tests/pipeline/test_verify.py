@@ -176,8 +176,9 @@ def test_a_remote_that_lacks_something_is_found(golden, copy_of):
     _, report = verify(clone, "--layer lock")
     assert report["findings"][-1]["verdict"] == "identical"
     clone.run("dvc remote remove store")  # as `dvc exp apply` of an experiment that is older than the remote does
-    _, report = verify(clone, "--layer lock")
+    output, report = verify(clone, "--layer lock")
     assert report["findings"][-1]["found"] == "the workspace has another .dvc/config"
+    assert "this checked the commit, without uncommitted changes, as of .dvc/config" in output
     clone.run("git checkout .dvc/config")
     model = clone.lock()["train"]["outs"][-1]["md5"]
     for path in (clone.path.parent / "store").rglob(model[2:]):

@@ -165,6 +165,17 @@ def test_an_experiment_whose_stages_all_came_from_the_cache_leads_to_the_run_tha
     assert (found["model"]["md5"], found["commit"]["id"]) == (md5(A), kept)
 
 
+def test_a_commit_leads_to_the_model_of_its_lock(repository: Path) -> None:
+    train("the run", A)
+    assert "has no dvc.lock with a model; `git log -- dvc.lock`" in fails("HEAD")
+    kept = commit_result(md5(A))
+    (repository / "notes.txt").touch()
+    later = commit("another change, the same model")
+    for argument in (kept, kept[:7], "HEAD~1", later, "main"):
+        found = described(argument)
+        assert (found["run"]["name"], found["commit"]["id"]) == ("the run", kept)
+
+
 def test_a_model_directory_leads_to_its_run(repository: Path) -> None:
     model = repository / "model"
     model.mkdir()
@@ -216,7 +227,7 @@ def test_it_must_be_started_in_the_repository(tmp_path: Path, monkeypatch: pytes
 def test_a_hash_elsewhere_in_dvc_lock_is_no_model(repository: Path) -> None:
     write_lock(md5(A), other=md5(B))
     commit("Result")
-    assert "no run, model or experiment is called" in fails(md5(B))
+    assert "no run, model, experiment or commit is called" in fails(md5(B))
     assert described(md5(A))["commit"]["kind"] == "commit"
 
 
@@ -434,7 +445,7 @@ def test_mlflow_has_a_run_whose_journal_is_gone(repository: Path, empty_database
         assert found["environment"] == {"python": "3.11"}
         assert found["params"] == both["params"]
         assert any("--artifact-path uncommitted.diff" in command for command in found["commands"])
-    assert "no run, model or experiment is called" in fails("0" * 32)
+    assert "no run, model, experiment or commit is called" in fails("0" * 32)
 
 
 def test_a_run_that_only_scored_a_pulled_model_leads_to_its_commit(repository: Path, empty_database: Path) -> None:
