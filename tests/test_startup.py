@@ -22,6 +22,13 @@ sys.argv = [*sys.argv[1].split(), "--help"]
 runpy.run_module(sys.argv[0], run_name="__main__")
 """
 
+IMPORTS = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print("imported", *sys.modules)
+"""
+
 # What train and evaluate do with torch, by the functions that they call; and the modules that they import.
 STEPS = """
 import importlib, sys
@@ -94,3 +101,10 @@ def test_eager_training_and_evaluation_do_not_import_torchs_compiler() -> None:
     assert "torch" in found
     assert not {name.split(".")[0] for name in found} & {"mlflow", "transformers", "datasets", "sympy"}
     assert not {"torch._dynamo", "torch._inductor"} & found
+
+
+def test_what_compares_results_does_not_wait_for_torch() -> None:
+    names = ("tracking.verification", "tools.bisect_checks", "tools.champion", "tools.compare", "tools.lineage")
+    found = imported(IMPORTS, *names)
+    assert "tracking.divergence" in found
+    assert "torch" not in found

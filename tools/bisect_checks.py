@@ -9,13 +9,12 @@ from nanogpt.files import sha256_json, write_json, write_text
 from tools.preset import changed
 from tracking.bisection import Say, summary
 from tracking.clean_clone import CleanClone, CouldNotRun, clean_clone
-from tracking.divergence import first_step
+from tracking.divergence import first_difference, first_step
 from tracking.dvc_files import DvcLock
 from tracking.fingerprint import environment
 from tracking.git import GitError
 from tracking.golden import read_metrics
 from tracking.redaction import redact
-from tracking.retrace import first_difference
 from tracking.run import read_object
 from tracking.run_name import SEED
 from tracking.significance import Evidence, evidence

@@ -8,6 +8,7 @@ import click
 
 from tools.command import command
 from tracking.console import repository
+from tracking.divergence import first_difference
 from tracking.errors import warn
 from tracking.journal import Record
 from tracking.run import Run, runs_in
@@ -46,7 +47,7 @@ def replay(step: int, run: Run, text: bool) -> bool:
     numerics = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt.recipe import load_recipe
     from tracking.fingerprint import identify
-    from tracking.retrace import Retrace, first_difference
+    from tracking.retrace import Retrace
 
     recipe, tags = load_recipe(params, numerics, TOKENS), run.info["tags"]
     hashes = identify(recipe)

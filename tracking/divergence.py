@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from tracking.dvc_files import cache_path, directory_md5
 from tracking.journal import Record
-from tracking.retrace import first_difference
 from tracking.run import runs_in
+
+VALUES = ("loss", "grad_norm", "lr")  # of a step, as in the journal
 
 
 def ulps(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -28,6 +29,20 @@ def ulps(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.in
 
 def _ulps(distance: np.int64) -> str:
     return f"{distance:,} ulp{'' if distance == 1 else 's'}"
+
+
+def first_difference(expected: list[Record], found: list[Record]) -> tuple[int, str] | None:
+    """The first step in both lists that differs, and the name of its first value that does; None if all agree.
+
+    Values are compared as the journal writes them, which is exact to the bit.
+    """
+    expected_at = {record["step"]: record for record in expected}
+    for record in found:
+        other = expected_at.get(record["step"], record)
+        for name in VALUES:
+            if repr(other.get(name)) != repr(record.get(name)):
+                return int(record["step"]), name
+    return None
 
 
 def first_step(expected: list[Record], found: list[Record]) -> str:

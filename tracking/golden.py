@@ -29,8 +29,9 @@ def first_steps() -> dict[str, Any]:
     numerics = determinism.pin(params.numerics, params.runtime.device)
     from nanogpt import known_answers
     from nanogpt.recipe import load_recipe
+    from tracking.divergence import VALUES
     from tracking.fingerprint import environment, identify
-    from tracking.retrace import VALUES, Retrace
+    from tracking.retrace import Retrace
 
     recipe = load_recipe(params, numerics, TOKENS)
     hashes = identify(recipe)

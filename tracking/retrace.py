@@ -9,8 +9,6 @@ from nanogpt.train import Observer, Step, Stopped, train
 from nanogpt.train_state import TrainState
 from tracking.journal import Record
 
-VALUES = ("loss", "grad_norm", "lr")  # of a step, as in the journal
-
 
 class Recorder(Observer):
     """Collects the steps in memory, and ends the training after step `last`."""
@@ -45,17 +43,3 @@ class Retrace:
                 train(self.state, self.recipe.batches(self.state), endless, None, [recorder])
             self.steps += recorder.steps
         return self.steps
-
-
-def first_difference(expected: list[Record], found: list[Record]) -> tuple[int, str] | None:
-    """The first step in both lists that differs, and the name of its first value that does; None if all agree.
-
-    Values are compared as the journal writes them, which is exact to the bit.
-    """
-    expected_at = {record["step"]: record for record in expected}
-    for record in found:
-        other = expected_at.get(record["step"], record)
-        for name in VALUES:
-            if repr(other.get(name)) != repr(record.get(name)):
-                return int(record["step"]), name
-    return None

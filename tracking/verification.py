@@ -19,7 +19,6 @@ from tracking.golden import Golden, bits_environment, differences, load_goldens,
 from tracking.history import changed_params
 from tracking.journal import Record
 from tracking.redaction import redact
-from tracking.retrace import first_difference
 from tracking.run import as_text, runs_in
 from tracking.verdict import (
     DECLARED,
@@ -152,7 +151,7 @@ def check_steps(root: Path, say: Say) -> Report:
     golden = nearest(goldens, report.environment)
     report.environment_differs = differences(golden["environment"], report.environment)
     expected, steps = golden["steps"], found["steps"]
-    difference, same = first_difference(expected, steps), _same_steps(expected, steps)
+    difference, same = divergence.first_difference(expected, steps), _same_steps(expected, steps)
     verdict, shown = IDENTICAL if same else DIVERGED, f"{len(steps)} steps"
     if same and difference:
         changed = [name for name, value in golden["made_of"].items() if found["made_of"].get(name) != value]
@@ -210,7 +209,7 @@ def check_base(root: Path, base: str, say: Say) -> Report:
             report.environment = found["environment"]
     expected, steps = results
     verdict, same = IDENTICAL, _same_steps(expected, steps)
-    if first_difference(expected, steps) or not same:
+    if divergence.first_difference(expected, steps) or not same:
         report.notes.append(divergence.first_step(expected, steps))
         if outs[0] != outs[1]:
             verdict = DECLARED
