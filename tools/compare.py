@@ -26,8 +26,9 @@ NO_RUNS = (
     "and --server compares the runs of an MLflow server"
 )
 TRIAL = (
-    "`python -m tools trial --name NAME -S KEY=VALUE` compares KEY=VALUE with\n"
-    "params.yaml's setting, and adds seeds until it can tell"
+    "to tell, queue the same -S values with other seeds and compare again; or\n"
+    "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it can tell\n"
+    "KEY=VALUE from params.yaml's setting"
 )
 
 
@@ -175,7 +176,7 @@ def verdict_lines(found: Comparison) -> list[str]:
         return []
     against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
     lines = ["", f"{against}: difference, 95 % interval, p corrected for {count(found.tests, 'comparison')}"]
-    lines.append(f"(a verdict needs p < {ALPHA})")
+    lines.append(f'(a verdict needs p < {ALPHA}; "more seeds" are for each setting)')
     for setting, diff in zip(found.others, found.differences, strict=True):
         kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
         shown = [f"{diff.mean:+.4f}", interval(diff), kind, p_value(diff), words(diff)]

@@ -5,7 +5,7 @@ import re
 import shlex
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Lineage:
     twins: list[RecordedRun]  # other runs that made the same model
     held: list[Holder]  # commits and experiments whose dvc.lock contains the model
     lock: DvcLock  # one that contains it: a commit's, otherwise the workspace's; empty if there is none
+    asked: str | None = None  # the commit that was named, which may have kept it from an earlier one
 
     @property
     def trained(self) -> RecordedRun | None:
@@ -92,7 +93,7 @@ def resolve(argument: str, root: Path, runs: RecordedRuns) -> Lineage:
     if commit := resolve_commit(root, argument):
         if not (of_commit := DvcLock.of_commit(root, commit).model_md5):
             raise ValueError(f"commit {argument} has no dvc.lock with a model; `git log -- dvc.lock` lists others")
-        return _of_model(root, runs, "", of_commit)
+        return replace(_of_model(root, runs, "", of_commit), asked=commit)
     mlflow = "hashes of models in MLflow, " if runs.client else ""
     short = "" if _HASH.fullmatch(prefix) else " (a hash needs 7 or more hexadecimal digits)"
     raise ValueError(
@@ -252,6 +253,7 @@ def describe(root: Path, runs: RecordedRuns, lineage: Lineage) -> dict[str, Any]
         "model": {"sha256": lineage.sha256 or no_model, "md5": lineage.md5 or no_model},
         "run": None,
         "commit": {"id": holder.commit, "kind": holder.kind, "name": holder.name} if holder else None,
+        "asked": lineage.asked,
         "also": [other.name for other in lineage.held[1:]],
         "twins": [twin.id or twin.attempt for twin in lineage.twins],
         "params": lineage.params,
@@ -324,7 +326,7 @@ def _run_lines(found: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _commit_lines(root: Path, found: dict[str, Any]) -> list[str]:
-    commit, also = found["commit"], found["also"]
+    commit, also, asked = found["commit"], found["also"], found["asked"]
     if not commit:
         return ["no commit and no experiment: no dvc.lock in git's history contains the model"]
     subject = git(root, "show", "--no-patch", "--no-show-signature", "--format=%cs %s", commit["id"])
@@ -332,6 +334,7 @@ def _commit_lines(root: Path, found: dict[str, Any]) -> list[str]:
     return [
         f"{commit['id']} ({commit['name'].partition(' ')[2]})",
         subject,
+        *([f"still the model of {asked}"] if asked not in (None, commit["id"]) else []),
         *(f"also {name}" for name in also[:3]),
         *more,
     ]

@@ -88,7 +88,7 @@ def lock_state() -> str:
             "dvc.lock DIFFERS from the committed one though code and params are the same: this result has other bits "
             "(not the environment of constraints.txt?); see `git diff dvc.lock`"
         )
-    return "dvc.lock is new, as code or params differ from the commit: `git commit` it with them to keep this result"
+    return "dvc.lock is new, as code or params differ from the commit: `make golden` and commit all to keep this result"
 
 
 def changed_since(lock: DvcLock) -> list[str]:

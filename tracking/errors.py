@@ -27,7 +27,9 @@ def check_made(*paths: Path) -> None:
     """Raises ValueError for the first of the pipeline's outputs that is missing."""
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{path} is missing; `dvc checkout` restores it, or `dvc repro` makes it")
+            raise ValueError(
+                f"{path} is missing; `dvc checkout` restores it (`dvc pull` from a remote), or `dvc repro` makes it"
+            )
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def check_lock(root: Path) -> Report:
         report.notes.append(
             "run `dvc repro` and `make golden`, commit dvc.lock and golden/ with the change, and `dvc push` to a remote"
         )
-        report.notes.append("or take the change back: `git revert COMMIT`, then `dvc checkout`")
+        report.notes.append("or take the change back: `git revert --no-edit COMMIT`, then `dvc checkout`")
     report.findings.append(_remote(root))
     if report.findings[-1].verdict == MISSING:
         report.notes.append("run `dvc push` where the remote can be reached")

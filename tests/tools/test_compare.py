@@ -43,7 +43,7 @@ def test_the_table(root):
         " 2  0.02                      3  2.0200 ± 0.0265     1.0100  1.0200     40   0 s\n"
         "\n"
         "against 1, the best: difference, 95 % interval, p corrected for 1 comparison\n"
-        "(a verdict needs p < 0.01)\n"
+        '(a verdict needs p < 0.01; "more seeds" are for each setting)\n'
         " 2  +0.1000  [+0.0752, +0.1248]  paired  p=0.0033  worse\n"
     )
 
@@ -122,9 +122,9 @@ def test_runs_on_two_texts_go_by_their_names_and_need_no_other_setting(root):
 def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "a", 2.0)
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
-    *_, verdict, _, advice, _ = compare().stdout.splitlines()
+    *_, verdict, _, advice, _, _ = compare().stdout.splitlines()
     assert verdict == " 2  +1.0000  cannot tell from one seed"
-    assert advice == "`python -m tools trial --name NAME -S KEY=VALUE` compares KEY=VALUE with"
+    assert advice == "to tell, queue the same -S values with other seeds and compare again; or"
 
 
 def test_what_is_left_out_goes_to_stderr(root):
@@ -143,7 +143,7 @@ def test_only_the_experiment_of_params_yaml_unless_runs_are_named(root):
     (root / "params.yaml").write_text(text.replace("test/one experiment", "another"))
     assert "no run has finished" in compare().stdout
     assert compare("slow-*", "fast-1").stdout.startswith("4 runs of 2 settings")
-    assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-4].endswith("cannot tell from one seed")
+    assert compare("slow-*", "--baseline", "fast-2").stdout.splitlines()[-5].endswith("cannot tell from one seed")
     assert "no finished run is 'slaw-1'" in compare("slaw-1", code=1).stderr
 
 

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from nanogpt.files import sha256_tree
 from tests.runs import end, make_attempt, start, write_report
 from tools.__main__ import main
+from tools.lineage import lines
 from tracking.dvc_files import cache_path, directory_md5
 from tracking.history import holders
 from tracking.journal import Journal
@@ -174,6 +175,8 @@ def test_a_commit_leads_to_the_model_of_its_lock(repository: Path) -> None:
     for argument in (kept, kept[:7], "HEAD~1", later, "main"):
         found = described(argument)
         assert (found["run"]["name"], found["commit"]["id"]) == ("the run", kept)
+    first, *_, last = lines(repository, found)["kept by"]
+    assert (first, last) == (f"{kept} (main)", f"still the model of {later}")
 
 
 def test_a_model_directory_leads_to_its_run(repository: Path) -> None:

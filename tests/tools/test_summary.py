@@ -132,5 +132,5 @@ def test_without_a_result_one_line_says_what_is_missing_and_what_makes_it(reposi
     (repository / "metrics/evaluate.json").unlink()
     result = CliRunner().invoke(main, ["summary"])
     assert result.exit_code == 1
-    remedy = "`dvc checkout` restores it, or `dvc repro` makes it"
+    remedy = "`dvc checkout` restores it (`dvc pull` from a remote), or `dvc repro` makes it"
     assert result.output == f"Error: summary: metrics/evaluate.json is missing; {remedy}\n"
