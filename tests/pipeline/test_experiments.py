@@ -165,6 +165,22 @@ def test_the_smoke_run_leaves_the_workspace_alone_and_its_traces_in_the_original
     assert clone.processes() == []
 
 
+def test_an_experiment_older_than_the_remote_reaches_a_colleague_as_the_page_says(experiments, copy_of, tmp_path):
+    """DVC reads an experiment's remote from its baseline, unless this clone alone has one for all commits."""
+    add = f"dvc remote add --local --default storage {tmp_path / 'storage'}"
+    origin = copy_of(experiments, "origin", runs=False)
+    origin.run(f"dvc remote add --default storage {tmp_path / 'storage'}")
+    origin.commit("A remote")
+    origin.run(add)
+    assert "files uploaded" in origin.run("dvc exp push . alone")
+    origin.run("git clone --quiet . ../colleague")
+    colleague = Clone(tmp_path / "colleague")
+    for command in (add, "dvc exp pull origin alone", "dvc exp apply alone"):
+        colleague.run(command)
+    origin.run("dvc exp apply alone")
+    assert colleague.outs() == origin.outs()
+
+
 def test_the_champion_has_come_out_again_and_answers_over_http(experiments, copy_of):
     """The only test that finds a champion that MLflow cannot serve, or an experiment that cannot be verified."""
     clone = copy_of(experiments)
