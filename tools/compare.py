@@ -175,7 +175,7 @@ def verdict_lines(found: Comparison) -> list[str]:
     if not found.others:
         return []
     against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
-    lines = ["", f"{against}: difference, 95 % interval, p corrected for {count(found.tests, 'comparison')}"]
+    lines = ["", f"{against}: difference, 99 % interval, p corrected for {count(found.tests, 'comparison')}"]
     lines.append(f'(a verdict needs p < {ALPHA}; "more seeds" are for each setting)')
     for setting, diff in zip(found.others, found.differences, strict=True):
         kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
@@ -257,7 +257,7 @@ def cells_with_verdicts(found: Comparison) -> tuple[list[str], list[list[str]]]:
             if diff
             else ["", "", "", reference_is(found)]
         )
-    return [*head, "difference", "95 % interval", "p", "verdict"], rows
+    return [*head, "difference", "99 % interval", "p", "verdict"], rows
 
 
 def markdown_table(found: Comparison) -> str:

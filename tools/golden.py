@@ -17,4 +17,5 @@ def main() -> None:
     """
     check_made(Path("dvc.lock"), Path("metrics/evaluate.json"))
     path, golden = write_golden()
-    click.echo(f"{path}: {len(golden['steps'])} steps, val loss {golden['metrics']['val_loss']:.4f}")
+    loss = golden["metrics"]["val_loss"]
+    click.echo(f"{path}: the first {len(golden['steps'])} steps, and the val loss {loss:.4f} of the result")

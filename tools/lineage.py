@@ -335,7 +335,7 @@ def _commit_lines(root: Path, found: dict[str, Any]) -> list[str]:
         f"{commit['id']} ({commit['name'].partition(' ')[2]})",
         subject,
         *([f"still the model of {asked}"] if asked not in (None, commit["id"]) else []),
-        *(f"also {name}" for name in also[:3]),
+        *(f"and again of {name}" for name in also[:3]),
         *more,
     ]
 
@@ -346,7 +346,8 @@ def show(root: Path, found: dict[str, Any]) -> None:
             for line in textwrap.wrap(paragraph, 110, break_long_words=False, break_on_hyphens=False):
                 click.echo(f"{label:15}{line}")
                 label = ""
-    click.echo("\nthe commands that make it again:" if found["commands"] else "\nno way to make it again is known")
+    again = "the commands that make it again; the last one fails if the bits differ:"
+    click.echo(f"\n{again if found['commands'] else 'no way to make it again is known'}")
     for line in found["commands"]:
         click.echo(f"    {line}")
     for note in found["notes"]:

@@ -12,9 +12,9 @@ from nanogpt.files import write_json
 from tools.compare_page import DRAWN, Place, curve
 from tracking.comparison import Comparison, Setting
 from tracking.run_name import SEED
-from tracking.significance import CONFIDENCE
 
 FOLDER = Path("presets/curves")
+RANGE = 0.95  # share of the means of as many runs of a reference
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Reference:
         from scipy import stats
 
         error = stdev(known) * (1 / len(known) + 1 / len(losses)) ** 0.5
-        reach = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(known) - 1))
+        reach = error * float(stats.t.ppf((1 + RANGE) / 2, len(known) - 1))
         apart = fmean(losses) - fmean(known)
         where = "within its range" if abs(apart) <= reach else "below its range" if apart < 0 else "above its range"
         return f"{apart:+.4f}, {where} (± {reach:.4f})"

@@ -75,7 +75,7 @@ def lock_state() -> str:
         )
     if DvcLock.parse(committed).outs() == lock.outs():
         return (
-            "dvc.lock has new hashes of code or params, but this result is bit for bit the committed one: "
+            "dvc.lock has new hashes of code, parameters or inputs, but this result is bit for bit the committed one: "
             "commit dvc.lock"
         )
     if changed.splitlines() == ["dvc.lock"]:

@@ -220,7 +220,7 @@ def conclusion(found: Outcome) -> str:
         return f"undecided: trial {found.best.number} is the best, by one seed; {again}"
     (difference,), last = found.confirmation.differences, found.sweep.study.rungs[-1]
     searched = found.best.losses[last] - found.sweep.study.trials[0].losses[last]
-    seen = f"{difference.mean:+.4f} on {difference.seeds} fresh seeds, 95 % interval {interval(difference)}"
+    seen = f"{difference.mean:+.4f} on {difference.seeds} fresh seeds, 99 % interval {interval(difference)}"
     decision, words = DECISIONS[found.verdict][0], {"cannot tell": "perhaps no different from"}
     verdict = words.get(found.verdict, f"{found.verdict} than")
     return (

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 ALPHA = 0.01  # error rate of a verdict: how often it may call equal settings different
-CONFIDENCE = 0.95  # of the intervals that are shown
 POWER = 0.9  # how often the suggested number of seeds would show a difference of the observed size
 MOST_SEEDS = 10_000  # larger numbers are not suggested
 
@@ -22,7 +21,7 @@ Losses = Mapping[int, float]  # seed -> loss
 class Difference:
     """The difference of a setting's mean loss from a reference's, and its uncertainty.
 
-    `low` and `high` bound the mean with 95 % confidence, and `p` is that of a two-sided t test; None for one seed.
+    `low` and `high` bound the mean with confidence 1 - ALPHA, and `p` is that of a two-sided t test; None for one seed.
     """
 
     mean: float
@@ -64,7 +63,7 @@ def difference(losses: Losses, reference: Losses) -> Difference:
     if spread == 0:  # the seed has no effect, as without training
         return Difference(mean, n, paired, None, mean, mean, 1.0 if mean == 0 else 0.0)
     test = stats.ttest_1samp(pairs, 0) if paired else stats.ttest_ind(first, second, equal_var=False)
-    interval = test.confidence_interval(CONFIDENCE)
+    interval = test.confidence_interval(1 - ALPHA)
     return Difference(mean, n, paired, mean / spread, float(interval.low), float(interval.high), float(test.pvalue))
 
 

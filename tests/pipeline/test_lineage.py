@@ -57,7 +57,7 @@ def follow(clone: Clone, argument: str) -> Path:
     `make setup` finds an environment that is there already, and would install one otherwise.
     """
     output = clone.run(f"python -m tools lineage {shlex.quote(argument)}")
-    block = re.search(r"^the commands that make it again:\n((?:    .*\n)+)", output, re.MULTILINE)
+    block = re.search(r"^the commands that make it again; .*:\n((?:    .*\n)+)", output, re.MULTILINE)
     assert block, output
     commands = [line.strip() for line in block[1].splitlines()]
     place = commands.index("make setup")

@@ -42,9 +42,9 @@ def test_the_table(root):
         " 1  0.04                      3  1.9200 ± 0.0200     0.9600  0.9200     40   0 s\n"
         " 2  0.02                      3  2.0200 ± 0.0265     1.0100  1.0200     40   0 s\n"
         "\n"
-        "against 1, the best: difference, 95 % interval, p corrected for 1 comparison\n"
+        "against 1, the best: difference, 99 % interval, p corrected for 1 comparison\n"
         '(a verdict needs p < 0.01; "more seeds" are for each setting)\n'
-        " 2  +0.1000  [+0.0752, +0.1248]  paired  p=0.0033  worse\n"
+        " 2  +0.1000  [+0.0427, +0.1573]  paired  p=0.0033  worse\n"
     )
 
 
@@ -151,7 +151,7 @@ def test_markdown_and_json_say_the_same(root):
     two_settings(root)
     markdown = compare("--markdown").stdout
     assert "| 0.02 | 3 | 2.0200 ± 0.0265 |" in markdown
-    assert "| +0.1000 | [+0.0752, +0.1248] | p=0.0033 | worse |" in markdown
+    assert "| +0.1000 | [+0.0427, +0.1573] | p=0.0033 | worse |" in markdown
     (found,) = json.loads(compare("--json").stdout)["comparisons"]
     best, other = found["settings"]
     assert best["difference"] is None

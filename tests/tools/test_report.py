@@ -39,7 +39,7 @@ def test_the_report_says_what_was_run_and_where_each_number_comes_from(root: Pat
     for shown in (
         "Made by `python -m tools report 'slow-*' 'fast-*'`.",
         "| 0.02 | 3 | 2.0200 ± 0.0265 |",
-        "| +0.1000 | [+0.0752, +0.1248] | p=0.0033 | worse |",
+        "| +0.1000 | [+0.0427, +0.1573] | p=0.0033 | worse |",
         "| searched: muon_learning_rate | 0.02 to 0.04; tried 0.02, 0.04 |",
         "| chosen | the setting with the lowest mean of the losses reported here, so this mean is likely too low |",
         "| not reported | 1 other finished run on this text |",
@@ -75,7 +75,7 @@ def test_the_table_for_latex(root: Path) -> None:
     lines = (root / "build/report/table.tex").read_text().splitlines()
     assert lines[4].startswith(r"muon\_learning\_rate & seeds & val loss &")
     assert r"1.9200 $\pm$ 0.0200" in lines[6]
-    assert "95 \\% interval" in lines[4]
+    assert "99 \\% interval" in lines[4]
     assert all(line.count(" & ") == lines[4].count(" & ") for line in lines[6:8])
 
 

@@ -11,7 +11,7 @@ def test_shared_seeds_are_compared_in_pairs():
     found = difference({1: 5.0, 2: 7.0, 3: 9.0}, {1: 4.0, 2: 5.0, 3: 6.0, 4: 100.0})
     assert (found.mean, found.paired, found.seeds, found.effect) == (2.0, True, 3, 2.0)
     assert found.p == pytest.approx(0.0741799)  # t = 2 * sqrt(3), two degrees of freedom
-    assert (found.low, found.high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
+    assert (found.low, found.high) == pytest.approx((2 - 9.924843 / math.sqrt(3), 2 + 9.924843 / math.sqrt(3)))
 
 
 def test_different_seeds_are_compared_by_welchs_test():
@@ -21,7 +21,7 @@ def test_different_seeds_are_compared_by_welchs_test():
     assert not found.paired
     assert found.p == pytest.approx(2 * stats.t.cdf(t, freedom))
     assert found.effect == pytest.approx(-2 / math.sqrt(2.5))
-    half = stats.t.ppf(0.975, freedom) * math.sqrt(5 / 3)
+    half = stats.t.ppf(0.995, freedom) * math.sqrt(5 / 3)
     assert (found.low, found.high) == pytest.approx((-2 - half, -2 + half))
 
 
