@@ -26,9 +26,9 @@ NO_RUNS = (
     "and --server compares the runs of an MLflow server"
 )
 TRIAL = (
-    "to tell, queue the same -S values with other seeds and compare again; or\n"
-    "`python -m tools trial --name NAME -S KEY=VALUE` adds seeds until it can tell\n"
-    "KEY=VALUE from params.yaml's setting"
+    "to tell, queue the same -S values with other seeds and compare again; or bring\n"
+    "the baseline into params.yaml (`dvc exp apply`), and `python -m tools trial\n"
+    "--name NAME -S KEY=VALUE` adds seeds until it can tell KEY=VALUE from it"
 )
 
 
@@ -176,7 +176,7 @@ def verdict_lines(found: Comparison) -> list[str]:
         return []
     against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
     lines = ["", f"{against}: difference, 99 % interval, p corrected for {count(found.tests, 'comparison')}"]
-    lines.append(f'(a verdict needs p < {ALPHA}; "more seeds" are for each setting)')
+    lines.append(f"(± standard deviation; a verdict needs p < {ALPHA}; more seeds: of each setting)")
     for setting, diff in zip(found.others, found.differences, strict=True):
         kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
         shown = [f"{diff.mean:+.4f}", interval(diff), kind, p_value(diff), words(diff)]

@@ -334,8 +334,8 @@ def _commit_lines(root: Path, found: dict[str, Any]) -> list[str]:
     return [
         f"{commit['id']} ({commit['name'].partition(' ')[2]})",
         subject,
-        *([f"still the model of {asked}"] if asked not in (None, commit["id"]) else []),
-        *(f"and again of {name}" for name in also[:3]),
+        *([f"unchanged at {asked}"] if asked not in (None, commit["id"]) else []),
+        *(f"brought again by {name}" for name in also[:3]),
         *more,
     ]
 

@@ -43,7 +43,7 @@ def test_the_table(root):
         " 2  0.02                      3  2.0200 ± 0.0265     1.0100  1.0200     40   0 s\n"
         "\n"
         "against 1, the best: difference, 99 % interval, p corrected for 1 comparison\n"
-        '(a verdict needs p < 0.01; "more seeds" are for each setting)\n'
+        "(± standard deviation; a verdict needs p < 0.01; more seeds: of each setting)\n"
         " 2  +0.1000  [+0.0427, +0.1573]  paired  p=0.0033  worse\n"
     )
 
@@ -52,7 +52,7 @@ def test_the_best_setting_names_an_experiment_that_is_still_there(root, monkeypa
     two_settings(root)
     scored_run(root, "idea", 1.5, seed=4, tags={"dvc.experiment": "idea"})
     monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [f"refs/exps/{name}"])
-    assert "exp apply" not in compare("slow-1", "fast-1").stdout  # not made by DVC
+    assert "brings setting 1" not in compare("slow-1", "fast-1").stdout  # not made by DVC
     tags = {"dvc.experiment": "wide", "dvc.baseline": "a" * 40}
     scored_run(root, "wide", 1.4, seed=5, params={"model.n_embd": 96}, tags=tags)
     monkeypatch.setattr("tools.compare.resolve_commit", lambda root, revision: "a" * 40)
@@ -61,7 +61,7 @@ def test_the_best_setting_names_an_experiment_that_is_still_there(root, monkeypa
     monkeypatch.setattr("tools.compare.resolve_commit", lambda root, revision: "b" * 40)
     assert "and undoes what was committed since aaaaaaa (docs/experiments.md)" in compare().stdout
     monkeypatch.setattr("tools.compare.experiment_refs", lambda root, name: [])
-    assert "exp apply" not in compare().stdout
+    assert "brings setting 1" not in compare().stdout
 
 
 def test_a_single_seed_is_not_what_the_others_are_compared_with(root):
@@ -124,7 +124,7 @@ def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
     *_, verdict, _, advice, _, _ = compare().stdout.splitlines()
     assert verdict == " 2  +1.0000  cannot tell from one seed"
-    assert advice == "to tell, queue the same -S values with other seeds and compare again; or"
+    assert advice == "to tell, queue the same -S values with other seeds and compare again; or bring"
 
 
 def test_what_is_left_out_goes_to_stderr(root):

@@ -176,7 +176,7 @@ def test_a_commit_leads_to_the_model_of_its_lock(repository: Path) -> None:
         found = described(argument)
         assert (found["run"]["name"], found["commit"]["id"]) == ("the run", kept)
     first, *_, last = lines(repository, found)["kept by"]
-    assert (first, last) == (f"{kept} (main)", f"still the model of {later}")
+    assert (first, last) == (f"{kept} (main)", f"unchanged at {later}")
 
 
 def test_a_model_directory_leads_to_its_run(repository: Path) -> None:

@@ -93,6 +93,18 @@ def test_the_result_of_another_commit_is_not_taken_for_that_of_the_lock(reposito
     assert "the result here is NOT that of dvc.lock: `dvc checkout`" in summary()
 
 
+@pytest.mark.parametrize("stage", ["train", "sample"])
+def test_a_damaged_part_of_the_result_is_named(repository: Path, stage: str) -> None:
+    (repository / "made").mkdir()
+    (repository / "made/weights").write_bytes(b"weights")
+    out = f"{{path: made, md5: {path_md5(Path('made'))}}}"
+    (repository / "dvc.lock").write_text(f"stages: {{{stage}: {{outs: [{out}]}}}}")
+    git("commit", "-qam", "2")
+    assert "dvc.lock is the committed one" in summary()
+    (repository / "made/weights").write_bytes(b"weightz")
+    assert summary().endswith("lacks it (made differs)\n")
+
+
 def test_the_same_bits_of_other_code_are_reported_as_such(repository: Path) -> None:
     (repository / "dvc.lock").write_text(lock("a", code="c1"))
     assert "this result is bit for bit the committed one: commit dvc.lock" in summary()
