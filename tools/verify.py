@@ -35,7 +35,7 @@ def main(layer: str, base: str | None, varied: bool, commit: str | None, out: Pa
     root = Path(git_top())
     report = check(root, layer, base or "", varied, commit or "HEAD")
     if commit is None and (changed := git_or_none(root, "diff", "HEAD", "--name-only")):
-        report.notes.append(f"this checked the commit, without uncommitted changes, as of {changed.splitlines()[0]}")
+        report.notes.append(f"uncommitted changes, such as those of {changed.splitlines()[0]}, were not checked")
     click.echo(report.table())
     write_reports(report, out or repository() / ".runs" / "verify")
     sys.exit(report.exit_code)

@@ -178,7 +178,7 @@ def test_a_remote_that_lacks_something_is_found(golden, copy_of):
     clone.run("dvc remote remove store")  # as `dvc exp apply` of an experiment that is older than the remote does
     output, report = verify(clone, "--layer lock")
     assert report["findings"][-1]["found"] == "the workspace has another .dvc/config"
-    assert "this checked the commit, without uncommitted changes, as of .dvc/config" in output
+    assert "uncommitted changes, such as those of .dvc/config, were not checked" in output
     clone.run("git checkout .dvc/config")
     model = clone.lock()["train"]["outs"][-1]["md5"]
     for path in (clone.path.parent / "store").rglob(model[2:]):
