@@ -176,7 +176,7 @@ def verdict_lines(found: Comparison) -> list[str]:
         return []
     against = f"against {number_of(found, found.reference)}, the {reference_is(found)}"
     lines = ["", f"{against}: difference, 99 % interval, p corrected for {count(found.tests, 'comparison')}"]
-    lines.append(f"(± standard deviation; a verdict needs p < {ALPHA}; more seeds: of each setting)")
+    lines.append(f'(± standard deviation; verdicts need p < {ALPHA}; "more seeds": for each setting)')
     for setting, diff in zip(found.others, found.differences, strict=True):
         kind = "" if diff.p is None else "paired" if diff.paired else "Welch"
         shown = [f"{diff.mean:+.4f}", interval(diff), kind, p_value(diff), words(diff)]

@@ -334,8 +334,9 @@ def _commit_lines(root: Path, found: dict[str, Any]) -> list[str]:
     return [
         f"{commit['id']} ({commit['name'].partition(' ')[2]})",
         subject,
+        *(["later commits keep it until dvc.lock has another model"] if commit["kind"] == "commit" else []),
         *([f"unchanged at {asked}"] if asked not in (None, commit["id"]) else []),
-        *(f"brought again by {name}" for name in also[:3]),
+        *("restored by {} ({})".format(*name.split(" ", 1)) for name in also[:3]),
         *more,
     ]
 

@@ -43,7 +43,7 @@ def test_the_table(root):
         " 2  0.02                      3  2.0200 ± 0.0265     1.0100  1.0200     40   0 s\n"
         "\n"
         "against 1, the best: difference, 99 % interval, p corrected for 1 comparison\n"
-        "(± standard deviation; a verdict needs p < 0.01; more seeds: of each setting)\n"
+        '(± standard deviation; verdicts need p < 0.01; "more seeds": for each setting)\n'
         " 2  +0.1000  [+0.0427, +0.1573]  paired  p=0.0033  worse\n"
     )
 
