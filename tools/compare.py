@@ -26,9 +26,9 @@ NO_RUNS = (
     "and --server compares the runs of an MLflow server"
 )
 TRIAL = (
-    "to tell, queue the same -S values with other seeds and compare again; or bring\n"
-    "the baseline into params.yaml (`dvc exp apply`), and `python -m tools trial\n"
-    "--name NAME -S KEY=VALUE` adds seeds until it can tell KEY=VALUE from it"
+    "to decide, queue the same -S values with more seeds and compare again; or apply\n"
+    "the baseline (`dvc exp apply`), and `python -m tools trial --name NAME\n"
+    "-S KEY=VALUE` adds seeds until the difference is clear"
 )
 
 

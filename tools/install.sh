@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the pinned packages with the pip that comes first on PATH. `make setup` runs it in the virtual environment.
-# TORCH names torch's build as its version does (cpu, cu126, rocm7.2); "default" is the one that pip takes by itself.
+# Installs the pinned packages for the python that comes first on PATH. `make setup` runs it in the virtual environment.
+# TORCH names torch's build as its version does (cpu, cu126, rocm7.2); "default" is the one that PyPI has.
 # EXTRAS names extras of pyproject.toml, by default dev.
 # If TORCH is empty, Linux without an NVIDIA GPU gets cpu, because the default there is a CUDA build of gigabytes.
 set -euo pipefail

@@ -92,7 +92,9 @@ def resolve(argument: str, root: Path, runs: RecordedRuns) -> Lineage:
         raise _no_model(argument, root)
     if commit := resolve_commit(root, argument):
         if not (of_commit := DvcLock.of_commit(root, commit).model_md5):
-            raise ValueError(f"commit {argument} has no dvc.lock with a model; `git log -- dvc.lock` lists others")
+            raise ValueError(
+                f"commit {argument} has no model in its dvc.lock; `git log -- dvc.lock` lists the commits with results"
+            )
         return replace(_of_model(root, runs, "", of_commit), asked=commit)
     mlflow = "hashes of models in MLflow, " if runs.client else ""
     short = "" if _HASH.fullmatch(prefix) else " (a hash needs 7 or more hexadecimal digits)"

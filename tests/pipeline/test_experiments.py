@@ -186,7 +186,9 @@ def test_the_champion_has_come_out_again_and_answers_over_http(experiments, copy
     clone = copy_of(experiments)
     compared = clone.run("python -m tools compare")
     assert compared.startswith("2 runs of 2 settings")
-    assert re.search(r"^`dvc exp apply \S+` brings setting 1 \(seed", compared, re.MULTILINE), compared
+    best = re.search(r"^`dvc exp apply (\S+)` brings setting 1 \(seed", compared, re.MULTILINE)
+    assert best, compared
+    assert best[1] in clone.run("dvc exp list --name-only").split()
     output = clone.run("python -m tools champion alone")
     assert re.search(r"^alone.* is the champion: version 1 of nanogpt, val loss", output, re.MULTILINE), output
     port = closed_port()

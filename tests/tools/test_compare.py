@@ -124,7 +124,7 @@ def test_one_seed_of_each_cannot_tell(root):
     scored_run(root, "b", 1.0, params={"train.batch_size": 2})
     *_, verdict, _, advice, _, _ = compare().stdout.splitlines()
     assert verdict == " 2  +1.0000  cannot tell from one seed"
-    assert advice == "to tell, queue the same -S values with other seeds and compare again; or bring"
+    assert advice == "to decide, queue the same -S values with more seeds and compare again; or apply"
 
 
 def test_what_is_left_out_goes_to_stderr(root):

@@ -168,7 +168,7 @@ def test_an_experiment_whose_stages_all_came_from_the_cache_leads_to_the_run_tha
 
 def test_a_commit_leads_to_the_model_of_its_lock(repository: Path) -> None:
     train("the run", A)
-    assert "has no dvc.lock with a model; `git log -- dvc.lock`" in fails("HEAD")
+    assert "has no model in its dvc.lock; `git log -- dvc.lock`" in fails("HEAD")
     kept = commit_result(md5(A))
     (repository / "notes.txt").touch()
     later = commit("another change, the same model")
@@ -177,6 +177,9 @@ def test_a_commit_leads_to_the_model_of_its_lock(repository: Path) -> None:
         assert (found["run"]["name"], found["commit"]["id"]) == ("the run", kept)
     first, *_, last = lines(repository, found)["kept by"]
     assert (first, last) == (f"{kept} (main)", f"unchanged at {later}")
+    commit_result(md5(B))
+    again = commit_result(md5(A))
+    assert lines(repository, described(again))["kept by"][-1] == f"restored by {again[:7]} (main)"
 
 
 def test_a_model_directory_leads_to_its_run(repository: Path) -> None:
